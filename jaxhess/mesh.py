@@ -1,0 +1,122 @@
+"""Device meshes, the table from logical axes to mesh axes, and the shardings that follow from it.
+
+A mesh always has the three axes `data`, `fsdp` and `tensor` (size 1 where unused). Batches are cut over `data` and
+`fsdp`; parameters and every vector like them over `fsdp` and `tensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+AXIS_RULES: dict[str, str] = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+"""Logical axis of a parameter -> mesh axis that cuts it. Axes not named here stay whole."""
+
+WHOLE_BELOW = 2**14
+
+
+def make_mesh(axes: Mapping[str, int] | str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `axes` (`{"fsdp": 4, "tensor": 2}` or `"fsdp=4,tensor=2"`) over `devices`.
+
+    Args:
+        axes: Sizes by axis; axes not named have size 1. None: `fsdp` over every device.
+        devices: Defaults to all devices of all processes.
+
+    Raises:
+        ValueError: Unknown axis, a size below 1, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"fsdp": len(devices)} if axes is None else parse_axes(axes) if isinstance(axes, str) else dict(axes)
+    for name, size in sizes.items():
+        if name not in MESH_AXES:
+            raise ValueError(f"Unknown mesh axis {name!r}; the axes are {', '.join(MESH_AXES)}.")
+        if size < 1:
+            raise ValueError(f"Mesh axis {name}={size}: a size is at least 1.")
+    if math.prod(sizes.values()) != len(devices):
+        asked = ",".join(f"{k}={v}" for k, v in sizes.items())
+        raise ValueError(
+            f"Mesh {asked} needs {math.prod(sizes.values())} devices but there are {len(devices)}: "
+            f"the sizes must multiply to {len(devices)}, for example fsdp={len(devices)}."
+        )
+    shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def parse_axes(text: str) -> dict[str, int]:
+    """`"fsdp=4,tensor=2"` as a dictionary; a ValueError says what is wrong with anything else."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if not size.strip().isdigit() or name in sizes:
+            raise ValueError(f"Mesh {text!r} cannot be read; write axis=size, comma-separated, as in fsdp=4,tensor=2.")
+        sizes[name.strip()] = int(size)
+    return sizes
+
+
+def data_shards(mesh: Mesh | None) -> int:
+    """Parts a batch is cut into."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Sharding of a batch whose sequences run along `axis`."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ("data", "fsdp")))
+
+
+def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Activations x [B, ...] pinned to the sharding of the batch, so that GSPMD gathers weights, not activations."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+    """How an array with these logical axes is cut on `mesh`.
+
+    Each mesh axis cuts the dimension that `AXIS_RULES` names for it. Where that is missing or does not divide (one key
+    head on two devices, an odd vocabulary), the mesh axis joins another cut of the same array, so that the weight is
+    gathered like any `fsdp` weight, or else cuts the largest dimension that divides. What no dimension allows stays
+    whole along that mesh axis, and so do arrays of fewer than `WHOLE_BELOW` elements that no rule names: gathering a
+    norm's gain costs more than it saves.
+    """
+    cuts: list[tuple[str, ...]] = [()] * len(shape)
+    unplaced = []
+    for mesh_axis in ("fsdp", "tensor"):
+        if mesh.shape[mesh_axis] == 1:
+            continue
+        named = [i for i, axis in enumerate(axes) if axis is not None and AXIS_RULES.get(axis) == mesh_axis]
+        place = next((i for i in named if shape[i] % mesh.shape[mesh_axis] == 0), None)
+        if place is None:
+            unplaced.append(mesh_axis)
+        else:
+            cuts[place] = (mesh_axis,)
+    for mesh_axis in unplaced if math.prod(shape) >= WHOLE_BELOW else ():
+        parts = [math.prod(mesh.shape[a] for a in cut) * mesh.shape[mesh_axis] for cut in cuts]
+        divides = [i for i, n in enumerate(shape) if n % parts[i] == 0]
+        if divides:
+            place = max(divides, key=lambda i: (len(cuts[i]), shape[i]))
+            cuts[place] = (*cuts[place], mesh_axis)
+    return PartitionSpec(*(cut if len(cut) > 1 else cut[0] if cut else None for cut in cuts))
+
+
+def param_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
+    """`NamedSharding` for every leaf of `abstract` (arrays or `ShapeDtypeStruct`s).
+
+    Args:
+        abstract: A pytree of nested dictionaries.
+        axes: The same tree with a tuple of logical axis names at each leaf.
+        mesh: Where the arrays shall live.
+    """
+    return jax.tree.map(lambda x, names: NamedSharding(mesh, partition_spec(x.shape, names, mesh)), abstract, axes)

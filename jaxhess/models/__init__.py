@@ -1,0 +1,28 @@
+"""One configurable Flax NNX decoder for every supported architecture."""
+
+from jaxhess.models.config import DecoderConfig, RopeConfig
+from jaxhess.models.decoder import Decoder
+from jaxhess.models.language_model import (
+    LanguageModel,
+    NextTokenLoss,
+    Params,
+    abstract_params,
+    initialize,
+    logical_axes,
+    model_graph,
+    model_shardings,
+)
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "LanguageModel",
+    "NextTokenLoss",
+    "Params",
+    "RopeConfig",
+    "abstract_params",
+    "initialize",
+    "logical_axes",
+    "model_graph",
+    "model_shardings",
+]

@@ -1,0 +1,73 @@
+"""Causal grouped-query attention by query chunks, with rotary positions and an optional sliding window."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxhess.models.config import DecoderConfig
+from jaxhess.models.layers import Norm, Projection
+from jaxhess.models.rotary import rotary_tables, rotate
+
+
+class Attention(nnx.Module):
+    """Self-attention of states [B, T, D]; every query sees its own and earlier positions."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        width = {"embed": config.embed_dim}
+        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        self.query = Projection(width, heads, bias=config.qkv_bias, dtype=config.dtype, rngs=rngs)
+        self.key = Projection(width, kv_heads, bias=config.qkv_bias, dtype=config.dtype, rngs=rngs)
+        self.value = Projection(width, kv_heads, bias=config.qkv_bias, dtype=config.dtype, rngs=rngs)
+        self.out = Projection(heads, width, bias=config.out_bias, dtype=config.dtype, rngs=rngs)
+        self.query_norm = Norm("head_dim", config.head_dim, config, kind="rms") if config.qk_norm else None
+        self.key_norm = Norm("head_dim", config.head_dim, config, kind="rms") if config.qk_norm else None
+        self.config = config
+
+    def __call__(self, x: jax.Array, window: jax.Array | None) -> jax.Array:
+        """Attended states [B, T, D]; `window` is this layer's look-back in tokens (int32 scalar), None for no limit."""
+        query, key, value = self.query(x), self.key(x), self.value(x)  # [B, T, H or K, h]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.config.rope is not None:
+            cos, sin = rotary_tables(self.config, x.shape[1], x.dtype)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        groups = self.config.num_heads // self.config.num_kv_heads
+        query = query.reshape(*query.shape[:2], self.config.num_kv_heads, groups, self.config.head_dim)
+        attended = causal_attention(query, key, value, window=window, chunk=self.config.query_chunk)
+        return self.out(attended.reshape(*attended.shape[:2], self.config.num_heads, self.config.head_dim))
+
+
+def causal_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, window: jax.Array | None, chunk: int
+) -> jax.Array:
+    """Softmax attention [B, T, K, G, h] of queries [B, T, K, G, h] on keys and values [B, T, K, h].
+
+    Scores exist for `chunk` queries at a time and are recomputed in the backward pass, so memory is linear in T.
+    Softmax runs in at least float32.
+    """
+    length = query.shape[1]
+    if length <= chunk:
+        return _attend(query, key, value, jnp.arange(length), window)
+    chunks = -(-length // chunk)
+    padded = jnp.pad(query, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(query.shape[0], chunks, chunk, *query.shape[2:]), 1, 0)
+    positions = jnp.arange(chunks * chunk).reshape(chunks, chunk)
+    attend = jax.checkpoint(lambda q, p: _attend(q, key, value, p, window), prevent_cse=False)
+    _, attended = jax.lax.scan(lambda _, block: (None, attend(*block)), None, (blocks, positions))
+    return jnp.moveaxis(attended, 0, 1).reshape(padded.shape)[:, :length]
+
+
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, window: jax.Array | None
+) -> jax.Array:
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("bckgh,bskh->bkgcs", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
+    distance = positions[:, None] - jnp.arange(key.shape[1])[None, :]
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.einsum("bkgcs,bskh->bckgh", weights.astype(value.dtype), value)

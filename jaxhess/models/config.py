@@ -1,0 +1,130 @@
+"""What varies between decoder-only transformers, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: which frequencies, on how many of the head's dimensions.
+
+    `kind` names the frequency rule (see `jaxhess.models.rotary`); the fields below `kind` are read only by the rules
+    that need them.
+    """
+
+    theta: float = 10000.0
+    dims: int | None = None
+    """Dimensions of each head that are rotated (the first ones); None: all of them."""
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    """Context length before extension (`llama3`, `yarn`, and the length below which `dynamic` changes nothing)."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    """Factor on cos and sin (`yarn`), already resolved from the checkpoint's `mscale` settings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """One decoder-only transformer.
+
+    Attributes:
+        vocab_size: Rows of the embedding, V.
+        embed_dim: Width of the residual stream, D.
+        num_layers: Blocks, L.
+        num_heads: Query heads, H.
+        num_kv_heads: Key and value heads, K; divides H.
+        head_dim: Width of a head, h.
+        mlp_dim: Width of the feed-forward layer, F.
+        max_positions: Longest sequence the model knows, in tokens (a limit only with learned positions).
+        norm: RMSNorm or LayerNorm (with bias).
+        norm_eps: Added to the variance.
+        activation: `gelu` is the exact one, `gelu_tanh` the tanh approximation.
+        gated_mlp: `down(act(gate x) * up x)` instead of `down(act(up x))`.
+        parallel_residual: `x + attention(norm1 x) + mlp(norm2 x)` instead of one after the other.
+        rope: Rotary positions, or None for learned absolute positions.
+        qkv_bias, out_bias, mlp_bias: Which projections have a bias.
+        qk_norm: RMSNorm on every query and key head before the rotation.
+        sliding_window: Tokens a query may look back on, itself included; None: all.
+        sliding_layers: For each layer whether the window applies; empty: to all layers.
+        tied_embeddings: The output matrix is the transposed embedding.
+        dtype: Compute dtype of matrix products and of the residual stream. Norms, softmax and loss run in at least
+            float32 whatever it is.
+        query_chunk: Queries whose attention scores exist at once, per sequence and head.
+        remat: Recompute each layer in the backward pass instead of storing its activations.
+
+    Raises:
+        ValueError: A size is not positive, or two fields contradict each other.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_positions: int
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    activation: Activation = "silu"
+    gated_mlp: bool = True
+    parallel_residual: bool = False
+    rope: RopeConfig | None = RopeConfig()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    tied_embeddings: bool = False
+    dtype: str = "float32"
+    query_chunk: int = 256
+    remat: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = "vocab_size embed_dim num_layers num_heads num_kv_heads head_dim mlp_dim max_positions query_chunk"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
+                "every key head must serve the same number of query heads."
+            )
+        if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
+            raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window is {self.sliding_window}; it must be at least 1, or None for no window.")
+        if self.rope is not None and (self.rotary_dims % 2 or not 0 < self.rotary_dims <= self.head_dim):
+            raise ValueError(
+                f"{self.rotary_dims} rotary dimensions: must be even and at most head_dim={self.head_dim}."
+            )
+
+    @property
+    def rotary_dims(self) -> int:
+        """Dimensions of each head that are rotated."""
+        if self.rope is None:
+            return 0
+        return self.head_dim if self.rope.dims is None else self.rope.dims
+
+    def to_dict(self) -> dict[str, Any]:
+        """This config as JSON-able data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DecoderConfig:
+        """The config that `to_dict` wrote."""
+        data = dict(data)
+        if data.get("rope") is not None:
+            data["rope"] = RopeConfig(**data["rope"])
+        data["sliding_layers"] = tuple(data.get("sliding_layers", ()))
+        return cls(**data)

@@ -1,0 +1,101 @@
+"""One configurable decoder-only transformer in Flax NNX, layers stacked and scanned.
+
+Shapes in comments and names: B sequences, T positions, D residual width, H query heads, K key/value heads, h head
+width, F feed-forward width, V vocabulary, L layers. Every parameter carries the logical names of its axes as metadata
+(`axes`); `jaxhess.mesh` turns those into shardings. The stacked layers have a leading axis `layers`.
+
+Everything here has a JVP and a transpose: no `custom_vjp`, no fused attention kernels, so `jvp` of `grad` is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxhess.losses import logits_of
+from jaxhess.mesh import constrain_batch
+from jaxhess.models.attention import Attention
+from jaxhess.models.config import DecoderConfig
+from jaxhess.models.layers import FeedForward, Norm, Projection
+
+
+class Block(nnx.Module):
+    """One transformer layer."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.attention_norm = Norm("embed", config.embed_dim, config)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = Norm("embed", config.embed_dim, config)
+        self.mlp = FeedForward(config, rngs)
+        self.parallel_residual = config.parallel_residual
+
+    def __call__(self, x: jax.Array, window: jax.Array | None) -> jax.Array:
+        attended = self.attention(self.attention_norm(x), window)
+        if self.parallel_residual:
+            return x + attended + self.mlp(self.mlp_norm(x))
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nnx.Module):
+    """The transformer: `hidden` gives the final states, `head_kernel` the output matrix.
+
+    Construct it under `nnx.eval_shape` for an abstract model; weights are placed, never created eagerly
+    (`jaxhess.models.initialize`, `convert.load`).
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, mesh: Mesh | None = None):
+        self.config = config
+        self.mesh = mesh
+        table = {"vocab": config.vocab_size}
+        width = {"embed": config.embed_dim}
+        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
+        self.embed = Projection(table, width, **options)
+        self.positions = None
+        if config.rope is None:
+            self.positions = Projection({"positions": config.max_positions}, width, **options)
+        self.layers = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.num_layers))
+        self.final_norm = Norm("embed", config.embed_dim, config)
+        self.head = None if config.tied_embeddings else Projection(width, table, **options)
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """Final normalised states [B, T, D] of tokens [B, T] (int32)."""
+        x = self.embed.kernel[...].astype(self.config.dtype)[tokens]
+        if self.positions is not None:
+            x = x + self.positions.kernel[: tokens.shape[1]].astype(self.config.dtype)
+        x = constrain_batch(x, self.mesh)
+
+        graphdef, layers = nnx.split(self.layers)
+        windows = layer_windows(self.config, tokens.shape[1])
+
+        def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+            params, window = layer
+            return constrain_batch(nnx.merge(graphdef, params)(x, window), self.mesh), None
+
+        body = jax.checkpoint(block, prevent_cse=False) if self.config.remat else block
+        x, _ = jax.lax.scan(body, x, (layers, windows))
+        return self.final_norm(x)
+
+    def head_kernel(self) -> jax.Array:
+        """Output matrix [D, V]."""
+        if self.head is None:
+            return self.embed.kernel[...].T
+        return self.head.kernel[...]
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in at least float32, all of them at once: for tests and small models."""
+        return logits_of(self.hidden(tokens), self.head_kernel())
+
+
+def layer_windows(config: DecoderConfig, length: int) -> jax.Array | None:
+    """Look-back of each layer in tokens, [L] int32, or None where no layer is limited at this length."""
+    if config.sliding_window is None or config.sliding_window >= length:
+        return None
+    applies: Sequence[bool] = config.sliding_layers or (True,) * config.num_layers
+    if not any(applies):
+        return None
+    return jnp.asarray([config.sliding_window if a else length for a in applies], jnp.int32)

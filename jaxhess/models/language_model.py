@@ -1,0 +1,113 @@
+"""A decoder with its parameters in place on a mesh: what conversion returns and operators are built from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxhess.losses import TokenBatch, cross_entropy_sum
+from jaxhess.mesh import param_shardings
+from jaxhess.models.config import DecoderConfig
+from jaxhess.models.decoder import Decoder
+
+Params = dict[str, Any]
+"""Nested dictionaries of arrays; `params["layers"]["mlp"]["up"]["kernel"]` is [L, D, F]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokenLoss:
+    """`loss(params, batch) -> (sum, count)`: summed cross-entropy in nats and the number of tokens that count.
+
+    Attributes:
+        config: Architecture of the model whose parameters are given.
+        mesh: Mesh of the parameters, to which activations are pinned; None on one device.
+        token_chunk: Tokens (over all sequences of the batch) whose logits exist at once; at least one position of
+            every sequence. Logits are recomputed in the backward pass when there is more than one chunk.
+    """
+
+    config: DecoderConfig
+    mesh: Mesh | None = None
+    token_chunk: int = 1024
+
+    def __call__(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
+        decoder = nnx.merge(model_graph(self.config, self.mesh), params)
+        hidden = decoder.hidden(batch.tokens[:, :-1])
+        total = cross_entropy_sum(hidden, decoder.head_kernel(), batch.tokens[:, 1:], batch.weights, self.token_chunk)
+        return total, jnp.sum(batch.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Configuration and parameters, optionally sharded over `mesh`."""
+
+    config: DecoderConfig
+    params: Params
+    mesh: Mesh | None = None
+
+    def logits(self, tokens: jax.Array) -> jax.Array:
+        """Logits [B, T, V] (float32 or wider) of tokens [B, T]; all of them at once, so for small inputs."""
+        return _logits(self.config, self.mesh, self.params, tokens)
+
+    def loss(self, token_chunk: int = 1024) -> NextTokenLoss:
+        """The next-token loss of this architecture: a function `loss(params, batch) -> (sum, count)`."""
+        return NextTokenLoss(self.config, self.mesh, token_chunk)
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the model; tied matrices count once."""
+        return sum(x.size for x in jax.tree.leaves(self.params))
+
+
+def initialize(config: DecoderConfig, key: jax.Array, mesh: Mesh | None = None) -> LanguageModel:
+    """A model with random weights (normal, standard deviation 0.02), created shard by shard on `mesh`."""
+
+    def create(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.split(Decoder(config, nnx.Rngs(key)))[1])
+
+    shardings = None if mesh is None else model_shardings(config, mesh)
+    return LanguageModel(config, jax.jit(create, out_shardings=shardings)(key), mesh)
+
+
+@functools.cache
+def model_graph(config: DecoderConfig, mesh: Mesh | None) -> nnx.GraphDef:
+    """The static part of the model: `nnx.merge(model_graph(...), params)` is a `Decoder`."""
+    return nnx.split(_abstract_decoder(config, mesh))[0]
+
+
+def abstract_params(config: DecoderConfig) -> Params:
+    """`jax.ShapeDtypeStruct` of every parameter; no weight is created."""
+    return nnx.to_pure_dict(nnx.split(_abstract_decoder(config, None))[1])
+
+
+def logical_axes(config: DecoderConfig) -> Params:
+    """For every parameter the logical names of its axes; stacked layers begin with `"layers"`."""
+    state = nnx.split(_abstract_decoder(config, None))[1]
+    axes = jax.tree.map(lambda v: v.axes, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    axes = nnx.to_pure_dict(axes)
+    axes["layers"] = jax.tree.map(lambda names: ("layers", *names), axes["layers"], is_leaf=_is_axes)
+    return axes
+
+
+def model_shardings(config: DecoderConfig, mesh: Mesh) -> Params:
+    """`NamedSharding` of every parameter on `mesh`."""
+    return param_shardings(abstract_params(config), logical_axes(config), mesh)
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
+def _abstract_decoder(config: DecoderConfig, mesh: Mesh | None) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), mesh))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(config: DecoderConfig, mesh: Mesh | None, params: Params, tokens: jax.Array) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return nnx.merge(model_graph(config, mesh), params)(tokens)

@@ -1,0 +1,77 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) and the ways of stretching it to longer contexts."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhess.models.config import DecoderConfig, RopeConfig
+
+
+def rotary_tables(config: DecoderConfig, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, each [length, rotary_dims / 2], for positions 0 .. length-1.
+
+    Angles are computed in at least float32; the frequencies are rounded to that dtype first, as in the reference
+    implementations whose checkpoints we read.
+    """
+    assert config.rope is not None
+    wide = jnp.promote_types(dtype, jnp.float32)
+    rates = jnp.asarray(frequencies(config.rope, config.rotary_dims, length), wide)
+    angles = jnp.arange(length, dtype=wide)[:, None] * rates[None, :]
+    gain = config.rope.attention_factor
+    return (jnp.cos(angles) * gain).astype(dtype), (jnp.sin(angles) * gain).astype(dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Heads x [B, T, H, h] with their first `2 * cos.shape[-1]` dimensions rotated: dimension i pairs with i + half."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def frequencies(rope: RopeConfig, dims: int, length: int) -> np.ndarray:
+    """Angular frequencies [dims / 2] in radians per token, float64, for a sequence of `length` tokens.
+
+    `linear`: positions interpolated (arXiv 2306.15595). `dynamic`: NTK-aware base that grows with the sequence once it
+    is longer than the trained context. `llama3`: low frequencies divided, high ones kept, a linear ramp between (the
+    Llama 3.1 release). `yarn`: the ramp runs over dimensions (arXiv 2309.00071, equations 19 to 23); its attention
+    factor is in `RopeConfig.attention_factor`.
+
+    Raises:
+        ValueError: An unknown rule, or one whose `original_max_positions` is missing.
+    """
+    exponents = np.arange(0, dims, 2, dtype=np.float64) / dims
+    rates = rope.theta**-exponents
+    if rope.kind == "default":
+        return rates
+    if rope.kind == "linear":
+        return rates / rope.factor
+    if rope.original_max_positions is None:
+        raise ValueError(f"RoPE scaling {rope.kind!r} needs original_max_positions, the trained context length.")
+    trained = rope.original_max_positions
+    if rope.kind == "dynamic":
+        stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
+        return (rope.theta * stretch ** (dims / (dims - 2))) ** -exponents
+    if rope.kind == "llama3":
+        wavelengths = 2 * math.pi / rates
+        long, short = trained / rope.low_freq_factor, trained / rope.high_freq_factor
+        keep = (trained / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep = np.where(wavelengths > long, 0.0, np.where(wavelengths < short, 1.0, keep))
+        return keep * rates + (1 - keep) * rates / rope.factor
+    if rope.kind == "yarn":
+        low, high = (_dimension_of(turns, rope.theta, dims, trained) for turns in (rope.beta_fast, rope.beta_slow))
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dims - 1)
+        ramp = np.clip((np.arange(dims // 2) - low) / max(high - low, 1e-3), 0, 1)
+        return (1 - ramp) * rates + ramp * rates / rope.factor
+    raise ValueError(f"Unknown RoPE scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn.")
+
+
+def _dimension_of(turns: float, theta: float, dims: int, trained: int) -> float:
+    """The (fractional) dimension pair that makes `turns` full turns over the trained context."""
+    return dims * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -1,0 +1,458 @@
+"""The result of stochastic Lanczos quadrature: Ritz values and weights of every probe, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr
+
+from jaxhess.krylov.quadrature import Quadrature, quadrature
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = "jaxhess-spectrum-1"
+ARRAYS, RECORD = "spectrum.npz", "spectrum.json"
+
+Array = npt.NDArray[np.float64]
+Axis = Literal["symlog", "linear"]
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error; the error is NaN where the data do not tell."""
+
+    value: float
+    standard_error: float
+
+
+class Extreme(NamedTuple):
+    """An extreme Ritz value over all probes, its residual bound, and the std of the probes' own extremes (NaN: one probe)."""
+
+    value: float
+    residual_bound: float
+    spread: float
+
+
+class Extremes(NamedTuple):
+    smallest: Extreme
+    largest: Extreme
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Lanczos coefficients of every probe, each probe a unit vector uniform on the sphere.
+
+    Attributes:
+        alphas: [probes, steps] float64 diagonals of T; NaN beyond a probe's size.
+        betas: [probes, steps] float64 norms after each step (the last one bounds residuals); NaN beyond a probe's size.
+        sizes: [probes] int, the steps each probe took: fewer than `steps` after a breakdown, which ends the Krylov
+            space, so that the probe's quadrature is then exact for every function.
+        dim: Rows of the operator: the number of parameters.
+        info: What produced it (options, model, data, mesh, versions, timings). Made JSON-ready on entry: tuples become
+            lists, numbers that are not finite None, unknown objects their text.
+
+    Raises:
+        ValueError: Shapes disagree, a size is outside 1..steps, or an entry within a size is not finite or a beta negative.
+    """
+
+    alphas: Array
+    betas: Array
+    sizes: npt.NDArray[np.int64]
+    dim: int
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        alphas, betas = np.array(self.alphas, np.float64), np.array(self.betas, np.float64)
+        sizes = np.array(self.sizes)
+        if alphas.ndim != 2 or 0 in alphas.shape or betas.shape != alphas.shape or sizes.shape != alphas.shape[:1]:
+            raise ValueError(
+                "alphas and betas must be [probes, steps] and sizes [probes], none empty, "
+                f"got {alphas.shape}, {betas.shape} and {sizes.shape}"
+            )
+        if sizes.dtype.kind not in "iu" or sizes.min() < 1 or sizes.max() > alphas.shape[1]:
+            raise ValueError(f"sizes must be integers from 1 to the number of steps {alphas.shape[1]}, got {sizes}")
+        if int(self.dim) != self.dim or self.dim < 1:
+            raise ValueError(f"dim must be a positive number of parameters, got {self.dim}")
+        beyond = np.arange(alphas.shape[1]) >= sizes[:, None]
+        alphas[beyond] = betas[beyond] = np.nan
+        bad = ~beyond & ~(np.isfinite(alphas) & np.isfinite(betas) & (betas >= 0))
+        if bad.any():
+            probe, step = np.argwhere(bad)[0]
+            raise ValueError(
+                f"probe {probe} step {step} has alpha {alphas[probe, step]} and beta {betas[probe, step]}: "
+                "both must be finite and beta not negative"
+            )
+        cleaned = {"alphas": alphas, "betas": betas, "sizes": sizes.astype(np.int64), "dim": int(self.dim)}
+        for name, value in {**cleaned, "info": _json_ready(self.info)}.items():
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False  # The cached quadrature belongs to these coefficients.
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Spectrum):
+            return NotImplemented
+        same = all(np.array_equal(getattr(self, n), getattr(other, n), True) for n in ("alphas", "betas", "sizes"))
+        return same and self.dim == other.dim and self.info == other.info
+
+    @property
+    def num_probes(self) -> int:
+        return self.alphas.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        return self.alphas.shape[1]
+
+    @functools.cached_property
+    def ritz_values(self) -> Array:
+        """[probes, steps] ascending within a probe; NaN beyond its size."""
+        return self._padded(0, np.nan)
+
+    @functools.cached_property
+    def weights(self) -> Array:
+        """[probes, steps] quadrature weights, summing to one in each row; 0 beyond a probe's size."""
+        return self._padded(1, 0.0)
+
+    @functools.cached_property
+    def residual_bounds(self) -> Array:
+        """[probes, steps] beta_m |s_mi|; NaN beyond a probe's size."""
+        return self._padded(2, np.nan)
+
+    @property
+    def broke_down(self) -> npt.NDArray[np.bool_]:
+        """[probes] whether the Krylov space was exhausted: the quadrature is then exact in all degrees."""
+        return (self.sizes < self.num_steps) | (self.betas[np.arange(self.num_probes), self.sizes - 1] == 0)
+
+    @property
+    def exact_degree(self) -> int | None:
+        """Highest k for which `moment(k)` is exact on every probe, 2 min(size); None when every probe broke down."""
+        sizes = self.sizes[~self.broke_down]
+        return 2 * int(sizes.min()) if sizes.size else None
+
+    def moment(self, k: int) -> Estimate:
+        """The estimate of tr(H^k)/dim: the mean over probes of v'H^k v = sum_i w_i theta_i^k, and its standard error.
+
+        Gauss quadrature of m steps is exact to degree 2m - 1; in degree 2m it lacks the product of all m squared betas
+        (the squared norm of the next monic Lanczos polynomial), which is known and added. One step thus gives the
+        second moment, alpha_1^2 + beta_1^2.
+
+        The standard error is std(ddof=1)/sqrt(probes). A single probe has none to compare with, but v is uniform on the
+        sphere of R^n, for which Var(v'Av) = 2/(n+2) (tr(A^2)/n - (tr(A)/n)^2); with A = H^k and both traces from the
+        same quadrature this is a plug-in estimate, NaN when degree 2k is beyond what the probe knows.
+
+        Raises:
+            ValueError: k is not an integer >= 0, or is above `exact_degree`.
+        """
+        if int(k) != k or k < 0:
+            raise ValueError(f"moment k must be an integer >= 0, got {k}")
+        limit = self.exact_degree
+        if limit is not None and k > limit:
+            raise ValueError(
+                f"moment {k} is beyond degree {limit}, the last that {limit // 2} Lanczos steps know; "
+                f"run at least {(int(k) + 1) // 2} steps"
+            )
+        values = self._probe_moments(int(k))
+        if self.num_probes > 1:
+            return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(self.num_probes)))
+        if limit is not None and 2 * k > limit:
+            return Estimate(float(values[0]), float("nan"))
+        # The variance of theta^k in the measure, as a sum of squares: no cancellation when H is near a multiple of I.
+        theta = self.ritz_values[0, : self.sizes[0]]
+        variance = self.weights[0, : self.sizes[0]] @ (theta**k - values[0]) ** 2 + self._beyond_gauss(2 * int(k))[0]
+        return Estimate(float(values[0]), float(np.sqrt(2 / (self.dim + 2) * variance)))
+
+    def trace(self) -> Estimate:
+        """tr(H), dim times the first moment."""
+        first = self.moment(1)
+        return Estimate(self.dim * first.value, self.dim * first.standard_error)
+
+    def frobenius_norm(self) -> Estimate:
+        """||H||_F = sqrt(dim * second moment); the standard error by the delta method, dF = F dM / (2 M)."""
+        second = self.moment(2)
+        norm = float(np.sqrt(self.dim) * np.sqrt(second.value))
+        slope = norm / (2 * second.value) if second.value > 0 else 0.0
+        return Estimate(norm, slope * second.standard_error)
+
+    def extreme(self) -> Extremes:
+        """The smallest and largest Ritz value over all probes (H's own extremes lie at or beyond them)."""
+        last = self.sizes - 1
+        return Extremes(self._extreme(np.zeros_like(last), np.argmin), self._extreme(last, np.argmax))
+
+    def checks(self) -> dict[str, float]:
+        """The largest violation over probes of identities that cost nothing: all are of the order of 1e-15.
+
+        `sum_weights`: sum w = 1. `first_moment`: sum w theta = alpha_1, relative to the root of the second moment.
+        `second_moment`: sum w theta^2 = alpha_1^2 + beta_1^2, relative; only over probes of more than one step.
+        """
+        theta = np.nan_to_num(self.ritz_values)
+        root = np.hypot(self.alphas[:, 0], self.betas[:, 0])
+        unit = np.where(root > 0, root, 1.0)
+        first = ((self.weights * theta).sum(1) - self.alphas[:, 0]) / unit
+        second = (self.weights * (theta / unit[:, None]) ** 2).sum(1) - (root / unit) ** 2
+        found = {"sum_weights": self.weights.sum(1) - 1, "first_moment": first, "second_moment": second[self.sizes > 1]}
+        return {name: float(np.abs(violation).max()) for name, violation in found.items() if violation.size}
+
+    def density(
+        self, points: int = 400, axis: Axis = "symlog", width: float | None = None, linthresh: float | None = None
+    ) -> Density:
+        """The smoothed spectral measure of every probe in `points` bins; each probe's masses sum to one at any width.
+
+        The kernel is Gaussian in the axis' coordinate t: x itself ("linear") or asinh(x/linthresh) ("symlog"), in which
+        the bins are equally wide. A bin's mass is a difference of the smoothed distribution function, so atoms keep
+        their mass on any grid; the grid spans the extremes of all probes and four widths more, and the outermost
+        bins absorb the tails. All defaults scale with H.
+
+        Args:
+            width: Standard deviation of the kernel in t. Default: the range of t over twice the number of steps, half
+                the mean gap between Ritz values.
+            linthresh: Eigenvalue where symlog turns from linear to logarithmic. Default: the weighted median of
+                |theta| (over theta != 0 if that is zero), but at least float32's epsilon times the largest |theta|,
+                below which single-precision products resolve nothing.
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
+        theta, weights = self.ritz_values[self.weights_exist], self.weights[self.weights_exist]
+        if points < 1 or axis not in ("symlog", "linear"):
+            raise ValueError(f"density needs points >= 1 and axis 'symlog' or 'linear', got {points} and {axis!r}")
+        if axis == "symlog":
+            linthresh = _default_linthresh(theta, weights) if linthresh is None else linthresh
+        else:
+            linthresh = None
+        for name, value in (("width", width), ("linthresh", linthresh)):
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        low, high = _to_axis(theta.min(), linthresh), _to_axis(theta.max(), linthresh)
+        if width is None:
+            span, magnitude = high - low, max(abs(low), abs(high))
+            if span <= 1e-9 * magnitude or span == 0:  # One point, up to rounding: its own size is the only scale.
+                span = magnitude or 1.0
+            width = float(span / (2 * self.num_steps))
+        grid = np.linspace(low - 4 * width, high + 4 * width, points + 1)
+        cuts = np.concatenate([[-np.inf], grid[1:-1], [np.inf]])
+        mass = np.empty((self.num_probes, points))
+        for row, nodes, w, size in zip(mass, self.ritz_values, self.weights, self.sizes, strict=True):
+            row[:] = w[:size] @ _interval_mass((cuts - _to_axis(nodes[:size], linthresh)[:, None]) / width)
+        return Density(_from_axis(grid, linthresh), mass, axis, width, linthresh)
+
+    @property
+    def weights_exist(self) -> npt.NDArray[np.bool_]:
+        """[probes, steps] mask of the entries within each probe's size."""
+        return np.arange(self.num_steps) < self.sizes[:, None]
+
+    def summary(self) -> dict[str, Any]:
+        """What a reader asks first, JSON-ready: what is not known is None."""
+        smallest, largest = self.extreme()
+        degree = self.exact_degree
+        moments = {str(k): self.moment(k)._asdict() for k in range(1, 5) if degree is None or k <= degree}
+        return _json_ready(
+            {
+                "dim": self.dim,
+                "num_probes": self.num_probes,
+                "num_steps": self.num_steps,
+                "sizes": self.sizes,
+                "num_broke_down": int(self.broke_down.sum()),
+                "smallest": smallest._asdict(),
+                "largest": largest._asdict(),
+                "trace": self.trace()._asdict(),
+                "frobenius_norm": self.frobenius_norm()._asdict(),
+                "moments": moments,
+                "exact_degree": degree,
+                "checks": self.checks(),
+            }
+        )
+
+    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Writes `spectrum.npz` and `spectrum.json` into the folder, created if missing; the JSON last.
+
+        Each file appears whole or not at all, and a folder with `spectrum.json` is a finished run.
+
+        Raises:
+            FileExistsError: The folder holds a finished run and `overwrite` is False.
+        """
+        if not overwrite:
+            refuse_finished(folder)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in (*Quadrature._fields, *_STORED)}
+        record = {"format": FORMAT, "info": self.info, "summary": self.summary()}
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+        (folder / RECORD).unlink(missing_ok=True)  # Never an old record beside new arrays.
+        _replace(folder / ARRAYS, lambda file: np.savez(file, allow_pickle=False, **arrays))
+        _replace(folder / RECORD, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Spectrum:
+        """The spectrum that `save` wrote; Ritz values are computed again from alphas and betas.
+
+        Raises:
+            FileNotFoundError: The folder or one of its two files is missing.
+            ValueError: A file is corrupt or of another format.
+        """
+        for path in (Path(folder), Path(folder) / RECORD, Path(folder) / ARRAYS):
+            if not path.exists():
+                raise FileNotFoundError(f"{path} does not exist: a finished run folder holds {RECORD} and {ARRAYS}")
+        try:
+            record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+            found = record.get("format") if isinstance(record, dict) else None
+            if found != FORMAT:
+                raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
+        except ValueError as error:
+            raise ValueError(f"{Path(folder) / RECORD} is not a spectrum record: {error}") from error
+        try:
+            with np.load(Path(folder) / ARRAYS, allow_pickle=False) as arrays:
+                fields = {name: arrays[name] for name in _STORED}
+            return cls(**{**fields, "dim": int(fields["dim"])}, info=record.get("info", {}))
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from error
+
+    def plot(self, axis: Axis = "symlog") -> Figure:
+        """The figure of the eigenvalue density."""
+        from jaxhess.plotting import density_figure
+
+        return density_figure(self, axis)
+
+    @functools.cached_property
+    def _quadratures(self) -> list[Quadrature]:
+        return [quadrature(a[:m], b[:m]) for a, b, m in zip(self.alphas, self.betas, self.sizes, strict=True)]
+
+    def _padded(self, field: int, fill: float) -> Array:
+        rows = np.full(self.alphas.shape, fill)
+        for row, found in zip(rows, self._quadratures, strict=True):
+            row[: found[field].size] = found[field]
+        rows.flags.writeable = False
+        return rows
+
+    def _probe_moments(self, k: int) -> Array:
+        return (self.weights * np.nan_to_num(self.ritz_values) ** k).sum(1) + self._beyond_gauss(k)
+
+    def _beyond_gauss(self, k: int) -> Array:
+        """[probes] what v'H^k v exceeds the quadrature by: the product of the squared betas for k = 2 size, else 0."""
+        product = np.where(self.weights_exist, self.betas, 1.0).prod(1)
+        return np.where(k == 2 * self.sizes, product**2, 0.0)
+
+    def _extreme(self, columns: npt.NDArray[np.int64], choose: Callable[[Array], np.intp]) -> Extreme:
+        probes = np.arange(self.num_probes)
+        values = self.ritz_values[probes, columns]
+        best = choose(values)
+        spread = float(values.std(ddof=1)) if self.num_probes > 1 else float("nan")
+        return Extreme(float(values[best]), float(self.residual_bounds[best, columns[best]]), spread)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Density:
+    """Masses of the smoothed spectral measure in bins.
+
+    Attributes:
+        edges: [points + 1] ascending eigenvalues.
+        mass: [probes, points], each row summing to one.
+        axis: The coordinate in which bins are equally wide.
+        width: Standard deviation of the kernel in that coordinate.
+        linthresh: Scale of the symlog coordinate asinh(x/linthresh); None on a linear axis.
+    """
+
+    edges: Array
+    mass: Array
+    axis: Axis
+    width: float
+    linthresh: float | None
+
+    @property
+    def mean(self) -> Array:
+        """[points] mass averaged over probes."""
+        return self.mass.mean(0)
+
+    @property
+    def standard_error(self) -> Array:
+        """[points] of the mean, across probes; NaN for a single probe."""
+        probes = len(self.mass)
+        return self.mass.std(0, ddof=1) / np.sqrt(probes) if probes > 1 else np.full(self.mass.shape[1], np.nan)
+
+    @property
+    def centers(self) -> Array:
+        """[points] eigenvalues in the middle of each bin, in the axis' coordinate."""
+        edges = _to_axis(self.edges, self.linthresh)
+        return _from_axis((edges[1:] + edges[:-1]) / 2, self.linthresh)
+
+    @property
+    def density(self) -> Array:
+        """[points] mean mass per unit of eigenvalue."""
+        return self.mean / np.diff(self.edges)
+
+    @property
+    def band(self) -> tuple[Array, Array]:
+        """[points] each: density two standard errors below (it may be negative) and above."""
+        half = 2 * self.standard_error / np.diff(self.edges)
+        return self.density - half, self.density + half
+
+
+def refuse_finished(folder: str | os.PathLike[str]) -> None:
+    """Raises FileExistsError if the folder holds a finished run; to be called before the long work."""
+    if (Path(folder) / RECORD).exists():
+        raise FileExistsError(
+            f"{folder} already holds a finished run ({RECORD}); choose another folder, or pass "
+            "--overwrite (overwrite=True) to replace it"
+        )
+
+
+_STORED = ("alphas", "betas", "sizes", "dim")
+
+
+def _to_axis(x: Any, linthresh: float | None) -> Any:
+    return x if linthresh is None else np.arcsinh(x / linthresh)
+
+
+def _from_axis(t: Any, linthresh: float | None) -> Any:
+    return t if linthresh is None else linthresh * np.sinh(t)
+
+
+def _default_linthresh(theta: Array, weights: Array) -> float:
+    magnitudes = np.abs(theta)
+    if not magnitudes.any():
+        return 1.0  # The zero operator has no scale.
+    median = _weighted_median(magnitudes, weights)
+    if median == 0:
+        median = _weighted_median(magnitudes[magnitudes > 0], weights[magnitudes > 0])
+    return max(median, float(np.finfo(np.float32).eps) * float(magnitudes.max()))
+
+
+def _weighted_median(values: Array, weights: Array) -> float:
+    order = np.argsort(values)
+    total = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(total, total[-1] / 2)])
+
+
+def _interval_mass(z: Array) -> Array:
+    """[..., bins] standard normal mass between consecutive z [..., bins + 1], with small relative error in both tails."""
+    low, high = z[..., :-1], z[..., 1:]
+    return np.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _json_ready(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
