@@ -75,11 +75,24 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ("data", "fsdp")))
 
 
-def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Activations x [B, ...] pinned to the sharding of the batch, so that GSPMD gathers weights, not activations."""
+def constrain(x: jax.Array, mesh: Mesh | None, *cuts: str | tuple[str, ...] | None) -> jax.Array:
+    """x pinned to a sharding: for each dimension the mesh axes that cut it.
+
+    Dimensions not named stay whole, and so does one that does not divide (a single sequence on eight devices).
+    """
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+    parts = [
+        1 if cut is None else math.prod(mesh.shape[a] for a in ((cut,) if isinstance(cut, str) else cut))
+        for cut in cuts
+    ]
+    spec = PartitionSpec(*(cut if n % part == 0 else None for cut, part, n in zip(cuts, parts, x.shape, strict=False)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Activations x [B, ...] pinned to the sharding of the batch, so that GSPMD gathers weights, not activations."""
+    return constrain(x, mesh, ("data", "fsdp"))
 
 
 def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:

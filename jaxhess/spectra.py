@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
 
+from jaxhess.density import Axis, Density, smoothed
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ FORMAT = "jaxhess-spectrum-1"
 ARRAYS, RECORD = "spectrum.npz", "spectrum.json"
 
 Array = npt.NDArray[np.float64]
-Axis = Literal["symlog", "linear"]
 
 
 class Estimate(NamedTuple):
@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
 
 
 class Extreme(NamedTuple):
-    """An extreme Ritz value over all probes, its residual bound, and the std of the probes' own extremes (NaN: one probe)."""
+    """An extreme Ritz value, its residual bound, and the std of the probes' own extremes (NaN for one probe)."""
 
     value: float
     residual_bound: float
@@ -61,7 +61,7 @@ class Spectrum:
             lists, numbers that are not finite None, unknown objects their text.
 
     Raises:
-        ValueError: Shapes disagree, a size is outside 1..steps, or an entry within a size is not finite or a beta negative.
+        ValueError: Shapes disagree, a size is outside 1..steps, or an entry within it is not finite (a beta: negative).
     """
 
     alphas: Array
@@ -187,10 +187,12 @@ class Spectrum:
         return Extremes(self._extreme(np.zeros_like(last), np.argmin), self._extreme(last, np.argmax))
 
     def checks(self) -> dict[str, float]:
-        """The largest violation over probes of identities that cost nothing: all are of the order of 1e-15.
+        """The largest violation over probes of identities that cost nothing.
 
-        `sum_weights`: sum w = 1. `first_moment`: sum w theta = alpha_1, relative to the root of the second moment.
+        `sum_weights`: sum w = 1. `first_moment`: sum w theta = alpha_1, relative to the root mean square eigenvalue.
         `second_moment`: sum w theta^2 = alpha_1^2 + beta_1^2, relative; only over probes of more than one step.
+        Rounding leaves about 1e-15 times the number of steps; in the first moment also times the ratio of the largest
+        to the root mean square eigenvalue. Anything above shows that T or its diagonalisation is broken.
         """
         theta = np.nan_to_num(self.ritz_values)
         root = np.hypot(self.alphas[:, 0], self.betas[:, 0])
@@ -203,50 +205,8 @@ class Spectrum:
     def density(
         self, points: int = 400, axis: Axis = "symlog", width: float | None = None, linthresh: float | None = None
     ) -> Density:
-        """The smoothed spectral measure of every probe in `points` bins; each probe's masses sum to one at any width.
-
-        The kernel is Gaussian in the axis' coordinate t: x itself ("linear") or asinh(x/linthresh) ("symlog"), in which
-        the bins are equally wide. A bin's mass is a difference of the smoothed distribution function, so atoms keep
-        their mass on any grid; the grid spans the extremes of all probes and four widths more, and the outermost
-        bins absorb the tails. All defaults scale with H.
-
-        Args:
-            width: Standard deviation of the kernel in t. Default: the range of t over twice the number of steps, half
-                the mean gap between Ritz values.
-            linthresh: Eigenvalue where symlog turns from linear to logarithmic. Default: the weighted median of
-                |theta| (over theta != 0 if that is zero), but at least float32's epsilon times the largest |theta|,
-                below which single-precision products resolve nothing.
-
-        Raises:
-            ValueError: An argument is out of range.
-        """
-        theta, weights = self.ritz_values[self.weights_exist], self.weights[self.weights_exist]
-        if points < 1 or axis not in ("symlog", "linear"):
-            raise ValueError(f"density needs points >= 1 and axis 'symlog' or 'linear', got {points} and {axis!r}")
-        if axis == "symlog":
-            linthresh = _default_linthresh(theta, weights) if linthresh is None else linthresh
-        else:
-            linthresh = None
-        for name, value in (("width", width), ("linthresh", linthresh)):
-            if value is not None and not (np.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        low, high = _to_axis(theta.min(), linthresh), _to_axis(theta.max(), linthresh)
-        if width is None:
-            span, magnitude = high - low, max(abs(low), abs(high))
-            if span <= 1e-9 * magnitude or span == 0:  # One point, up to rounding: its own size is the only scale.
-                span = magnitude or 1.0
-            width = float(span / (2 * self.num_steps))
-        grid = np.linspace(low - 4 * width, high + 4 * width, points + 1)
-        cuts = np.concatenate([[-np.inf], grid[1:-1], [np.inf]])
-        mass = np.empty((self.num_probes, points))
-        for row, nodes, w, size in zip(mass, self.ritz_values, self.weights, self.sizes, strict=True):
-            row[:] = w[:size] @ _interval_mass((cuts - _to_axis(nodes[:size], linthresh)[:, None]) / width)
-        return Density(_from_axis(grid, linthresh), mass, axis, width, linthresh)
-
-    @property
-    def weights_exist(self) -> npt.NDArray[np.bool_]:
-        """[probes, steps] mask of the entries within each probe's size."""
-        return np.arange(self.num_steps) < self.sizes[:, None]
+        """The density on a grid with errors across probes; see `jaxhess.density.smoothed` for the arguments."""
+        return smoothed(self.ritz_values, self.weights, points, axis, width, linthresh)
 
     def summary(self) -> dict[str, Any]:
         """What a reader asks first, JSON-ready: what is not known is None."""
@@ -285,9 +245,9 @@ class Spectrum:
         arrays: dict[str, Any] = {name: getattr(self, name) for name in (*Quadrature._fields, *_STORED)}
         record = {"format": FORMAT, "info": self.info, "summary": self.summary()}
         text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        (folder / RECORD).unlink(missing_ok=True)  # Never an old record beside new arrays.
-        _replace(folder / ARRAYS, lambda file: np.savez(file, allow_pickle=False, **arrays))
-        _replace(folder / RECORD, lambda file: file.write(text.encode()))
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        _publish(folder, {ARRAYS: buffer.getvalue(), RECORD: text.encode()})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Spectrum:
@@ -308,7 +268,8 @@ class Spectrum:
         except ValueError as error:
             raise ValueError(f"{Path(folder) / RECORD} is not a spectrum record: {error}") from error
         try:
-            with np.load(Path(folder) / ARRAYS, allow_pickle=False) as arrays:
+            # From memory: numpy leaves a corrupt file open.
+            with np.load(io.BytesIO((Path(folder) / ARRAYS).read_bytes()), allow_pickle=False) as arrays:
                 fields = {name: arrays[name] for name in _STORED}
             return cls(**{**fields, "dim": int(fields["dim"])}, info=record.get("info", {}))
         except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -336,8 +297,10 @@ class Spectrum:
 
     def _beyond_gauss(self, k: int) -> Array:
         """[probes] what v'H^k v exceeds the quadrature by: the product of the squared betas for k = 2 size, else 0."""
-        product = np.where(self.weights_exist, self.betas, 1.0).prod(1)
-        return np.where(k == 2 * self.sizes, product**2, 0.0)
+        missing = np.zeros(self.num_probes)
+        for probe in np.flatnonzero(k == 2 * self.sizes):
+            missing[probe] = np.prod(self.betas[probe, : self.sizes[probe]] ** 2)
+        return missing
 
     def _extreme(self, columns: npt.NDArray[np.int64], choose: Callable[[Array], np.intp]) -> Extreme:
         probes = np.arange(self.num_probes)
@@ -345,53 +308,6 @@ class Spectrum:
         best = choose(values)
         spread = float(values.std(ddof=1)) if self.num_probes > 1 else float("nan")
         return Extreme(float(values[best]), float(self.residual_bounds[best, columns[best]]), spread)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Density:
-    """Masses of the smoothed spectral measure in bins.
-
-    Attributes:
-        edges: [points + 1] ascending eigenvalues.
-        mass: [probes, points], each row summing to one.
-        axis: The coordinate in which bins are equally wide.
-        width: Standard deviation of the kernel in that coordinate.
-        linthresh: Scale of the symlog coordinate asinh(x/linthresh); None on a linear axis.
-    """
-
-    edges: Array
-    mass: Array
-    axis: Axis
-    width: float
-    linthresh: float | None
-
-    @property
-    def mean(self) -> Array:
-        """[points] mass averaged over probes."""
-        return self.mass.mean(0)
-
-    @property
-    def standard_error(self) -> Array:
-        """[points] of the mean, across probes; NaN for a single probe."""
-        probes = len(self.mass)
-        return self.mass.std(0, ddof=1) / np.sqrt(probes) if probes > 1 else np.full(self.mass.shape[1], np.nan)
-
-    @property
-    def centers(self) -> Array:
-        """[points] eigenvalues in the middle of each bin, in the axis' coordinate."""
-        edges = _to_axis(self.edges, self.linthresh)
-        return _from_axis((edges[1:] + edges[:-1]) / 2, self.linthresh)
-
-    @property
-    def density(self) -> Array:
-        """[points] mean mass per unit of eigenvalue."""
-        return self.mean / np.diff(self.edges)
-
-    @property
-    def band(self) -> tuple[Array, Array]:
-        """[points] each: density two standard errors below (it may be negative) and above."""
-        half = 2 * self.standard_error / np.diff(self.edges)
-        return self.density - half, self.density + half
 
 
 def refuse_finished(folder: str | os.PathLike[str]) -> None:
@@ -406,36 +322,6 @@ def refuse_finished(folder: str | os.PathLike[str]) -> None:
 _STORED = ("alphas", "betas", "sizes", "dim")
 
 
-def _to_axis(x: Any, linthresh: float | None) -> Any:
-    return x if linthresh is None else np.arcsinh(x / linthresh)
-
-
-def _from_axis(t: Any, linthresh: float | None) -> Any:
-    return t if linthresh is None else linthresh * np.sinh(t)
-
-
-def _default_linthresh(theta: Array, weights: Array) -> float:
-    magnitudes = np.abs(theta)
-    if not magnitudes.any():
-        return 1.0  # The zero operator has no scale.
-    median = _weighted_median(magnitudes, weights)
-    if median == 0:
-        median = _weighted_median(magnitudes[magnitudes > 0], weights[magnitudes > 0])
-    return max(median, float(np.finfo(np.float32).eps) * float(magnitudes.max()))
-
-
-def _weighted_median(values: Array, weights: Array) -> float:
-    order = np.argsort(values)
-    total = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(total, total[-1] / 2)])
-
-
-def _interval_mass(z: Array) -> Array:
-    """[..., bins] standard normal mass between consecutive z [..., bins + 1], with small relative error in both tails."""
-    low, high = z[..., :-1], z[..., 1:]
-    return np.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
-
-
 def _json_ready(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _json_ready(item) for key, item in value.items()}
@@ -448,11 +334,15 @@ def _json_ready(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _publish(folder: Path, files: dict[str, bytes]) -> None:
+    """Replaces the files in this order, all of them or (when writing fails) none."""
+    temporaries = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
+        for name, content in files.items():
+            temporaries[name].write_bytes(content)
+        (folder / RECORD).unlink(missing_ok=True)  # Never an old record beside new arrays.
+        for name, temporary in temporaries.items():
+            os.replace(temporary, folder / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)

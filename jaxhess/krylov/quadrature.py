@@ -27,7 +27,7 @@ class Quadrature(NamedTuple):
 
 
 def quadrature(alphas: npt.ArrayLike, betas: npt.ArrayLike) -> Quadrature:
-    """The Gauss quadrature of the probe's spectral measure (Golub and Welsch 1969): v'f(H)v = sum_i weights_i f(theta_i).
+    """The Gauss quadrature of one probe's spectral measure, v'f(H)v = sum_i weights_i f(theta_i) (Golub, Welsch 1969).
 
     Exact for polynomials f of degree 2m - 1. A lone outlier of an n-dimensional operator has a weight of about
     chi-squared(1)/n, 1e-11 at 70B parameters, so first components are wanted to relative accuracy: bisection with

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,10 +20,11 @@ class Attention(nnx.Module):
         width = {"embed": config.embed_dim}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        self.query = Projection(width, heads, bias=config.qkv_bias, dtype=config.dtype, rngs=rngs)
-        self.key = Projection(width, kv_heads, bias=config.qkv_bias, dtype=config.dtype, rngs=rngs)
-        self.value = Projection(width, kv_heads, bias=config.qkv_bias, dtype=config.dtype, rngs=rngs)
-        self.out = Projection(heads, width, bias=config.out_bias, dtype=config.dtype, rngs=rngs)
+        projection = functools.partial(Projection, dtype=config.dtype, rngs=rngs)
+        self.query = projection(width, heads, bias=config.qkv_bias)
+        self.key = projection(width, kv_heads, bias=config.qkv_bias)
+        self.value = projection(width, kv_heads, bias=config.qkv_bias)
+        self.out = projection(heads, width, bias=config.out_bias)
         self.query_norm = Norm("head_dim", config.head_dim, config, kind="rms") if config.qk_norm else None
         self.key_norm = Norm("head_dim", config.head_dim, config, kind="rms") if config.qk_norm else None
         self.config = config

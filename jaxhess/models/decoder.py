@@ -9,6 +9,7 @@ Everything here has a JVP and a transpose: no `custom_vjp`, no fused attention k
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxhess.losses import logits_of
-from jaxhess.mesh import constrain_batch
+from jaxhess.mesh import constrain, constrain_batch
 from jaxhess.models.attention import Attention
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.layers import FeedForward, Norm, Projection
@@ -53,19 +54,23 @@ class Decoder(nnx.Module):
         self.mesh = mesh
         table = {"vocab": config.vocab_size}
         width = {"embed": config.embed_dim}
-        options = {"bias": False, "dtype": config.dtype, "rngs": rngs}
-        self.embed = Projection(table, width, **options)
-        self.positions = None
-        if config.rope is None:
-            self.positions = Projection({"positions": config.max_positions}, width, **options)
+        projection = functools.partial(Projection, bias=False, dtype=config.dtype, rngs=rngs)
+        self.embed = projection(table, width)
+        learned = {"positions": config.max_positions}
+        self.positions = projection(learned, width) if config.rope is None else None
         self.layers = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.num_layers))
         self.final_norm = Norm("embed", config.embed_dim, config)
-        self.head = None if config.tied_embeddings else Projection(width, table, **options)
+        self.head = None if config.tied_embeddings else projection(width, table)
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """Final normalised states [B, T, D] of tokens [B, T] (int32)."""
-        x = self.embed.kernel[...].astype(self.config.dtype)[tokens]
+        x = self._lookup(tokens)
         if self.positions is not None:
+            if tokens.shape[1] > self.config.max_positions:
+                raise ValueError(
+                    f"Sequences of {tokens.shape[1]} tokens, but this model has learned positions for "
+                    f"{self.config.max_positions} only; use shorter sequences."
+                )
             x = x + self.positions.kernel[: tokens.shape[1]].astype(self.config.dtype)
         x = constrain_batch(x, self.mesh)
 
@@ -79,6 +84,11 @@ class Decoder(nnx.Module):
         body = jax.checkpoint(block, prevent_cse=False) if self.config.remat else block
         x, _ = jax.lax.scan(body, x, (layers, windows))
         return self.final_norm(x)
+
+    def _lookup(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings [B, T, D], read where the table's columns lie; the caller exchanges them for whole rows."""
+        x = self.embed.kernel[...].astype(self.config.dtype)[constrain(tokens, self.mesh, "data")]
+        return constrain(x, self.mesh, "data", None, "fsdp")
 
     def head_kernel(self) -> jax.Array:
         """Output matrix [D, V]."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -60,10 +63,10 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         narrow, wide = {"embed": config.embed_dim}, {"mlp": config.mlp_dim}
-        options = {"bias": config.mlp_bias, "dtype": config.dtype, "rngs": rngs}
-        self.gate = Projection(narrow, wide, **options) if config.gated_mlp else None
-        self.up = Projection(narrow, wide, **options)
-        self.down = Projection(wide, narrow, **options)
+        projection = functools.partial(Projection, bias=config.mlp_bias, dtype=config.dtype, rngs=rngs)
+        self.gate = projection(narrow, wide) if config.gated_mlp else None
+        self.up = projection(narrow, wide)
+        self.down = projection(wide, narrow)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,9 +75,9 @@ class FeedForward(nnx.Module):
         return self.down(hidden)
 
 
-ACTIVATIONS = {
-    "silu": lambda x: x * jax.lax.logistic(x),  # jax.nn.silu is a jitted call: it would hide the product from XLA
-    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + jnp.tanh((2 / jnp.pi) ** 0.5 * (x + 0.044715 * x * x * x))),
-    "relu": lambda x: jnp.maximum(x, 0),
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
 }

@@ -67,7 +67,7 @@ def frequencies(rope: RopeConfig, dims: int, length: int) -> np.ndarray:
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dims - 1)
-        ramp = np.clip((np.arange(dims // 2) - low) / max(high - low, 1e-3), 0, 1)
+        ramp = np.clip((np.arange(dims // 2) - low) / ((high - low) or 1e-3), 0, 1)
         return (1 - ramp) * rates + ramp * rates / rope.factor
     raise ValueError(f"Unknown RoPE scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn.")
 

@@ -1,0 +1,86 @@
+"""`python -m convert SRC DST`: Hugging Face checkpoint -> Orbax checkpoint, or back with `--export`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from convert.configs import read_json
+from convert.destination import appearing, check_destination
+from convert.hub import local_directory
+from convert.hugging_face import write_hugging_face
+from convert.loading import load
+from convert.orbax_checkpoint import is_orbax, write_orbax
+from convert.tokenizer import add_tokenizer
+from convert.verify import TOLERANCE, verify
+from jaxhess.mesh import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Convert a Hugging Face checkpoint to an Orbax checkpoint for jaxhess, or back."""
+
+    src: Annotated[str, tyro.conf.Positional]
+    """Checkpoint to read: a Hugging Face directory or hub id, or a directory written by this command."""
+    dst: Annotated[Path, tyro.conf.Positional]
+    """Directory to write; it appears complete or not at all."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    """Dtype of the weights written; default: that of the source."""
+    mesh: str | None = None
+    """Mesh to load on, such as fsdp=4,tensor=2; default: one device. The result loads onto any mesh."""
+    export: bool = False
+    """Write Hugging Face safetensors instead of an Orbax checkpoint."""
+    verify: bool = False
+    """Compare logits with transformers (needs torch) before the result is put in place."""
+    overwrite: bool = False
+    """Replace a checkpoint that is already at DST."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = tyro.cli(Options, prog="python -m convert", args=args)
+    if options.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    try:
+        return run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(options: Options) -> int:
+    """Converts; returns 0, or 1 when `--verify` finds more than rounding (nothing is written then)."""
+    check_destination(options.dst, options.overwrite)
+    source = local_directory(options.src)
+    if source.resolve().is_relative_to(options.dst.resolve()):
+        raise ValueError(f"DST {options.dst} is or contains SRC {source}: choose another destination.")
+    if options.verify and not options.export and is_orbax(source):
+        raise ValueError(f"--verify compares with a Hugging Face checkpoint, but {source} is none.")
+    mesh = None if options.mesh is None else make_mesh(options.mesh)
+    model = load(source, mesh, options.dtype)
+    hf_config = read_json(source / "config.json")
+    with appearing(options.dst, options.overwrite) as partial:
+        (write_hugging_face if options.export else write_orbax)(model, partial, hf_config)
+        add_tokenizer(source, partial)
+        if options.verify:
+            ours, theirs = (source, partial) if options.export else (partial, source)
+            agreement = verify(ours, theirs, dtype=model.config.dtype)
+            print(
+                f"Logits against transformers: largest difference {agreement.absolute:.3g}, "
+                f"{agreement.relative:.3g} of the largest logit."
+            )
+            if not agreement.within_rounding:
+                raise ValueError(
+                    f"The logits differ by more than rounding ({TOLERANCE:g}); {options.dst} is not written."
+                )
+    print(f"{model.num_params:,} parameters in {model.config.dtype} written to {options.dst}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""`config.json` of a Hugging Face checkpoint -> `DecoderConfig`, and back.
+
+The `transformers` configuration class of the model fills the defaults and brings old and new spellings into one form;
+the tables of `convert.families` say what each attribute means here. What our decoder cannot compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from convert.families import ACTIVATIONS, FAMILIES, Family
+from jaxhess.models import DecoderConfig, RopeConfig
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It does not hold a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} does not hold a JSON object.")
+    return data
+
+
+def family_of(hf_config: dict[str, Any]) -> Family:
+    """The table of the model that a raw `config.json` describes; ValueError names an unsupported one."""
+    model_type = hf_config.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        found = "names no model_type" if model_type is None else f"has model_type {model_type!r}, which is unsupported"
+        raise ValueError(f"config.json {found}; supported are {known}.")
+    return FAMILIES[model_type]
+
+
+def decoder_config(hf_config: dict[str, Any], dtype: str = "float32") -> DecoderConfig:
+    """The decoder that a raw `config.json` describes, computing in `dtype`.
+
+    Raises:
+        ValueError: An unsupported model, or an option that our decoder cannot represent; the sentence names it.
+    """
+    family = family_of(hf_config)
+    if hf_config.get("quantization_config"):
+        method = dict(hf_config["quantization_config"]).get("quant_method", "unknown")
+        raise ValueError(f"The checkpoint is quantized (quantization_config: {method}); use the unquantized weights.")
+    full = _filled_in(family, hf_config)
+    for name, value in family.required.items():
+        if getattr(full, name) != value:
+            raise ValueError(
+                f"{family.model_type} with {name}={getattr(full, name)} is not supported; only {value} is."
+            )
+
+    fields = {ours: getattr(full, theirs, None) for ours, theirs in family.fields.items()}
+    fields |= family.constants
+    if fields.get("num_kv_heads") is None:
+        fields["num_kv_heads"] = fields["num_heads"]
+    if fields["mlp_dim"] is None:  # GPT-2 leaves it open
+        fields["mlp_dim"] = 4 * fields["embed_dim"]
+    fields.setdefault("head_dim", None)
+    if fields["head_dim"] is None:
+        if fields["embed_dim"] % fields["num_heads"]:
+            raise ValueError(f"The width {fields['embed_dim']} is not a multiple of {fields['num_heads']} heads.")
+        fields["head_dim"] = fields["embed_dim"] // fields["num_heads"]
+    activation = getattr(full, family.activation)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{family.activation}={activation!r} is not supported; known are {', '.join(ACTIVATIONS)}.")
+    fields["activation"] = ACTIVATIONS[activation]
+    fields["sliding_window"], fields["sliding_layers"] = _sliding(family, full)
+    if "rope" not in fields:
+        fields["rope"] = _rope(family, full, fields["head_dim"])
+    return DecoderConfig(**fields, dtype=dtype)
+
+
+def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
+    """A `config.json` that describes `config`: of the first family that can say all of it.
+
+    Token ids are left out: the tokenizer knows them.
+
+    Raises:
+        ValueError: No supported family has this combination of options.
+    """
+    for family in FAMILIES.values():
+        hf_config = _described_by(family, config)
+        try:
+            if decoder_config(hf_config, config.dtype) == comparable(config):
+                return hf_config
+        except ValueError:
+            continue
+    raise ValueError(f"No supported Hugging Face architecture describes {config}.")
+
+
+def _filled_in(family: Family, hf_config: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING  # slow to import, and `import convert` should not be
+
+    try:
+        return CONFIG_MAPPING[family.model_type].from_dict(hf_config)
+    except Exception as error:  # its validators raise classes of their own, by release
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json is not a valid {family.model_type} configuration: {reason}") from None
+
+
+def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:
+    """The look-back in tokens and the layers it applies to (none listed: all)."""
+    window = getattr(full, "sliding_window", None)
+    kinds = getattr(full, "layer_types", None)
+    if family.window == "layer types":
+        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise ValueError(
+                f"layer_types has {unknown[0]!r}; only full_attention and sliding_attention are supported."
+            )
+        sliding = tuple(kind == "sliding_attention" for kind in kinds)
+        if not any(sliding):
+            return None, ()
+        if window is None:
+            raise ValueError("layer_types asks for sliding_attention but use_sliding_window or sliding_window is off.")
+        return window, () if all(sliding) else sliding
+    if family.window == "none":
+        window = None
+    expected = "full_attention" if window is None else "sliding_attention"
+    if kinds and set(kinds) != {expected}:
+        raise ValueError(f"{family.model_type} with layer_types is not supported, except {expected} in every layer.")
+    return window, ()
+
+
+def _rope(family: Family, full: Any, head_dim: int) -> RopeConfig:
+    """Rotary positions from the standardised `rope_parameters`."""
+    rope = dict(full.rope_parameters)
+    kind = rope.get("rope_type", "default")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("rope_parameters differ by layer type, which is not supported.")
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"RoPE scaling {kind!r} is not supported; known are {', '.join(ROPE_KINDS)}.")
+    part = rope.get("partial_rotary_factor")
+    part = 1.0 if part is None else part
+    if part != 1 and not family.partial_rotary:
+        raise ValueError(f"partial_rotary_factor={part} is not supported for {family.model_type}.")
+    options: dict[str, Any] = {"theta": float(rope["rope_theta"]), "kind": kind}
+    if int(head_dim * part) != head_dim:
+        options["dims"] = int(head_dim * part)
+    if kind == "default":
+        return RopeConfig(**options)
+
+    trained = full.max_position_embeddings if kind == "dynamic" else rope.get("original_max_position_embeddings")
+    factor = rope.get("factor")
+    if factor is None and kind == "yarn":
+        factor = full.max_position_embeddings / trained
+    options["factor"] = _number(rope | {"factor": factor}, "factor", kind)
+    if kind != "linear":
+        options["original_max_positions"] = trained
+    if kind == "llama3":
+        options["low_freq_factor"] = _number(rope, "low_freq_factor", kind)
+        options["high_freq_factor"] = _number(rope, "high_freq_factor", kind)
+    if kind == "yarn":
+        options["beta_fast"] = float(rope.get("beta_fast") or 32)
+        options["beta_slow"] = float(rope.get("beta_slow") or 1)
+        options["truncate"] = bool(rope.get("truncate", True))
+        options["attention_factor"] = yarn_attention_factor(rope, options["factor"])
+    return RopeConfig(**options)
+
+
+def _number(rope: dict[str, Any], name: str, kind: str) -> float:
+    if not isinstance(rope.get(name), (int, float)):
+        raise ValueError(f"RoPE scaling {kind!r} needs the number {name}; config.json has {rope.get(name)!r}.")
+    return float(rope[name])
+
+
+def yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
+    """The factor on cos and sin that `attention_factor`, or else `mscale` and `mscale_all_dim`, ask for.
+
+    0.1 m ln(factor) + 1 with m = 1 by default (arXiv 2309.00071, equation 22), the ratio of two where both are given.
+    """
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+
+    def scale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+    return scale(1.0)
+
+
+def _described_by(family: Family, config: DecoderConfig) -> dict[str, Any]:
+    """`config` in the words of `family`; what they cannot say is lost, which the caller finds out by reading back."""
+    spelling = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    described: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+    described |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
+    described |= family.required
+    described[family.activation] = spelling[config.activation]
+    described |= {"bos_token_id": None, "eos_token_id": None, "dtype": config.dtype}
+    if family.window != "none":
+        described["sliding_window"] = config.sliding_window
+    if family.window == "layer types":
+        layers = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
+        described["use_sliding_window"] = config.sliding_window is not None
+        described["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in layers]
+    if config.rope is not None and "rope" not in family.constants:
+        described["rope_parameters"] = _described_rope(config, config.rope, family.partial_rotary)
+    return described
+
+
+def _described_rope(config: DecoderConfig, rope: RopeConfig, partial: bool) -> dict[str, Any]:
+    described: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if partial:
+        described["partial_rotary_factor"] = config.rotary_dims / config.head_dim
+    if rope.kind != "default":
+        described["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn"):
+        described["original_max_position_embeddings"] = rope.original_max_positions
+    if rope.kind == "llama3":
+        described |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.kind == "yarn":
+        described |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+        described["attention_factor"] = rope.attention_factor
+    return described
+
+
+def comparable(config: DecoderConfig) -> DecoderConfig:
+    """`config` without what no checkpoint stores: how it is computed, and defaults that are spelled out."""
+    rope = config.rope
+    if rope is not None and rope.dims == config.head_dim:
+        rope = dataclasses.replace(rope, dims=None)
+    layers = () if all(config.sliding_layers) else config.sliding_layers
+    window = None if layers and not any(layers) else config.sliding_window
+    return dataclasses.replace(
+        config,
+        rope=rope,
+        sliding_window=window,
+        sliding_layers=layers if window is not None else (),
+        query_chunk=DecoderConfig.query_chunk,
+        remat=DecoderConfig.remat,
+    )

@@ -1,0 +1,52 @@
+"""From a path or a Hugging Face hub id to a local directory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_CONFIG_FILES = ["config.json", "generation_config.json"]
+
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+]
+"""Files that make a tokenizer, as far as a checkpoint has them."""
+
+
+def local_directory(path_or_hub_id: str | Path) -> Path:
+    """The directory itself, or where the hub's files of that id lie after downloading what is missing.
+
+    Raises:
+        FileNotFoundError: No such directory, and no such id on the hub (or no way to ask).
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file; a checkpoint is a directory with config.json and its weights.")
+    name = str(path_or_hub_id)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise FileNotFoundError(f"There is no directory {name}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = [*_CONFIG_FILES, *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json"]
+        directory = Path(snapshot_download(name, allow_patterns=wanted))
+        if not any(directory.glob("model*.safetensors*")):
+            wanted = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+            directory = Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # its client's errors come from several libraries
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(
+            f"There is no directory {name}, and the hub does not give a model of that id ({type(error).__name__}: {reason})."
+        ) from None
+    return directory

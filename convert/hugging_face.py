@@ -1,0 +1,138 @@
+"""Hugging Face checkpoints from our models: safetensors files that `transformers` loads, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.configs import comparable, decoder_config, family_of, hugging_face_config
+from convert.destination import appearing
+from convert.mapping import Row, axis_sizes, mapping_rows
+from convert.tokenizer import add_tokenizer
+from jaxhess.models import LanguageModel
+
+SHARD_BYTES = 5 * 10**9
+"""Largest weight file, as `transformers` writes them by default."""
+
+_SAFETENSORS_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def export(
+    model: LanguageModel,
+    directory: str | Path,
+    *,
+    hf_config: dict[str, Any] | None = None,
+    tokenizer_source: Any = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `model` as a Hugging Face checkpoint; the directory appears complete or not at all.
+
+    Args:
+        model: All its arrays must be addressable from this process.
+        directory: New, empty, or a checkpoint to replace with `overwrite`.
+        hf_config: The `config.json` the model came from; None: one is made from its `DecoderConfig`.
+        tokenizer_source: A directory whose tokenizer files are copied, or a tokenizer with `save_pretrained`.
+        overwrite: Replace a checkpoint that is already there.
+        shard_bytes: Weights beyond this go to several files with an index.
+
+    Raises:
+        FileExistsError: The directory is not empty, or no checkpoint that could be replaced.
+        ValueError: `hf_config` describes another model, or no supported family describes this one.
+    """
+    with appearing(Path(directory), overwrite) as partial:
+        write_hugging_face(model, partial, hf_config, shard_bytes)
+        add_tokenizer(tokenizer_source, partial)
+
+
+def write_hugging_face(
+    model: LanguageModel, directory: Path, hf_config: dict[str, Any] | None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """`config.json` and weight files in an existing directory; arguments as for `export`."""
+    config = model.config
+    if hf_config is None:
+        hf_config = hugging_face_config(config)
+    elif comparable(decoder_config(hf_config, config.dtype)) != comparable(config):
+        raise ValueError("hf_config does not describe this model: read back, it gives another DecoderConfig.")
+    if not all(array.is_fully_addressable for array in jax.tree.leaves(model.params)):
+        raise ValueError("Parts of the model are on other processes; export it from a single process.")
+    dtype = np.dtype(jax.tree.leaves(model.params)[0].dtype)
+    key = "torch_dtype" if "torch_dtype" in hf_config and "dtype" not in hf_config else "dtype"
+    hf_config = {**hf_config, key: dtype.name}
+    (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+
+    family = family_of(hf_config)
+    sizes = axis_sizes(config)
+    tensors: dict[str, list[tuple[Row, int]]] = {}  # the parameters (and which layer of them) in each file tensor
+    for row in mapping_rows(family, config, prefix=family.prefix, head=family.head):
+        for layer, name in enumerate(row.names):
+            tensors.setdefault(name, []).append((row, layer))
+    shapes = {name: parts[0][0].layout.shape(sizes) for name, parts in tensors.items()}
+    files = _cut_into_files({name: math.prod(s) * dtype.itemsize for name, s in shapes.items()}, shard_bytes)
+    for file, names in files.items():
+        with (directory / file).open("wb") as stream:
+            stream.write(_header({name: shapes[name] for name in names}, dtype))
+            for name in names:
+                stream.write(_file_tensor(model, tensors[name], shapes[name], dtype).data.cast("B"))
+    if len(files) > 1:
+        total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _cut_into_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> its tensors, each file filled up to `limit` bytes (a larger tensor has one of its own)."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _header(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
+    """The start of a safetensors file: length of the header, and a JSON object padded to 8 bytes.
+
+    Written here because the library's writer wants all tensors of a file in memory at once.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _SAFETENSORS_NAMES[dtype.name], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _file_tensor(
+    model: LanguageModel, parts: list[tuple[Row, int]], shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """One tensor as the file has it, put together from the parameters it holds."""
+    tensor = np.empty(shape, dtype)
+    for row, layer in parts:
+        array: Any = model.params
+        for key in row.path:
+            array = array[key]
+        values = np.asarray(_layer(array, layer) if row.stacked else array)
+        row.layout.write(tensor, values, row.layer_axes, axis_sizes(model.config))
+    return tensor.view(f"uint{8 * dtype.itemsize}")  # bfloat16 has no buffer protocol
+
+
+@jax.jit
+def _layer(stacked: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, jnp.asarray(layer, jnp.int32), keepdims=False)

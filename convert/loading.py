@@ -1,0 +1,183 @@
+"""`load`: the model in a checkpoint, its weights read by slice into their places on a mesh."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from convert.configs import DTYPES, decoder_config, family_of, read_json
+from convert.families import Family
+from convert.hub import local_directory
+from convert.mapping import Row, axis_sizes, checked_rows
+from convert.orbax_checkpoint import is_orbax, parameter_shardings, restore
+from convert.source import Source
+from jaxhess.models import DecoderConfig, LanguageModel, Params, abstract_params
+
+BLOCK_BYTES = 2**26
+"""Weights of several layers are read together up to this size; a larger tensor is read alone. 64 MiB."""
+
+_EXPONENT_BITS = {"float64": 0x7FF << 52, "float32": 0xFF << 23, "float16": 0x1F << 10, "bfloat16": 0xFF << 7}
+
+
+def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None = None) -> LanguageModel:
+    """The model in a checkpoint, placed on `mesh`.
+
+    Host memory beyond the arrays stays near the largest tensor of the files: every device's part of every layer is
+    read by slice and moved to its place before the next is read.
+
+    Args:
+        path_or_hub_id: A Hugging Face directory, a directory that `python -m convert` wrote, or a hub id.
+        mesh: Where the weights shall live (`jaxhess.mesh.make_mesh`); None: on the first device.
+        dtype: Weights and computation: float32, bfloat16, float16 or float64 (needs `jax_enable_x64`). None keeps what
+            the files hold; where they hold several, what `config.json` says, or else the widest.
+
+    Raises:
+        FileNotFoundError: There is no such directory or hub id, or a file of the checkpoint is missing.
+        ValueError: An unsupported architecture or option, a damaged file, a tensor that is missing, extra, duplicate or
+            wrongly shaped, a NaN or infinite weight, or float64 without `jax_enable_x64`.
+        ImportError: The weights are `.bin` files and torch is not installed.
+    """
+    check_dtype(dtype)
+    directory = local_directory(path_or_hub_id)
+    if is_orbax(directory):
+        return restore(directory, mesh, dtype)
+    hf_config = read_json(directory / "config.json")
+    family = family_of(hf_config)
+    config = decoder_config(hf_config)
+    source = Source(directory)
+    rows = checked_rows(family, config, source)
+    chosen = dtype or stored_dtype(hf_config, rows, source)
+    check_dtype(chosen)
+    config = decoder_config(hf_config, chosen)
+    if config.tied_embeddings:
+        _check_tied(family, rows, source)
+    shardings = parameter_shardings(config, mesh)
+    abstract = abstract_params(config)
+    params: Params = {}
+    for row in rows:
+        place = params
+        for key in row.path[:-1]:
+            place = place.setdefault(key, {})
+        place[row.path[-1]] = _place(row, config, source, _leaf(abstract, row.path), _leaf(shardings, row.path))
+    return LanguageModel(config, params, mesh)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises ValueError for a dtype that is unknown or that JAX would silently narrow."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError("float64 needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
+
+
+def stored_dtype(hf_config: dict[str, Any], rows: list[Row], source: Source) -> str:
+    """The dtype of the files' weights; where they differ, the one `config.json` names, or else the widest."""
+    found = {source.tensors[name].dtype for row in rows for name in row.names}
+    if len(found) == 1:
+        return found.pop()
+    named = hf_config.get("dtype", hf_config.get("torch_dtype"))
+    if named in DTYPES:
+        return str(named)
+    return str(functools.reduce(jnp.promote_types, found))
+
+
+def _place(
+    row: Row, config: DecoderConfig, source: Source, leaf: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
+    """One parameter, read layer by layer into an array that is already in its place."""
+    sizes = axis_sizes(config)
+
+    def layer_slice(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        values = row.layout.read(lambda slices: source.read(name, slices), row.layer_axes, index, sizes)
+        with np.errstate(over="ignore"):  # what overflows is infinite, and refused by name below
+            values = values.astype(leaf.dtype)
+        _check_finite(values, name, source, config.dtype)
+        return values
+
+    def block(first: int, count: int) -> jax.Array:
+        """Layers [first, first + count) of a stacked parameter, or the whole of another."""
+        shape = (count, *leaf.shape[1:]) if row.stacked else leaf.shape
+
+        def device_slice(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
+            if not row.stacked:
+                return np.ascontiguousarray(layer_slice(row.names[0], tuple(bounds)))
+            part = np.empty([b.stop - b.start for b in bounds], leaf.dtype)
+            for i, layer in enumerate(range(first + bounds[0].start, first + bounds[0].stop)):
+                part[i] = layer_slice(row.names[layer], tuple(bounds[1:]))
+            return part
+
+        return jax.make_array_from_callback(shape, _block_sharding(sharding, leaf.shape, shape), device_slice)
+
+    if not row.stacked:
+        return block(0, 1)
+    per_layer = leaf.size * leaf.dtype.itemsize // config.num_layers
+    count = _block_length(config.num_layers, BLOCK_BYTES // max(per_layer, 1))
+    if count == config.num_layers:
+        return block(0, count)
+    whole = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+    for first in range(0, config.num_layers, count):
+        whole = _insert(whole, block(first, count), first)
+        jax.block_until_ready(whole)  # or the blocks queue up in host memory
+    return whole
+
+
+def _block_length(layers: int, fitting: int) -> int:
+    """The largest divisor of `layers` that is at most `fitting` (at least 1): equal blocks share one compilation."""
+    return max(n for n in range(1, layers + 1) if layers % n == 0 and n <= max(fitting, 1))
+
+
+def _block_sharding(sharding: Sharding, whole: tuple[int, ...], block: tuple[int, ...]) -> Sharding:
+    """`sharding` for a block of layers: cut like the whole along every axis but the layers themselves."""
+    if whole == block or not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
+
+
+def _insert(whole: jax.Array, block: jax.Array, first: int) -> jax.Array:
+    return _inserter(whole.sharding)(whole, block, first)
+
+
+@functools.cache
+def _inserter(sharding: Sharding) -> Any:
+    def insert(whole: jax.Array, block: jax.Array, first: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(whole, block, first, axis=0)
+
+    return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
+
+
+def _check_finite(values: np.ndarray, name: str, source: Source, dtype: str) -> None:
+    mask = np.array(_EXPONENT_BITS[dtype], f"uint{8 * values.dtype.itemsize}")
+    if ((values.view(mask.dtype) & mask) == mask).any():  # on bits: bfloat16's own isfinite is slow
+        stored = source.tensors[name]
+        narrowed = "" if stored.dtype == dtype else f" once it is {dtype}"
+        raise ValueError(f"Tensor {name} in {stored.file} holds NaN or infinite values{narrowed}.")
+
+
+def _check_tied(family: Family, rows: list[Row], source: Source) -> None:
+    """The file's output matrix, if it has one although embeddings are tied, must be the embedding."""
+    embedding = next(row.names[0] for row in rows if row.path == ("embed", "kernel"))
+    head = next((name for name in (family.head, family.head_alias) if name in source.tensors), None)
+    if head is None:
+        return
+    vocab, width = source.tensors[embedding].shape
+    step = max(1, BLOCK_BYTES // (8 * width))
+    for start in range(0, vocab, step):
+        block = (slice(start, min(start + step, vocab)), slice(0, width))
+        if not np.array_equal(source.read(embedding, block), source.read(head, block), equal_nan=False):
+            raise ValueError(
+                f"config.json ties the output matrix to the embedding, but {head} differs from {embedding} "
+                f"in {source.directory}: set tie_word_embeddings to false to keep both."
+            )
+
+
+def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree

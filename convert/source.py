@@ -1,0 +1,167 @@
+"""The tensors of a Hugging Face checkpoint directory, by name, read slice by slice.
+
+Names, shapes and dtypes come from the files' headers; no weight is read before somebody asks for a slice of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.configs import read_json
+from convert.layout import Slices
+
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, shape and dtype (a numpy name, or the file's own name for other kinds)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Source:
+    """The tensors of one checkpoint directory.
+
+    Reads, in this order of preference, `model.safetensors`, the files of `model.safetensors.index.json`,
+    `pytorch_model.bin`, the files of `pytorch_model.bin.index.json`.
+
+    Attributes:
+        tensors: Every tensor by name.
+
+    Raises:
+        FileNotFoundError: No weights, or a file that the index names is missing.
+        ValueError: A damaged file, an index that disagrees with its files, or a tensor in two files.
+        ImportError: Only `.bin` files, and torch is not installed.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._pickles: dict[Path, Any] = {}
+        files, index = _weight_files(directory)
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in files:
+            headers = _safetensors_header(file) if file.suffix == ".safetensors" else self._pickle_header(file)
+            for name, tensor in headers.items():
+                if name in self.tensors:
+                    other = self.tensors[name].file.name
+                    raise ValueError(f"Tensor {name} is in two files of {directory}: {other} and {file.name}.")
+                self.tensors[name] = tensor
+        for name, file_name in (index or {}).items():
+            if name not in self.tensors or self.tensors[name].file.name != file_name:
+                raise ValueError(
+                    f"The index of {directory} says that {file_name} holds tensor {name}, but it does not."
+                )
+
+    def read(self, name: str, slices: Slices) -> np.ndarray:
+        """A copy of one slice of a tensor, in the file's dtype."""
+        tensor = self.tensors[name]
+        if tensor.file.suffix != ".safetensors":
+            return _as_numpy(self._pickles[tensor.file][name][slices])
+        # Opened for each slice: what a closed file had mapped no longer counts as this process's memory.
+        with _open_safetensors(tensor.file) as file:
+            return file.get_slice(name)[slices]
+
+    def _pickle_header(self, file: Path) -> dict[str, StoredTensor]:
+        self._pickles[file] = tensors = _load_pickle(file)
+        return {
+            name: StoredTensor(file, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()
+        }
+
+
+def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files of a checkpoint, and its index (tensor name -> file name) if it has one."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / single).is_file():
+            return [directory / single], None
+        index_file = directory / f"{single}.index.json"
+        if index_file.is_file():
+            index = read_json(index_file).get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise ValueError(f"{index_file} has no weight_map.")
+            files = [directory / name for name in sorted(set(index.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise FileNotFoundError(f"{file.name} is missing from {directory}, but {index_file.name} names it.")
+            return files, index
+    raise FileNotFoundError(
+        f"{directory} has no weights: no model.safetensors or pytorch_model.bin, nor an index of several such files."
+    )
+
+
+def _safetensors_header(file: Path) -> dict[str, StoredTensor]:
+    """Tensors of a safetensors file, from its header, which is also checked against the file's length."""
+    with _open_safetensors(file):  # its own validation: offsets, overlaps, shapes against bytes, file length
+        pass
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        entries = json.loads(stream.read(length), object_pairs_hook=lambda pairs: _unique(pairs, file))
+    return {
+        name: StoredTensor(file, tuple(entry["shape"]), _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]))
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
+
+
+def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{file} holds tensor {twice} twice.")
+    return data
+
+
+@contextlib.contextmanager
+def _open_safetensors(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            yield opened
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise ValueError(f"{file} is truncated or damaged ({size} bytes): {error}.") from None
+
+
+def _load_pickle(file: Path) -> dict[str, Any]:
+    """Tensors of a `.bin` file, mapped from the file rather than read where its format allows."""
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(
+            f"{file.name} is a PyTorch file: reading it needs torch, which `pip install jaxhess[torch]` brings."
+        ) from None
+    try:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            loaded = torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
+    except Exception as error:  # pickle, zip and torch each have errors of their own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is truncated, damaged, or no plain state dictionary: {reason}") from None
+    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        raise ValueError(f"{file} is no state dictionary of tensors.")
+    return loaded
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach().clone()
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16 of its own
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

@@ -1,0 +1,99 @@
+"""From what a user calls the data to blocks of the model's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from convert.tokenizer import load_tokenizer
+from jaxhess.data import TokenBlocks, pack, random_blocks, read_blocks
+
+HUB = "hub:"
+
+
+def load_blocks(
+    data: str,
+    model: str | Path,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    sequences: int | None = None,
+    seed: int = 0,
+) -> TokenBlocks:
+    """Blocks of `data` in the tokens of `model`.
+
+    Args:
+        data: A text file, a folder of text files, a `.npy` or `.npz` of tokens (`jaxhess.data.read_blocks`), `random`
+            for uniform random tokens, or `hub:NAME[@CONFIG][:SPLIT[:COLUMN]]` for a data set of the Hugging Face hub,
+            or a local folder of one; SPLIT is `train` and COLUMN `text` unless given.
+        model: Path or hub id whose tokenizer is used; only read when the data are text.
+        seq_len: Predicted tokens per block.
+        vocab_size: Of the model.
+        sequences: Blocks taken, from the beginning; None: all (`random` needs a number).
+        seed: Of random tokens.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: One sentence that names the source and what would be right.
+    """
+    if data == "random":
+        if sequences is None:
+            raise ValueError("Random tokens have no end: give the number of sequences.")
+        return random_blocks(seq_len=seq_len, vocab_size=vocab_size, sequences=sequences, seed=seed)
+    if not data.startswith(HUB):
+        path = Path(data).expanduser()
+        if path.suffix in (".npy", ".npz") or not path.exists():
+            return read_blocks(path, seq_len=seq_len, vocab_size=vocab_size, sequences=sequences)
+    tokenizer = load_tokenizer(model)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    if data.startswith(HUB):
+        return pack(
+            hub_documents(data.removeprefix(HUB)),
+            encode,
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            sequences=sequences,
+            end_of_text=tokenizer.eos_token_id,
+            name=data,
+        )
+    return read_blocks(
+        path,
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        sequences=sequences,
+        encode=encode,
+        end_of_text=tokenizer.eos_token_id,
+    )
+
+
+def hub_documents(address: str) -> Iterator[str]:
+    """The texts of a data set, streamed: `NAME[@CONFIG][:SPLIT[:COLUMN]]`.
+
+    Raises:
+        ImportError: The `hub` extra is not installed.
+        ValueError: The data set cannot be opened, or has no such column.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError("hub: data needs the `datasets` package; install the `hub` extra, jaxhess[hub].") from None
+    name, split, column, *rest = [*address.split(":"), *("", "", "")[: max(0, 3 - address.count(":") - 1)]]
+    if rest or not name:
+        raise ValueError(f"hub:{address} cannot be read; write hub:NAME[@CONFIG][:SPLIT[:COLUMN]].")
+    name, _, config = name.partition("@")
+    split, column = split or "train", column or "text"
+    try:
+        rows = iter(datasets.load_dataset(name, config or None, split=split, streaming=True))
+        first = next(rows, None)
+    except Exception as error:  # its errors come from several libraries
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"hub:{address} cannot be opened ({type(error).__name__}: {reason}).") from None
+    if first is None:
+        return
+    if column not in first:
+        raise ValueError(f"hub:{address} has no column {column!r}; its columns are {', '.join(first)}.")
+    yield first[column]
+    for row in rows:
+        yield row[column]

@@ -1,0 +1,39 @@
+"""The tokenizer beside a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from convert.hub import TOKENIZER_FILES, local_directory
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> Any:
+    """The `transformers` tokenizer in a directory (converted or not) or of a hub id.
+
+    Raises:
+        FileNotFoundError: No such directory or id, or no tokenizer files in it.
+        ValueError: The files cannot be read as a tokenizer.
+    """
+    directory = local_directory(path_or_hub_id)
+    if not any(
+        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise FileNotFoundError(f"{directory} has no tokenizer files (tokenizer.json, tokenizer.model or vocab.json).")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # sentencepiece, tokenizers and transformers each have errors of their own
+        raise ValueError(f"The tokenizer in {directory} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def add_tokenizer(source: Any, directory: Path) -> None:
+    """Adds a tokenizer to a checkpoint: the files of a directory, or an object with `save_pretrained`; None: nothing."""
+    if isinstance(source, str | Path):
+        for name in TOKENIZER_FILES:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, directory / name)
+    elif source is not None:
+        source.save_pretrained(directory)

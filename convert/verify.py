@@ -1,0 +1,64 @@
+"""How far our logits are from those of `transformers` on the same weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from convert.configs import read_json
+from convert.loading import load
+
+TOLERANCE = 1e-4
+"""Above the rounding of float32 through a hundred layers, far below what one misplaced tensor does (order 1)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Largest difference between two sets of logits, and the same divided by the largest logit."""
+
+    absolute: float
+    relative: float
+
+    @property
+    def within_rounding(self) -> bool:
+        """The difference is one of rounding; a NaN is not."""
+        return self.relative <= TOLERANCE
+
+
+def verify(ours: Path, theirs: Path, *, dtype: str, sequences: int = 4, length: int = 32, seed: int = 0) -> Agreement:
+    """Compares logits on random tokens, both sides computing in float32 so that only a real difference shows.
+
+    Args:
+        ours: A checkpoint that `convert.load` reads.
+        theirs: A Hugging Face directory.
+        dtype: Dtype of the weights of `ours`, to which `theirs` are rounded first.
+        sequences: Random sequences.
+        length: Tokens of each (fewer where the model knows fewer positions).
+        seed: Of the random tokens.
+
+    Raises:
+        ImportError: torch is not installed.
+        ValueError: `theirs` is no Hugging Face checkpoint that `transformers` reads.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise ImportError("--verify needs torch, which `pip install jaxhess[torch]` brings.") from None
+    from transformers import AutoModelForCausalLM
+
+    read_json(theirs / "config.json")
+    try:
+        reference = AutoModelForCausalLM.from_pretrained(
+            theirs, dtype=getattr(torch, dtype), attn_implementation="eager"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"transformers cannot read {theirs}: {' '.join(str(error).split())}") from None
+    model = load(ours, dtype="float32")
+    shape = (sequences, min(length, model.config.max_positions))
+    tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, shape, dtype=np.int32)
+    with torch.no_grad():
+        expected = reference.float().eval()(torch.from_numpy(tokens).long()).logits.numpy()
+    difference = float(np.max(np.abs(np.asarray(model.logits(tokens)) - expected)))
+    return Agreement(difference, difference / float(np.max(np.abs(expected))))

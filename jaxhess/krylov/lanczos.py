@@ -1,0 +1,159 @@
+"""The Lanczos iteration on vectors that are sharded pytrees, as one compiled segment over a state that can be saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess.operators.base import LinearOperator
+from jaxhess.vectors import (
+    Vector,
+    add_scaled,
+    basis_dot,
+    basis_sum,
+    cast,
+    dot,
+    named_sharding,
+    norm,
+    replicated_like,
+    scale,
+    widen,
+)
+
+Reorthogonalize = Literal["none", "full"]
+
+BREAKDOWN = 32
+"""A beta of at most this many rounding units of |alpha| + the beta before it is rounding noise: the Krylov space is
+exhausted. In units, and relative to the step's own scalars, so that a scaled loss breaks down at the same step."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LanczosState:
+    """A Lanczos run after `step` products; `m` is the most it has room for.
+
+    Attributes:
+        step: int32 scalar, products done.
+        size: int32 scalar, rows of T that are valid; smaller than `step` only after a breakdown.
+        broken: bool scalar, whether the Krylov space was exhausted.
+        alphas: [m] diagonal of T, in the accumulation dtype (float32 or wider).
+        betas: [m]; betas[j] is the norm left after step j: the off-diagonal, and the last one bounds the residuals.
+        previous, current: Vectors q_{j-1} and q_j, in the storage dtype.
+        basis: All Lanczos vectors stacked along a leading axis [m, ...], zero where not yet computed; None if not kept.
+    """
+
+    step: jax.Array
+    size: jax.Array
+    broken: jax.Array
+    alphas: jax.Array
+    betas: jax.Array
+    previous: Vector
+    current: Vector
+    basis: Vector | None
+
+
+def start_lanczos(probe: Vector, steps: int, reorthogonalize: Reorthogonalize = "none") -> LanczosState:
+    """The state before the first step, from any nonzero probe; vectors are stored in the probe's dtypes and shardings.
+
+    Raises:
+        ValueError: `steps` below 1, or an unknown re-orthogonalisation.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a Lanczos run takes at least 1.")
+    if reorthogonalize not in ("none", "full"):
+        raise ValueError(f"Unknown re-orthogonalisation {reorthogonalize!r}; it is 'none' or 'full'.")
+    keep = reorthogonalize == "full"
+
+    def create(probe: Vector) -> LanczosState:
+        current = scale(1 / norm(probe), probe)
+        zero = jnp.zeros((), jnp.int32)
+        scalars = jnp.zeros((steps,), norm(probe).dtype)
+        basis = jax.tree.map(lambda q: jnp.zeros((steps, *q.shape), q.dtype).at[0].set(q), current) if keep else None
+        previous = jax.tree.map(jnp.zeros_like, current)
+        return LanczosState(zero, zero, zero > 0, scalars, scalars, previous, current, basis)
+
+    return jax.jit(create, out_shardings=_state_shardings(probe, keep))(probe)
+
+
+def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> LanczosState:
+    """The state after step `end` (at most m), in the shardings it came in: one compilation serves every segment.
+
+    Each step is w = A q_j - beta_{j-1} q_{j-1}; alpha_j = <w, q_j>; w -= alpha_j q_j; with a stored basis two passes of
+    classical Gram-Schmidt, each one batched product over it; beta_j = |w|, recorded after them; q_{j+1} = w / beta_j
+    (Paige 1972, variant A1 of the three-term recurrence). Scalars stay on device. After a breakdown the remaining
+    steps change nothing. `state` is donated: its buffers become those of the result.
+    """
+    return _segment_program(state)(operator, state, jnp.int32(end))
+
+
+def compile_segment(operator: LinearOperator, state: LanczosState) -> jax.stages.Compiled:
+    """The compiled program that `lanczos_segment` runs, with its memory and cost analyses; compiled at most once.
+
+    Both arguments may be abstract (`jax.ShapeDtypeStruct` leaves with shardings).
+    """
+    return _segment_program(state).lower(operator, state, jnp.int32(0)).compile()
+
+
+def _segment_program(state: LanczosState) -> Any:
+    leaves, treedef = jax.tree.flatten(state)
+    return _program_for(treedef, tuple(leaf.sharding for leaf in leaves))
+
+
+@functools.cache
+def _program_for(treedef: Any, shardings: tuple[Any, ...]) -> Any:
+    def segment(operator: LinearOperator, state: LanczosState, end: jax.Array) -> LanczosState:
+        return jax.lax.fori_loop(state.step, end, lambda _, s: _lanczos_step(operator, s), state)
+
+    return jax.jit(segment, donate_argnums=(1,), out_shardings=jax.tree.unflatten(treedef, shardings))
+
+
+def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState:
+    j, q = state.step, state.current
+    beta_before = jnp.where(j > 0, state.betas[jnp.maximum(j - 1, 0)], 0)
+    w = operator.mv(widen(q))
+    w = add_scaled(w, -beta_before, state.previous)
+    alpha = dot(w, q)
+    w = add_scaled(w, -alpha, q)
+    basis = state.basis
+    if basis is not None:
+        for _ in range(2):
+            w = add_scaled(w, jnp.float32(-1), basis_sum(basis_dot(basis, w), basis))
+    beta = norm(w)
+
+    rounding = jnp.finfo(state.alphas.dtype).eps
+    broken = state.broken | (beta <= BREAKDOWN * rounding * (jnp.abs(alpha) + beta_before))
+    following = cast(scale(jnp.where(broken, 0, 1 / jnp.where(broken, 1, beta)), w), q)
+    if basis is not None:  # row m is out of range after the last step, and dropped
+        basis = jax.tree.map(lambda b, x: b.at[j + 1].set(x, mode="drop"), basis, following)
+
+    def record(values: jax.Array, value: jax.Array) -> jax.Array:
+        return values.at[j].set(jnp.where(state.broken, 0, value))
+
+    return LanczosState(
+        step=j + 1,
+        size=jnp.where(state.broken, state.size, j + 1),
+        broken=broken,
+        alphas=record(state.alphas, alpha),
+        betas=record(state.betas, beta),
+        previous=q,
+        current=following,
+        basis=basis,
+    )
+
+
+def _state_shardings(probe: Vector, keep_basis: bool) -> LanczosState | None:
+    """A state with shardings for leaves; None on a single device."""
+    scalar: Any = replicated_like(probe)
+    if scalar is None:
+        return None
+    vector = jax.tree.map(named_sharding, probe)
+
+    def stacked(sharding: Any) -> Any:
+        return type(sharding)(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
+
+    basis = jax.tree.map(stacked, vector) if keep_basis else None
+    return LanczosState(scalar, scalar, scalar, scalar, scalar, vector, vector, basis)

@@ -1,0 +1,75 @@
+"""Microbatches as data, and exact sums over them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Microbatches:
+    """Batches of one shape, stacked: every leaf of `stacked` has a leading axis that runs over them."""
+
+    stacked: Any
+
+    def __len__(self) -> int:
+        return jax.tree.leaves(self.stacked)[0].shape[0]
+
+
+def as_groups(batches: Any) -> tuple[Microbatches, ...]:
+    """`batches` as groups of equal shapes, each stacked.
+
+    Args:
+        batches: A list of batches (any pytrees the loss takes, shapes may differ), or `Microbatches`, or groups.
+
+    Raises:
+        TypeError: Anything else: a bare batch cannot be told from a stack of them.
+        ValueError: No batch at all.
+    """
+    if isinstance(batches, Microbatches):
+        return (batches,)
+    if isinstance(batches, tuple) and batches and all(isinstance(group, Microbatches) for group in batches):
+        return batches
+    if not isinstance(batches, list):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; pass a list of batches, [batch] for a single one, "
+            "or Microbatches(stacked) for arrays with a leading microbatch axis."
+        )
+    if not batches:
+        raise ValueError("batches is empty: the loss needs at least one batch.")
+    groups: dict[Any, list] = {}
+    for batch in batches:
+        leaves, treedef = jax.tree.flatten(batch)
+        groups.setdefault((treedef, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)), []).append(batch)
+    return tuple(Microbatches(jax.tree.map(lambda *x: jnp.stack(x), *group)) for group in groups.values())
+
+
+def sum_over_microbatches(f: Callable[[Any], Any], groups: tuple[Microbatches, ...]) -> Any:
+    """The sum of the pytrees f(batch) over all batches, accumulated in at least float32.
+
+    One batch is evaluated directly: no accumulator beside its result. Several run one after the other in a scan.
+    """
+    total: Any = None
+    for group in groups:
+        if len(group) == 1:
+            part = _widen(f(jax.tree.map(lambda x: x[0], group.stacked)))
+            total = part if total is None else _add(total, part)
+            continue
+        if total is None:
+            abstract = jax.eval_shape(lambda g: f(jax.tree.map(lambda x: x[0], g)), group.stacked)
+            total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), abstract)
+        total, _ = jax.lax.scan(lambda acc, batch: (_add(acc, f(batch)), None), total, group.stacked)
+    return total
+
+
+def _add(total: Any, part: Any) -> Any:
+    return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, part)
+
+
+def _widen(x: Any) -> Any:
+    return jax.tree.map(lambda e: e.astype(jnp.promote_types(e.dtype, jnp.float32)), x)

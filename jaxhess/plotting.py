@@ -1,0 +1,186 @@
+"""Figures of a spectrum. Object API only: no pyplot, no global state, nothing needs a display."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+
+from jaxhess.density import Axis, Density
+
+if TYPE_CHECKING:
+    from jaxhess.spectra import Spectrum
+
+Array = npt.NDArray[np.float64]
+
+INK, ACCENT, RUG = "#1b2a41", "#2f6fb3", "#c8553d"
+CENTRAL_MASS = 0.99
+"""Ritz values outside the central part of this mass are outliers: they are ticked under the density."""
+
+
+class NotebookFigure(Figure):
+    """A Figure which a notebook shows as PNG, although pyplot (which registers the usual formatter) is not imported."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
+    """The eigenvalue density on a logarithmic axis, a band of two standard errors, the outliers ticked below."""
+    density = spectrum.density(axis=axis)
+    figure, axes = _figure()
+    mean, (lower, upper) = density.density, density.band
+    bottom = _density_floor(spectrum, density)
+    axes.plot(density.centers, np.maximum(mean, bottom / 10), color=ACCENT, linewidth=1.6, label="mean over probes")
+    if spectrum.num_probes > 1:
+        band = (np.maximum(lower, bottom / 10), np.maximum(upper, bottom / 10))
+        axes.fill_between(density.centers, *band, color=ACCENT, alpha=0.2, linewidth=0, label="± 2 standard errors")
+    outliers = _outliers(spectrum)
+    if outliers.size:
+        label = f"Ritz values outside the central {CENTRAL_MASS:.0%} of the mass"
+        floor = np.full(outliers.size, 0.025)
+        below = axes.get_xaxis_transform()
+        axes.plot(outliers, floor, "|", markersize=12, color=RUG, alpha=0.8, label=label, transform=below)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom, mean.max() * 30)
+    _log_ticks(axes)
+    _eigenvalue_axis(axes, density)
+    axes.set_ylabel("density (share of all eigenvalues\nper unit of eigenvalue)")
+    note = "" if spectrum.num_probes > 1 else "; one probe: no error band"
+    axes.set_title(f"Density of Hessian eigenvalues\n{_provenance(spectrum)}{note}", fontsize=11, color=INK)
+    smallest, largest = (format_number(extreme.value) for extreme in spectrum.extreme())
+    same = smallest == largest
+    axes.set_xlabel(
+        f"eigenvalue (Ritz value {largest})" if same else f"eigenvalue (Ritz values {smallest} to {largest})"
+    )
+    axes.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
+    return figure
+
+
+def stem_figure(spectrum: Spectrum) -> Figure:
+    """Ritz values against quadrature weights, one colour per probe, and the share 1/dim of a single eigenvalue."""
+    density = spectrum.density()
+    figure, axes = _figure()
+    share = 1 / spectrum.dim
+    # Ghosts can weigh 1e-50; six decades below one eigenvalue nothing says more about H than its absence.
+    floor = 1e-6 * share
+    weights = spectrum.weights[np.isfinite(spectrum.ritz_values)]
+    bottom = min(max(weights[weights > 0].min(), floor), share) / 5
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.85, spectrum.num_probes))
+    listed = spectrum.num_probes <= 6
+    for probe, size in enumerate(spectrum.sizes):
+        theta, w = spectrum.ritz_values[probe, :size], spectrum.weights[probe, :size]
+        axes.vlines(theta, bottom, w, color=colors[probe], alpha=0.35, linewidth=1)
+        label = f"probe {probe}" if listed else None
+        axes.plot(theta, w, "o", markersize=4, color=colors[probe], alpha=0.85, label=label)
+    axes.axhline(share, color=RUG, linestyle="--", linewidth=1.2, label=f"one eigenvalue: 1/{spectrum.dim:,}")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom, max(weights.max(), share) * 30)
+    _log_ticks(axes)
+    _eigenvalue_axis(axes, density)
+    axes.set_xlabel("Ritz value")
+    axes.set_ylabel("weight (estimated share of all eigenvalues)")
+    hidden = int((weights < bottom).sum())
+    note = f"; {hidden} Ritz values of smaller weight are below the axis" if hidden else ""
+    colour = "" if listed else ", one colour per probe"
+    title = f"Ritz values and their weights\n{_provenance(spectrum)}{colour}{note}"
+    axes.set_title(title, fontsize=11, color=INK)
+    axes.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none", ncols=2 if listed else 1)
+    return figure
+
+
+def format_number(x: float) -> str:
+    """Five digits for a label: plain where that is short, else a power of ten in mathtext."""
+    return f"{x:.5g}".replace("-", "\N{MINUS SIGN}") if x == 0 or 1e-3 <= abs(x) <= 1e4 else _power(x)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = NotebookFigure(figsize=(9, 5), dpi=150, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    return figure, axes
+
+
+def _provenance(spectrum: Spectrum) -> str:
+    probes, steps = spectrum.num_probes, spectrum.num_steps
+    counts = f"{probes} probe{'s' * (probes > 1)} × {steps} Lanczos step{'s' * (steps > 1)}"
+    return f"{counts}, {spectrum.dim:,} parameter{'s' * (spectrum.dim > 1)}"
+
+
+def _density_floor(spectrum: Spectrum, density: Density) -> float:
+    """Lowest density worth drawing: half the lowest at any Ritz value that carries a visible part of one eigenvalue."""
+    visible = spectrum.weights >= 1e-4 / spectrum.dim  # Below are 1% of lone outliers (chi-squared(1)/n), and ghosts.
+    nodes = np.where(visible, spectrum.ritz_values, np.nan)
+    nodes = nodes[np.isfinite(nodes)]
+    bins = np.clip(np.searchsorted(density.edges, nodes) - 1, 0, density.mean.size - 1)
+    return float(density.density[bins].min() / 5)
+
+
+def _outliers(spectrum: Spectrum) -> Array:
+    taken = np.isfinite(spectrum.ritz_values)
+    theta, weights = spectrum.ritz_values[taken], spectrum.weights[taken]
+    order = np.argsort(theta)
+    theta, weights = theta[order], weights[order]
+    upto = np.cumsum(weights) / weights.sum()
+    tail = (1 - CENTRAL_MASS) / 2
+    return theta[(upto < tail) | (upto - weights / weights.sum() > 1 - tail)]
+
+
+def _eigenvalue_axis(axes: Axes, density: Density) -> None:
+    axes.set_xlim(density.edges[0], density.edges[-1])
+    ticks = []
+    if density.linthresh is not None:
+        axes.set_xscale("asinh", linear_width=density.linthresh)
+        ticks = _asinh_ticks(density.edges[0], density.edges[-1], density.linthresh)
+    if len(ticks) >= 3:
+        plain = all(x == 0 or 1e-3 <= abs(x) <= 1e4 for x in ticks)
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_major_formatter(lambda x, _: format_number(x) if plain else _power(x))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(7))
+        formatter = ScalarFormatter(useMathText=True)
+        formatter.set_powerlimits((-3, 4))
+        axes.xaxis.set_major_formatter(formatter)
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _asinh_ticks(low: float, high: float, linthresh: float, most: int = 13) -> list[float]:
+    """Round numbers inside (low, high), at least 1/most of the axis apart in asinh(x/linthresh).
+
+    Powers of ten, and 2 and 5 times them when there are few; fewer than three on an axis narrower than that.
+    """
+    apart = (np.arcsinh(high / linthresh) - np.arcsinh(low / linthresh)) / most
+    top = int(np.floor(np.log10(max(abs(low), abs(high)))))
+    stride = max(1, int(np.ceil(apart / np.log(10))))  # Exponents that it divides: the same on both sides of zero.
+    decades = [10.0**k for k in range(top - top % stride, top - 40, -stride)]
+    ticks: list[float] = [0.0] if low < 0 < high else []
+    for candidates in (decades, [f * d for d in decades for f in (5.0, 2.0)]):
+        for x in [sign * size for size in candidates for sign in (1, -1)] if len(ticks) < 5 else []:
+            t = np.arcsinh(x / linthresh)
+            if low < x < high and all(abs(t - np.arcsinh(old / linthresh)) >= apart for old in ticks):
+                ticks.append(x)
+    return sorted(ticks)
+
+
+def _log_ticks(axes: Axes) -> None:
+    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _power(x: float) -> str:
+    """A number as mathtext with a power of ten: $2\\times 10^{-7}$, $-10^{-3}$, 0."""
+    if x == 0:
+        return "0"
+    mantissa, exponent = f"{x:.4e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".")
+    factor = {"1": "", "-1": "-"}.get(mantissa, f"{mantissa}\\times ")
+    return f"${factor}10^{{{int(exponent)}}}$"

@@ -1,0 +1,202 @@
+"""A self-contained HTML report of a spectrum, for readers who have not met one before."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxhess.plotting import density_figure, stem_figure
+from jaxhess.spectra import Estimate, Extreme, Spectrum
+
+STYLE = """
+body{font:16px/1.55 system-ui,sans-serif;color:#1b2a41;max-width:60rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.7rem;margin-bottom:.2rem} h2{margin-top:2.4rem;border-bottom:1px solid #d8dee8} h3{margin-bottom:.3rem}
+table{border-collapse:collapse;margin:.5rem 0;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .9rem .25rem 0;border-bottom:1px solid #e6eaf0;text-align:left;vertical-align:top;
+overflow-wrap:anywhere}
+thead th{color:#5b6b82;font-weight:600} .wide{overflow-x:auto}
+figure{margin:1rem 0} img{max-width:100%} figcaption,.note{color:#46566c;font-size:.92rem}
+"""
+
+DENSITY_CAPTION = """How to read it: the curve says how the eigenvalues of the loss Hessian are spread. Each
+eigenvalue is the curvature of the loss along one direction in parameter space: large positive ones are steep walls,
+values near zero flat directions, negative ones directions in which the loss curves down. The vertical axis is
+logarithmic; the horizontal axis is linear near zero and logarithmic in both directions away from it, so that a bulk
+near zero and a few outliers fit in one picture. The band is two standard errors across random probes; where it
+reaches the bottom the probes do not agree on the density there. Red ticks mark the Ritz values (estimates of
+eigenvalues) outside the central 99% of the mass. Dips between neighbouring Ritz values in the bulk can be gaps of the
+method rather than of the spectrum: more Lanczos steps fill them."""
+
+STEM_CAPTION = """How to read it: each dot is one Ritz value of one probe; its height estimates the share of all
+eigenvalues near it. The dashed line is the share of a single eigenvalue, 1/dim. A dot near the line, at the same
+place for every probe, is a single isolated eigenvalue: its height scatters by the chance overlap of the probe with
+its direction. Dots far above the line stand for many eigenvalues; dots far below it carry less than one eigenvalue's
+share and deserve no interpretation, except as a probe that happened to miss an eigenvalue other probes see."""
+
+
+def write_report(folder: str | os.PathLike[str], spectrum: Spectrum) -> None:
+    """Writes `report.html` (nothing external: plots are embedded), `density.png` and `stem.png` into the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {"density": _png(density_figure(spectrum)), "stem": _png(stem_figure(spectrum))}
+    for name, image in images.items():
+        (folder / f"{name}.png").write_bytes(image)
+    (folder / "report.html").write_text(_page(spectrum, images), encoding="utf-8")
+
+
+def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
+    sections = [
+        "<h1>Spectrum of the loss Hessian</h1>",
+        f'<p class="note">{_subtitle(spectrum)}</p>',
+        "<h2>In short</h2>",
+        _table(("quantity", "value", "how sure"), _headline(spectrum)),
+        "<h2>Density of eigenvalues</h2>",
+        _image(images["density"], "Density of Hessian eigenvalues", DENSITY_CAPTION),
+        "<h2>Ritz values and weights</h2>",
+        _image(images["stem"], "Ritz values and their weights", STEM_CAPTION),
+        "<h2>Every probe</h2>",
+        _table(("probe", "steps", "smallest", "largest", "residual bound of largest", "trace"), _probes(spectrum)),
+        "<h2>Checks</h2>",
+        _table(("identity", "largest violation over probes"), _checks(spectrum)),
+        '<p class="note">Identities that hold exactly without rounding; violations far above 1e-6 mean that something '
+        "is broken.</p>",
+        "<h2>How it was made</h2>",
+        *_info(spectrum.info),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Spectrum of the loss Hessian</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body></html>\n"
+    )
+
+
+def _subtitle(spectrum: Spectrum) -> str:
+    text = (
+        f"{spectrum.num_probes} random probe{'s' * (spectrum.num_probes > 1)}, {spectrum.num_steps} Lanczos "
+        f"step{'s' * (spectrum.num_steps > 1)} each, {spectrum.dim:,} parameters."
+    )
+    broken = int(spectrum.broke_down.sum())
+    return text + (f" {broken} broke down: the Krylov space was exhausted, which makes them exact." if broken else "")
+
+
+def _headline(spectrum: Spectrum) -> Iterator[Sequence[str]]:
+    loss = _find_number(spectrum.info, "loss")
+    if loss is not None:
+        yield "loss", _number(loss, 6), "as recorded with the run"
+    smallest, largest = spectrum.extreme()
+    yield "largest Ritz value", _number(largest.value, 6), _extreme_words(largest)
+    yield "smallest Ritz value", _number(smallest.value, 6), _extreme_words(smallest)
+    yield "trace", *_estimate_words(spectrum.trace())
+    mean = spectrum.moment(1)
+    yield "mean eigenvalue (trace / dim)", *_estimate_words(mean)
+    yield "Frobenius norm", *_estimate_words(spectrum.frobenius_norm())
+
+
+def _extreme_words(extreme: Extreme) -> str:
+    size = abs(extreme.value)
+    if extreme.residual_bound <= np.finfo(float).eps * size:
+        words = "converged: an eigenvalue lies here to within the rounding of the Lanczos vectors"
+    else:
+        words = f"an eigenvalue lies within ± {_number(extreme.residual_bound, 2)} of it"
+    if math.isnan(extreme.spread):
+        return words + "; one probe, so no spread"
+    return words + f"; the probes' own values scatter by {_number(extreme.spread, 2)} (standard deviation)"
+
+
+def _estimate_words(estimate: Estimate) -> tuple[str, str]:
+    value, error = estimate
+    if math.isnan(error):
+        return _number(value, 4), "standard error unknown: too few steps for a single probe"
+    relative = f" ({_number(100 * error / abs(value), 2)}% of the value)" if value else ""
+    return _number(value, 4), f"± {_number(error, 2)} standard error{relative}"
+
+
+def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:
+    rows = zip(
+        spectrum.ritz_values,
+        spectrum.residual_bounds,
+        spectrum.sizes,
+        spectrum.broke_down,
+        spectrum.alphas,
+        strict=True,
+    )
+    for probe, (theta, bounds, size, broke, alphas) in enumerate(rows):
+        steps = f"{size} (broke down)" if broke else str(size)
+        numbers = (_number(x, 6) for x in (theta[0], theta[size - 1]))
+        yield str(probe), steps, *numbers, _number(bounds[size - 1], 2), _number(spectrum.dim * alphas[0], 4)
+
+
+def _checks(spectrum: Spectrum) -> Iterator[Sequence[str]]:
+    names = {
+        "sum_weights": "the weights sum to one",
+        "first_moment": "the mean Ritz value is alpha₁ (relative to the root mean square)",
+        "second_moment": "the mean squared Ritz value is alpha₁² + beta₁² (relative)",
+    }
+    for name, violation in spectrum.checks().items():
+        yield names[name], f"{violation:.1e}"
+
+
+def _info(info: dict[str, Any]) -> Iterator[str]:
+    plain = {key: value for key, value in info.items() if not isinstance(value, dict)}
+    groups = ({"run": plain} if plain else {}) | {key: value for key, value in info.items() if isinstance(value, dict)}
+    for title, values in groups.items():
+        yield f"<h3>{html.escape(title)}</h3>"
+        yield _table(("name", "value"), _flat(values))
+    if not groups:
+        yield "<p>Nothing was recorded.</p>"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[Sequence[str]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _find_number(info: dict[str, Any], name: str) -> float | None:
+    """The first number called `name`, at the top level or in a nested table."""
+    value = info.get(name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    found = (_find_number(nested, name) for nested in info.values() if isinstance(nested, dict))
+    return next((number for number in found if number is not None), None)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "\n".join(line(row, "td") for row in rows)
+    return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _image(png: bytes, alt: str, caption: str) -> str:
+    data = base64.b64encode(png).decode()
+    caption = html.escape(caption)
+    return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _number(x: float, digits: int) -> str:
+    """Rounded to so many digits, plain where that is readable: 120, 0.00058, 3.2e−13."""
+    rounded = float(f"{x:.{digits}g}")
+    text = f"{rounded:.0f}" if 10**digits <= abs(rounded) < 1e6 else f"{x:.{digits}g}"
+    return text.replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,143 @@
+"""Algebra on vectors that are pytrees of (sharded) arrays: products, norms, sums and random probes.
+
+Nothing here ravels a tree into one array: that would gather every shard onto one device and meet 32-bit sizes at 2.1e9
+entries. Products accumulate in at least float32 whatever the storage dtype, and stay on device.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+Vector = Any
+"""A pytree of floating-point arrays."""
+
+Distribution = Literal["normal", "rademacher"]
+
+
+def dot(x: Vector, y: Vector) -> jax.Array:
+    """Inner product of two vectors: a scalar in at least float32."""
+    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(_wide(a) * _wide(b)), x, y)), start=jnp.float32(0))
+
+
+def norm(x: Vector) -> jax.Array:
+    """Euclidean norm: a scalar in at least float32."""
+    return jnp.sqrt(dot(x, x))
+
+
+def scale(a: jax.Array, x: Vector) -> Vector:
+    """a x, computed in at least float32 and returned in the dtype of x."""
+    return jax.tree.map(lambda e: (a * _wide(e)).astype(e.dtype), x)
+
+
+def add_scaled(y: Vector, a: jax.Array, x: Vector) -> Vector:
+    """y + a x, computed in at least float32 and returned in the dtype of y."""
+    return jax.tree.map(lambda f, e: (_wide(f) + a * _wide(e)).astype(f.dtype), y, x)
+
+
+def cast(x: Vector, dtype: Any) -> Vector:
+    """x stored in `dtype` (one dtype, or a tree of arrays whose dtypes to take)."""
+    if isinstance(dtype, (str, type, jnp.dtype)):
+        return jax.tree.map(lambda e: e.astype(dtype), x)
+    return jax.tree.map(lambda e, like: e.astype(like.dtype), x, dtype)
+
+
+def widen(x: Vector) -> Vector:
+    """x in at least float32."""
+    return jax.tree.map(_wide, x)
+
+
+def basis_dot(basis: Vector, x: Vector) -> jax.Array:
+    """Inner products [m] of x with the m vectors stacked along the leading axis of `basis`; at least float32."""
+
+    def leaf(b: jax.Array, e: jax.Array) -> jax.Array:
+        axes = (tuple(range(1, b.ndim)), tuple(range(e.ndim)))
+        wide = jnp.promote_types(e.dtype, jnp.float32)
+        return jax.lax.dot_general(
+            b, e.astype(b.dtype), (axes, ((), ())), precision="highest", preferred_element_type=wide
+        )
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf, basis, x)), start=jnp.float32(0))
+
+
+def basis_sum(coefficients: jax.Array, basis: Vector) -> Vector:
+    """The linear combination of the m stacked vectors with `coefficients` [m]; leaves in at least float32."""
+    return jax.tree.map(
+        lambda b: jnp.tensordot(
+            coefficients.astype(jnp.promote_types(b.dtype, jnp.float32)), _wide(b), axes=1, precision="highest"
+        ),
+        basis,
+    )
+
+
+def size(x: Vector) -> int:
+    """Number of entries."""
+    return sum(e.size for e in jax.tree.leaves(x))
+
+
+def random_probe(key: jax.Array, like: Vector, distribution: Distribution = "normal") -> Vector:
+    """A random vector with independent entries of mean 0 and variance 1.
+
+    The key of each leaf is folded with the leaf's path and entries are drawn in float32 by a counter-based generator
+    that does not see the sharding: the same key gives the same bits on one device and on many. Draw shards in place:
+    nothing is ever whole on one device.
+
+    Args:
+        key: A typed key, `jax.random.key(seed)`.
+        like: Arrays or `jax.ShapeDtypeStruct`s that give structure, shapes, dtypes and (where set) shardings.
+        distribution: `normal` is isotropic: n times the quadrature weight of a lone eigenvalue is then chi-squared with
+            one degree of freedom. `rademacher` (entries -1 and 1) has the smaller trace variance.
+
+    Raises:
+        ValueError: Unknown distribution, or a leaf that is not floating point.
+    """
+    if distribution not in ("normal", "rademacher"):
+        raise ValueError(f"Unknown probe distribution {distribution!r}; it is 'normal' or 'rademacher'.")
+    leaves, treedef = jax.tree.flatten_with_path(like)
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"Leaf {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; vectors are floating point.")
+    paths = tuple(zlib.crc32(jax.tree_util.keystr(path).encode()) for path, _ in leaves)
+    shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype)) for _, leaf in leaves)
+    shardings = tuple(named_sharding(leaf) for _, leaf in leaves)
+    return jax.tree.unflatten(treedef, _drawer(paths, shapes, shardings, distribution)(key))
+
+
+def named_sharding(leaf: Any) -> NamedSharding | None:
+    """The `NamedSharding` of an array or abstract array; None for one without (a single device, a tracer)."""
+    if isinstance(leaf, jax.core.Tracer):
+        return None
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def replicated_like(x: Vector) -> Sharding | None:
+    """The sharding of scalars that go with x: whole on every device of its mesh; None on a single device."""
+    meshes = [s.mesh for s in map(named_sharding, jax.tree.leaves(x)) if s is not None]
+    return NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+
+
+@functools.cache
+def _drawer(
+    paths: tuple[int, ...], shapes: tuple, shardings: tuple[NamedSharding | None, ...], distribution: Distribution
+) -> Callable[[jax.Array], list[jax.Array]]:
+    draw = jax.random.normal if distribution == "normal" else jax.random.rademacher
+
+    def leaves(key: jax.Array) -> list[jax.Array]:
+        with jax.threefry_partitionable(True):
+            return [
+                draw(jax.random.fold_in(key, path), shape, jnp.float32).astype(dtype)
+                for path, (shape, dtype) in zip(paths, shapes, strict=True)
+            ]
+
+    return jax.jit(leaves, out_shardings=None if None in shardings else list(shardings))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,213 @@
+"""The spectrum of a language model's loss Hessian: checkpoint and text in, numbers, plots and a report out.
+
+With no options: the small GPT-NeoX model and the text in scripts/tiny.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jaxlib
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import convert
+import jaxhess
+from convert.text import load_blocks
+from jaxhess.command import one_sentence
+from jaxhess.krylov.quadrature import quadrature
+from jaxhess.report import write_report
+from jaxhess.spectra import refuse_finished
+
+TINY = Path(__file__).parent / "tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where each option is a choice, its default suits most runs; the reason stands with it."""
+
+    model: str = str(TINY)
+    """Hugging Face checkpoint directory, directory made by `python -m convert`, or hub id."""
+    data: str = str(TINY / "sample.txt")
+    """Text file, folder of text, .npy/.npz of tokens, `random`, or hub:NAME[@CONFIG][:SPLIT[:COLUMN]]."""
+    seq_len: int = 128
+    """Predicted tokens per sequence."""
+    sequences: int = 32
+    """Sequences taken from the start of the data; the loss is the mean over all their tokens."""
+    microbatch: int = 8
+    """Sequences whose activations exist at once; changes memory and speed, not the result."""
+    steps: int = 40
+    """Lanczos steps per probe: one Hessian-vector product each."""
+    probes: int = 4
+    """Random probes; two or more give standard errors."""
+    reorthogonalize: Literal["full", "none"] = "full"
+    """`full` keeps all Lanczos vectors (steps x parameters of memory) and has no ghosts; `none` keeps two."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    """Of weights and computation; by default the checkpoint's own."""
+    vector_dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """Storage of the Lanczos vectors; by default that of the weights. Scalars are float32 or wider."""
+    mesh: str | None = None
+    """Device mesh, for example fsdp=8 or data=2,fsdp=4 or fsdp=4,tensor=2; by default fsdp over all devices."""
+    seed: int = 0
+    """Of the probes (and of random tokens)."""
+    probe_distribution: Literal["normal", "rademacher"] = "normal"
+    """Entries of the probes: normal ones give weights of known distribution, rademacher a smaller trace variance."""
+    query_chunk: int = 256
+    """Queries whose attention scores exist at once."""
+    token_chunk: int = 1024
+    """Tokens whose logits exist at once."""
+    out: Path | None = None
+    """Run folder; by default runs/<date>-<model>."""
+    overwrite: bool = False
+    """Replace a finished run in that folder."""
+
+
+def run(options: Options) -> jaxhess.Spectrum:
+    """The whole job; returns what it also saved."""
+    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).name}"
+    if not options.overwrite:
+        refuse_finished(out)
+    if options.dtype == "float64" or options.vector_dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if options.steps < 1 or options.probes < 1:
+        raise ValueError(f"--steps {options.steps} and --probes {options.probes} must both be at least 1.")
+    mesh = jaxhess.make_mesh(options.mesh)
+    console = Console()
+
+    clock = {"start": time.perf_counter()}
+    config = convert.load_config(options.model)
+    blocks = load_blocks(
+        options.data,
+        options.model,
+        seq_len=options.seq_len,
+        vocab_size=config.vocab_size,
+        sequences=options.sequences,
+        seed=options.seed,
+    )
+    batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
+    clock["data"] = time.perf_counter()
+    model = convert.load(options.model, mesh=mesh, dtype=options.dtype)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, query_chunk=options.query_chunk))
+    clock["model"] = time.perf_counter()
+    console.print(
+        f"{options.model}: {model.num_params:,} parameters ({model.config.dtype}) on mesh {_mesh_text(mesh)}; "
+        f"{blocks.num_sequences} sequences of {blocks.seq_len} tokens."
+    )
+
+    hessian = jaxhess.Hessian(model.loss(options.token_chunk), model.params, batches)
+    info = {
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
+        "model": {"source": options.model, "parameters": model.num_params, "config": model.config.to_dict()},
+        "data": {
+            "source": options.data,
+            "sequences": blocks.num_sequences,
+            "seq_len": blocks.seq_len,
+            "microbatches": len(batches),
+            "fingerprint": blocks.fingerprint(),
+        },
+        "mesh": {
+            "axes": dict(mesh.shape),
+            "devices": mesh.size,
+            "kind": mesh.devices.flat[0].device_kind,
+            "processes": jax.process_count(),
+        },
+        "versions": _versions(),
+        "timings": {
+            "data_seconds": clock["data"] - clock["start"],
+            "load_seconds": clock["model"] - clock["data"],
+        },
+    }
+    with _Bar(console) as bar:
+        result = jaxhess.spectrum(
+            hessian,
+            steps=options.steps,
+            probes=options.probes,
+            seed=options.seed,
+            reorthogonalize=options.reorthogonalize,
+            vector_dtype=options.vector_dtype,
+            distribution=options.probe_distribution,
+            callback=bar.show,
+            info=info,
+        )
+    if jax.process_index() == 0:
+        result.save(out, overwrite=options.overwrite)
+        write_report(out, result)
+        _print_summary(console, result, out)
+    return result
+
+
+class _Bar:
+    """Progress with the current extreme Ritz values and the time left; a line per probe where there is no terminal."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        columns = ("[bold]{task.description}", BarColumn(), "{task.completed}/{task.total} products")
+        texts = [c if not isinstance(c, str) else TextColumn(c) for c in columns]
+        self.bar = Progress(
+            *texts,
+            TextColumn("Ritz values {task.fields[extremes]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("compiling", total=1, extremes="")
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+
+    def show(self, progress: jaxhess.Progress) -> None:
+        theta = quadrature(progress.alphas, progress.betas).ritz_values
+        extremes = f"{theta[0]:.4g} to {theta[-1]:.4g}"
+        name = f"probe {progress.probe + 1} of {progress.probes}"
+        if self.console.is_terminal:
+            total = progress.steps * progress.probes
+            done = progress.probe * progress.steps + progress.step
+            self.bar.update(self.task, description=name, total=total, completed=done, extremes=extremes)
+        elif progress.step == progress.steps:
+            self.console.print(f"{name}: Ritz values {extremes}, {progress.seconds:.1f} s")
+
+
+def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> None:
+    extremes, trace, frobenius = result.extreme(), result.trace(), result.frobenius_norm()
+    console.print(f"loss            {result.info['loss']:.6g} nats per token")
+    for name, value in (("largest", extremes.largest), ("smallest", extremes.smallest)):
+        console.print(f"{name + ' Ritz':15s} {value.value:.6g}  (residual bound {value.residual_bound:.2g})")
+    console.print(f"trace           {trace.value:.6g} ± {trace.standard_error:.2g}")
+    console.print(f"Frobenius norm  {frobenius.value:.6g} ± {frobenius.standard_error:.2g}")
+    console.print(f"written to      {out}/report.html")
+
+
+def _mesh_text(mesh: jax.sharding.Mesh) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "jaxhess": jaxhess.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    """Reads the options and runs."""
+    with one_sentence():
+        run(tyro.cli(Options, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Small random Hugging Face checkpoints, and the torch models they came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCAB = 53
+
+_LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_NEOX = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": None},
+    "qwen2": _LLAMA,
+    "qwen3": {**_LLAMA, "head_dim": 6},
+    "gpt_neox": {**_NEOX, "rotary_pct": 0.5},
+    "gpt2": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+"""Options of a tiny model of each family."""
+
+
+def torch_model(model_type: str, seed: int = 0, **options: Any) -> Any:
+    """A float32 `transformers` model with eager attention and every parameter random.
+
+    Norm gains and biases too: at their usual 1 and 0 a mapping could lose or swap them unseen.
+    """
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = transformers.CONFIG_MAPPING[model_type](**{**DEFAULTS[model_type], **no_tokens, **options})
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            is_gain = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if is_gain else 0.2 * noise)
+    return model
+
+
+def write_checkpoint(directory: Path, model_type: str, seed: int = 0, **options: Any) -> Any:
+    """Saves such a model in `directory` as `transformers` does; returns it."""
+    model = torch_model(model_type, seed, **options)
+    model.save_pretrained(directory)
+    return model

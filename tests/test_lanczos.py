@@ -1,0 +1,178 @@
+"""The Lanczos iteration on matrices whose spectrum is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxhess import MatrixOperator, lanczos_segment, random_probe, spectrum, start_lanczos
+from jaxhess.krylov.lanczos import compile_segment
+from jaxhess.operators import LinearOperator
+
+
+def matrix(eigenvalues, seed: int = 0) -> np.ndarray:
+    n = len(eigenvalues)
+    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
+    a = (q * np.asarray(eigenvalues)) @ q.T
+    return (a + a.T) / 2
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def coefficients(operator: LinearOperator, steps: int, reorthogonalize="full", seed: int = 0, segments=None):
+    probe = random_probe(jax.random.key(seed), operator.shape_dtype)
+    state = start_lanczos(probe, steps, reorthogonalize)
+    for end in segments or [steps]:
+        state = lanczos_segment(operator, state, end)
+    return state
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        np.linspace(-3, 5, 120),
+        np.concatenate([[-1e3, 2e3], 1e-3 * np.linspace(-1, 1, 98)]),  # gaps of six decades
+        np.repeat([-1.0, 0.0, 2.0, 7.0], 25),  # clusters: only distinct values can be found
+    ],
+)
+def test_full_reorthogonalisation_finds_every_distinct_eigenvalue(eigenvalues):
+    distinct = np.unique(eigenvalues)
+    operator = MatrixOperator(jnp.asarray(matrix(eigenvalues)))
+    result = spectrum(operator, steps=len(distinct), probes=1, reorthogonalize="full")
+    found = result.ritz_values[0][: result.sizes[0]]
+    np.testing.assert_allclose(found, distinct, rtol=0, atol=1e-10 * np.abs(distinct).max())
+
+
+@pytest.mark.usefixtures("float64")
+def test_basis_stays_orthonormal_and_reduces_the_matrix_to_t():
+    a = matrix(np.concatenate([[100.0], np.linspace(-1, 1, 149)]))
+    state = coefficients(MatrixOperator(jnp.asarray(a)), 60)
+    basis = np.asarray(state.basis)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(60), atol=1e-12)
+    t = np.diag(state.alphas) + np.diag(state.betas[:-1], 1) + np.diag(state.betas[:-1], -1)
+    np.testing.assert_allclose(basis @ a @ basis.T, t, atol=1e-11 * 100)
+
+
+@pytest.mark.usefixtures("float64")
+def test_without_reorthogonalisation_ghosts_appear_and_extremes_hold():
+    eigenvalues = np.concatenate([[1000.0, 500.0], np.linspace(-1, 1, 198)])
+    result = spectrum(MatrixOperator(jnp.asarray(matrix(eigenvalues))), steps=60, probes=1, reorthogonalize="none")
+    theta = result.ritz_values[0]
+    assert np.sum(np.abs(theta - 1000) < 1e-6) > 1
+    np.testing.assert_allclose(theta[-1], 1000, rtol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("reorthogonalize", ["none", "full"])
+@pytest.mark.usefixtures("float64")
+def test_breakdown_ends_with_the_exact_eigenvalues(rank, reorthogonalize):
+    eigenvalues = np.zeros(80)
+    eigenvalues[:rank] = 1 + np.arange(rank)
+    operator = MatrixOperator(jnp.asarray(matrix(eigenvalues)))
+    result = spectrum(operator, steps=30, probes=2, reorthogonalize=reorthogonalize)
+    assert (result.sizes == rank + 1).all()
+    np.testing.assert_allclose(result.ritz_values[:, : rank + 1], np.tile(np.arange(rank + 1.0), (2, 1)), atol=1e-11)
+    assert np.isnan(result.ritz_values[:, rank + 1 :]).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.5])
+def test_multiples_of_the_identity_break_down_at_once(scale):
+    result = spectrum(MatrixOperator(scale * jnp.eye(50)), steps=10, probes=2)
+    assert (result.sizes == 1).all()
+    np.testing.assert_allclose(result.ritz_values[:, 0], scale, rtol=1e-6)
+
+
+def test_one_by_one_matrix():
+    result = spectrum(MatrixOperator(jnp.full((1, 1), -3.0)), steps=4, probes=1)
+    assert result.sizes[0] == 1
+    np.testing.assert_allclose(result.ritz_values[0, 0], -3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reorthogonalize", ["none", "full"])
+def test_segments_give_the_same_bits_as_one_run(reorthogonalize):
+    operator = MatrixOperator(jnp.asarray(matrix(np.linspace(-1, 2, 100)), jnp.float32))
+    whole = coefficients(operator, 12, reorthogonalize)
+    cut = coefficients(operator, 12, reorthogonalize, segments=[1, 2, 7, 12])
+    for name in ("alphas", "betas", "current"):
+        assert np.asarray(getattr(whole, name)).tobytes() == np.asarray(getattr(cut, name)).tobytes()
+
+
+def test_one_compilation_serves_every_segment():
+    operator = MatrixOperator(jnp.eye(30) * jnp.arange(30.0))
+    traces = []
+
+    @jax.tree_util.register_pytree_node_class
+    class Counting(LinearOperator):
+        def mv(self, v):
+            traces.append(1)
+            return operator.mv(v)
+
+        shape_dtype = operator.shape_dtype
+
+        def tree_flatten(self):
+            return (), None
+
+        @classmethod
+        def tree_unflatten(cls, *_):
+            return cls()
+
+    coefficients(Counting(), 9, segments=[1, 3, 9])
+    first = len(traces)
+    coefficients(Counting(), 9, segments=[2, 5, 6, 9], seed=1)
+    assert first >= 1
+    assert len(traces) == first
+
+
+@pytest.mark.parametrize("reorthogonalize", ["none", "full"])
+def test_state_is_donated(reorthogonalize):
+    operator = MatrixOperator(jnp.asarray(matrix(np.linspace(-1, 2, 500)), jnp.float32))
+    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 8, reorthogonalize)
+    memory = compile_segment(operator, state).memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("factor", [1e-7, 1e7])
+def test_a_scaled_operator_has_the_scaled_spectrum(factor):
+    eigenvalues = np.zeros(200)
+    eigenvalues[:20] = np.linspace(-1, 3, 20)
+    a = jnp.asarray(matrix(eigenvalues), jnp.float32)
+    plain = spectrum(MatrixOperator(a), steps=30, probes=2)
+    scaled = spectrum(MatrixOperator(jnp.float32(factor) * a), steps=30, probes=2)
+    assert (plain.sizes == scaled.sizes).all()
+    ends = np.s_[:, [0, 19]]
+    np.testing.assert_allclose(np.sort(scaled.ritz_values)[ends], factor * np.sort(plain.ritz_values)[ends], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"probes": 0}, "probes is 0"),
+        ({"reorthogonalize": "partial"}, "'none' or 'full'"),
+        ({"steps": 2**60}, "Full re-orthogonalisation keeps"),
+    ],
+)
+def test_bad_options_are_refused_before_any_product(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        spectrum(MatrixOperator(jnp.eye(4)), **options)
+
+
+def test_non_finite_products_name_probe_and_step():
+    a = np.eye(10, dtype=np.float32)
+    a[3, 4] = np.nan
+    with pytest.raises(FloatingPointError, match="step 1 of probe 1 is not finite"):
+        spectrum(MatrixOperator(jnp.asarray(a)), steps=3, probes=1)
+
+
+def test_vectors_stored_in_bfloat16_keep_the_extremes():
+    eigenvalues = np.concatenate([[40.0, -15.0], np.linspace(-1, 1, 298)])
+    operator = MatrixOperator(jnp.asarray(matrix(eigenvalues), jnp.float32))
+    result = spectrum(operator, steps=20, probes=2, vector_dtype="bfloat16")
+    # Rounding the basis to 8 bits perturbs the matrix by about 2^-9 of its norm.
+    np.testing.assert_allclose(result.extreme().largest.value, 40, rtol=1e-2)
+    np.testing.assert_allclose(result.extreme().smallest.value, -15, rtol=2e-2)

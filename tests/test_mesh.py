@@ -1,0 +1,72 @@
+"""Meshes and the shardings that follow from logical axes."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxhess import DecoderConfig, make_mesh
+from jaxhess.mesh import partition_spec
+from jaxhess.models import abstract_params, initialize, model_shardings
+
+
+@pytest.mark.parametrize(
+    ("axes", "sentence"),
+    [
+        ("fsdp=3", "needs 3 devices but there are 8.*multiply to 8"),
+        ("fsdp=4,fsdp=2", "cannot be read"),
+        ("fsdp", "axis=size"),
+        ("pipeline=8", "Unknown mesh axis 'pipeline'; the axes are data, fsdp, tensor"),
+        ({"fsdp": 0}, "fsdp=0: a size is at least 1"),
+    ],
+)
+def test_bad_meshes_are_refused_in_a_sentence(axes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_mesh(axes)
+
+
+def test_default_mesh_is_fsdp_over_all_devices():
+    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_axes_that_do_not_divide_find_another_place():
+    mesh = make_mesh("fsdp=4,tensor=2")
+    assert partition_spec((512, 256), ("embed", "mlp"), mesh) == P("fsdp", "tensor")
+    # An odd vocabulary: the tensor axis joins the cut of the width.
+    assert partition_spec((1001, 512), ("vocab", "embed"), mesh) == P(None, ("fsdp", "tensor"))
+    # One key head on two devices: likewise.
+    assert partition_spec((2, 256, 1, 64), ("layers", "embed", "kv_heads", "head_dim"), mesh) == P(
+        None, ("fsdp", "tensor"), None, None
+    )
+    # A width that does not divide by four: fsdp goes to the other dimension, beside tensor.
+    assert partition_spec((250, 512), ("embed", "mlp"), mesh) == P(None, ("tensor", "fsdp"))
+    # Nothing divides: whole.
+    assert partition_spec((251, 333), ("embed", "mlp"), mesh) == P(None, None)
+
+
+@pytest.mark.parametrize("axes", ["fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=4"])
+def test_no_parameter_is_replicated(axes):
+    config = DecoderConfig(
+        vocab_size=1001,
+        embed_dim=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=32,
+        mlp_dim=344,
+        max_positions=64,
+    )
+    mesh = make_mesh(axes)
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    shardings = model_shardings(config, mesh)
+    whole = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
+    local = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype), abstract_params(config), shardings)
+    assert sum(x.size for x in jax.tree.leaves(local)) <= 1.05 * whole / shards
+
+
+def test_initial_weights_do_not_depend_on_the_mesh():
+    config = DecoderConfig(
+        vocab_size=64, embed_dim=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, max_positions=64
+    )
+    alone = initialize(config, jax.random.key(0)).params
+    sharded = initialize(config, jax.random.key(0), make_mesh("fsdp=8")).params
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((jax.device_get(a) == jax.device_get(b)).all()), alone, sharded))

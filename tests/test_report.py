@@ -1,0 +1,172 @@
+"""Figures and the HTML report."""
+
+import base64
+import itertools
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from jaxhess.plotting import density_figure, stem_figure
+from jaxhess.report import write_report
+from jaxhess.spectra import Spectrum
+
+INFO = {
+    "loss": 3.25,
+    "command": "spectrum run",
+    "model": {"name": "<script>alert('x')</script> & co", "sizes": {"layers": 12}},
+    "timings": [1.5, None],
+    "empty": {},
+}
+
+
+def _spectrum(probes=3, steps=12, scale=1.0, shift=0.0, info=INFO, seed=0):
+    """A tridiagonal with a bulk and outliers over decades of both signs; not from a matrix, as plots do not care."""
+    rng = np.random.default_rng(seed)
+    alphas = np.geomspace(1e-4, 1e2, steps) * rng.choice([-1, 1], (probes, steps)) * scale + shift
+    betas = np.geomspace(1e-6, 1e-1, steps) * rng.uniform(0.5, 1, (probes, steps)) * scale
+    return Spectrum(alphas, betas, np.full(probes, steps), 10**6, info)
+
+
+CASES = {
+    "LLM-like": _spectrum(),
+    "one probe": _spectrum(probes=1),
+    "one step": _spectrum(steps=1),
+    "many probes": _spectrum(probes=12, steps=4),
+    "tiny": _spectrum(scale=1e-11),
+    "huge": _spectrum(scale=1e20),
+    "far from zero": _spectrum(scale=1e-5, shift=1.0),
+    "zero": Spectrum([[0.0]], [[0.0]], [1], 1),
+    "broken down": Spectrum([[1.0, 2.0], [3.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]], [2, 1], 5),
+}
+
+
+class _Balance(HTMLParser):
+    """Raises when a tag closes another one than the last opened; collects text and addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.texts, self.sources = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def _read(folder):
+    parser = _Balance()
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    parser.feed(page)
+    assert parser.open == []
+    return page, parser
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["symlog", "linear", "stem"])
+def test_tick_labels_do_not_overlap(case, kind):
+    figure = stem_figure(CASES[case]) if kind == "stem" else density_figure(CASES[case], kind)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (axes,) = figure.axes
+    for axis, side in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        low, high = sorted(axis.get_view_interval())
+        labels = [
+            label
+            for label, place in zip(axis.get_ticklabels(), axis.get_majorticklocs(), strict=True)
+            if label.get_text() and low <= place <= high
+        ]
+        boxes = sorted(tuple(np.asarray(label.get_window_extent(canvas.get_renderer()))[:, side]) for label in labels)
+        assert all(before[1] < after[0] for before, after in itertools.pairwise(boxes))
+        if side == 0:
+            assert len(boxes) >= 3
+            assert len({label.get_text() for label in labels}) == len(labels)
+
+
+def test_density_figure_has_a_band_only_where_errors_are_known():
+    assert len(density_figure(_spectrum(probes=3)).axes[0].collections) == 1
+    single = density_figure(_spectrum(probes=1)).axes[0]
+    assert len(single.collections) == 0
+    assert "no error band" in single.get_title()
+
+
+def test_drawn_density_is_the_spectrum_s():
+    spectrum = _spectrum()
+    line = density_figure(spectrum).axes[0].lines[0]
+    density = spectrum.density()
+    np.testing.assert_array_equal(line.get_xdata(), density.centers)
+    shown = density.density > line.get_ydata().min()
+    assert shown.sum() > 50
+    np.testing.assert_array_equal(line.get_ydata()[shown], density.density[shown])
+
+
+def test_stem_figure_draws_every_ritz_value_and_the_share_of_one_eigenvalue():
+    spectrum = _spectrum()
+    axes = stem_figure(spectrum).axes[0]
+    drawn = np.array([line.get_xydata() for line in axes.lines[: spectrum.num_probes]])
+    np.testing.assert_array_equal(drawn[..., 0], spectrum.ritz_values)
+    np.testing.assert_array_equal(drawn[..., 1], spectrum.weights)
+    (share,) = [line for line in axes.lines if "one eigenvalue" in line.get_label()]
+    assert share.get_ydata()[0] == 1e-6
+    assert axes.get_ylim()[0] < 1e-6
+
+
+def test_stem_figure_says_how_many_values_are_below_the_axis():
+    spectrum = _spectrum()
+    axes = stem_figure(spectrum).axes[0]
+    hidden = int((spectrum.weights < axes.get_ylim()[0]).sum())
+    assert hidden > 0
+    assert f"{hidden} Ritz values" in axes.get_title()
+
+
+def test_plot_is_the_density_figure_and_shows_in_a_notebook():
+    figure = _spectrum().plot(axis="linear")
+    assert figure.axes[0].get_xscale() == "linear"
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_figures_leave_pyplot_alone():
+    program = "import sys, jaxhess.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_report_embeds_its_plots_and_needs_nothing_else(tmp_path):
+    write_report(tmp_path, _spectrum())
+    page, parser = _read(tmp_path)
+    assert len(parser.sources) == 2
+    for source, name in zip(parser.sources, ("density.png", "stem.png"), strict=True):
+        image = base64.b64decode(re.fullmatch("data:image/png;base64,(.*)", source).group(1), validate=True)
+        assert image.startswith(b"\x89PNG")
+        assert image == (tmp_path / name).read_bytes()
+    assert "http" not in page
+    assert "url(" not in page
+
+
+def test_report_escapes_and_shows_all_of_info(tmp_path):
+    write_report(tmp_path, _spectrum())
+    page, parser = _read(tmp_path)
+    assert "<script" not in page
+    for text in (INFO["model"]["name"], "sizes.layers", "12", "spectrum run", "3.25", "[1.5, null]", "empty"):
+        assert text in parser.texts
+
+
+@pytest.mark.parametrize("case", ["LLM-like", "one probe", "one step", "zero", "broken down"])
+def test_report_states_the_extremes_and_prints_no_nan(tmp_path, case):
+    spectrum = CASES[case]
+    write_report(tmp_path, spectrum)
+    _, parser = _read(tmp_path)
+    row = parser.texts.index("largest Ritz value")
+    stated = float(parser.texts[row + 1].replace("\N{MINUS SIGN}", "-"))
+    assert stated == pytest.approx(spectrum.extreme().largest.value, rel=1e-5)
+    assert not re.search(r"\bnan\b|\binf\b", " ".join(parser.texts))
+    assert ("probes' own values" in " ".join(parser.texts)) == (spectrum.num_probes > 1)

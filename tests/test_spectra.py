@@ -1,0 +1,319 @@
+"""The result of stochastic Lanczos quadrature against dense matrices of known spectrum."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.linalg import hessenberg
+from scipy.stats import norm
+
+from jaxhess.spectra import Spectrum, refuse_finished
+
+EIGENVALUES = np.concatenate([np.random.default_rng(7).normal(size=50) * 0.1, [5.0, 2.0, 1.0, -0.7, -3.0]])
+
+
+def _spectrum(probes, steps, eigenvalues=EIGENVALUES, seed=0, info=None):
+    """Householder tridiagonalisation of Q diag(eigenvalues) Q' from e_1, Q uniform: Lanczos with uniform probes."""
+    rng = np.random.default_rng(seed)
+    alphas, betas = np.zeros((probes, steps)), np.zeros((probes, steps))
+    for probe in range(probes):
+        rotation, triangle = np.linalg.qr(rng.normal(size=(eigenvalues.size, eigenvalues.size)))
+        rotation *= np.sign(np.diag(triangle))
+        tridiagonal = hessenberg(rotation.T * eigenvalues @ rotation)
+        alphas[probe] = np.diag(tridiagonal)[:steps]
+        betas[probe] = np.abs(np.append(np.diag(tridiagonal, 1), 0.0))[:steps]
+    return Spectrum(alphas, betas, np.full(probes, steps), eigenvalues.size, info or {})
+
+
+def _one_step(vector, eigenvalues):
+    alpha = vector @ (eigenvalues * vector)
+    return alpha, np.linalg.norm(eigenvalues * vector - alpha * vector)
+
+
+def test_moments_agree_with_the_dense_traces_within_standard_errors():
+    spectrum = _spectrum(probes=40, steps=3)
+    for k in range(7):
+        value, error = spectrum.moment(k)
+        # Four standard errors: a false alarm in 1e4 (normal) for each of six moments; k = 0 is exact.
+        assert abs(value - np.mean(EIGENVALUES**k)) <= 4 * error + 1e-14
+    assert 0 < spectrum.moment(1).standard_error < 0.1
+
+
+def test_full_krylov_space_gives_each_probe_the_exact_quadratic_forms():
+    spectrum = _spectrum(probes=1, steps=EIGENVALUES.size)
+    np.testing.assert_allclose(spectrum.ritz_values[0], np.sort(EIGENVALUES), atol=1e-13)
+    assert spectrum.broke_down.all()
+    assert spectrum.exact_degree is None
+    np.testing.assert_allclose(
+        spectrum.moment(100).value, spectrum.weights[0] @ np.sort(EIGENVALUES) ** 100, rtol=1e-11
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_moment_of_degree_2m_is_exact_and_beyond_is_refused(steps):
+    short, long = _spectrum(probes=3, steps=steps), _spectrum(probes=3, steps=20)
+    for k in range(2 * steps + 1):
+        np.testing.assert_allclose(short.moment(k), long.moment(k), rtol=1e-12, atol=1e-15)
+    with pytest.raises(ValueError, match=f"moment {2 * steps + 1} .* at least {steps + 1} steps"):
+        short.moment(2 * steps + 1)
+    with pytest.raises(ValueError, match="integer"):
+        short.moment(-1)
+
+
+def test_single_probe_error_is_the_spread_between_probes_on_the_sphere():
+    rng = np.random.default_rng(3)
+    eigenvalues = rng.normal(size=300) + 1
+    vectors = rng.normal(size=(400, 300))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    coefficients = np.array([_one_step(vector, eigenvalues) for vector in vectors])
+    single = [Spectrum([[a]], [[b]], [1], 300).trace() for a, b in coefficients]
+    exact = np.sqrt(2 * 300 / 302 * (np.sum(eigenvalues**2) - np.sum(eigenvalues) ** 2 / 300))
+    # The plug-in lacks a fraction 2/302 of the variance; 400 probes know their own std to 1/sqrt(800) = 3.5%.
+    assert np.sqrt(np.mean([e.standard_error**2 for e in single])) == pytest.approx(exact, rel=0.02)
+    assert np.std([e.value for e in single]) == pytest.approx(exact, rel=0.14)
+    together = Spectrum(coefficients[:, :1], coefficients[:, 1:], np.ones(400, int), 300).trace()
+    assert together.standard_error == pytest.approx(exact / 20, rel=0.14)
+
+
+def test_single_probe_error_is_unknown_beyond_the_known_degree():
+    spectrum = _spectrum(probes=1, steps=2)
+    assert np.isfinite(spectrum.moment(2).standard_error)
+    assert np.isnan(spectrum.moment(3).standard_error)
+
+
+def test_frobenius_norm_and_trace_agree_with_the_dense_matrix_from_one_step_on():
+    for steps in (1, 5):
+        spectrum = _spectrum(probes=60, steps=steps, seed=steps)
+        norm_, trace = spectrum.frobenius_norm(), spectrum.trace()
+        assert abs(norm_.value - np.linalg.norm(EIGENVALUES)) < 4 * norm_.standard_error < norm_.value
+        assert abs(trace.value - EIGENVALUES.sum()) < 4 * trace.standard_error
+        root = np.sqrt(55 * (spectrum.alphas[:, 0] ** 2 + spectrum.betas[:, 0] ** 2))
+        # Jackknife-free comparison: to first order the norm's error is that of the mean of the squares.
+        expected = np.std(root**2, ddof=1) / np.sqrt(60) / (2 * norm_.value)
+        assert norm_.standard_error == pytest.approx(expected, rel=1e-10)
+
+
+def test_extremes_lie_within_their_bounds_of_an_eigenvalue():
+    spectrum = _spectrum(probes=5, steps=7)
+    smallest, largest = spectrum.extreme()
+    for found, true, per_probe in (
+        (smallest, -3.0, np.nanmin(spectrum.ritz_values, 1)),
+        (largest, 5.0, np.nanmax(spectrum.ritz_values, 1)),
+    ):
+        assert abs(found.value - true) <= found.residual_bound + 1e-14
+        assert found.spread == pytest.approx(np.std(per_probe, ddof=1))
+    assert smallest.value == spectrum.ritz_values.min()
+    assert largest.value == spectrum.ritz_values.max()
+    assert np.isnan(_spectrum(1, 7).extreme().largest.spread)
+
+
+def test_checks_hold_to_rounding_and_notice_wrong_weights():
+    spectrum = _spectrum(probes=3, steps=10)
+    assert max(spectrum.checks().values()) < 1e-13
+    assert set(_spectrum(1, 1).checks()) == {"sum_weights", "first_moment"}
+    spectrum.__dict__["weights"] = spectrum.weights * 1.01
+    assert all(violation > 1e-4 for violation in spectrum.checks().values())
+    assert spectrum.checks()["sum_weights"] == pytest.approx(0.01)
+
+
+def test_breakdown_pads_and_ignores_what_lies_beyond():
+    alphas, betas = np.array([[1.0, 2.0, 3.0], [1.0, 99.0, np.nan]]), np.array([[1.0, 1.0, 0.5], [0.0, -5.0, np.inf]])
+    spectrum = Spectrum(alphas, betas, [3, 1], dim=9)
+    assert spectrum.broke_down.tolist() == [False, True]
+    assert np.isnan(spectrum.alphas[1, 1:]).all()
+    assert np.isnan(spectrum.betas[1, 1:]).all()
+    for field in (spectrum.ritz_values, spectrum.residual_bounds):
+        assert np.isnan(field[1, 1:]).all()
+        assert np.isfinite(field[0]).all()
+    assert spectrum.weights[1].tolist() == [1, 0, 0]
+    assert spectrum.ritz_values[1, 0] == 1
+    assert spectrum.exact_degree == 6
+    # The broken-down probe knows all moments, the other one e_1'T^6 e_1 with the next row of T, which degree 6 needs.
+    extended = np.diag([1.0, 2.0, 3.0, 0.0]) + np.diag([1.0, 1.0, 0.5], 1) + np.diag([1.0, 1.0, 0.5], -1)
+    assert spectrum.moment(6).value == pytest.approx((np.linalg.matrix_power(extended, 6)[0, 0] + 1) / 2)
+    np.testing.assert_allclose(spectrum.density(points=50).mass.sum(1), 1, atol=1e-14)
+
+
+@pytest.mark.parametrize("width", [None, 1e-9, 1e-3, 1.0, 1e2])
+@pytest.mark.parametrize("axis", ["symlog", "linear"])
+def test_mass_of_every_probe_is_one_at_any_width(axis, width):
+    density = _spectrum(probes=3, steps=20).density(points=64, axis=axis, width=width)
+    np.testing.assert_allclose(density.mass.sum(1), 1, atol=1e-14)
+    assert (density.mass >= 0).all()
+    assert np.sum(density.density * np.diff(density.edges)) == pytest.approx(1, abs=1e-13)
+
+
+def test_mass_is_the_gaussian_mixture_in_the_axis_coordinate():
+    spectrum = _spectrum(probes=2, steps=8)
+    for axis, linthresh in (("linear", None), ("symlog", 0.3)):
+        density = spectrum.density(points=30, axis=axis, width=0.2, linthresh=linthresh)
+        forward = (lambda x: x) if axis == "linear" else lambda x: np.arcsinh(x / 0.3)
+        edges, nodes = forward(density.edges), forward(spectrum.ritz_values)
+        upto = (spectrum.weights[..., None] * norm.cdf((edges - nodes[..., None]) / 0.2)).sum(1)
+        np.testing.assert_allclose(density.mass[:, 1:-1], np.diff(upto)[:, 1:-1], atol=1e-13)
+        np.testing.assert_allclose(density.mass[:, 0], upto[:, 1], atol=1e-13)
+        np.testing.assert_allclose(np.diff(edges), np.ptp(edges) / 30, rtol=1e-10)
+        assert np.all((forward(density.centers) > edges[:-1]) & (forward(density.centers) < edges[1:]))
+
+
+def test_grid_spans_the_extremes_of_all_probes():
+    density = Spectrum([[-5.0], [1.0], [40.0]], [[0.0]] * 3, [1, 1, 1], 3).density()
+    assert density.edges[0] < -5
+    assert density.edges[-1] > 40
+
+
+@pytest.mark.parametrize("axis", ["symlog", "linear"])
+@pytest.mark.parametrize("factor", [1e-30, 1e-7, 1e30])
+def test_density_is_equivariant_under_scaling(axis, factor):
+    plain = _spectrum(probes=3, steps=12)
+    scaled = Spectrum(plain.alphas * factor, plain.betas * factor, plain.sizes, plain.dim)
+    one, other = plain.density(axis=axis), scaled.density(axis=axis)
+    np.testing.assert_allclose(other.edges / factor, one.edges, rtol=1e-9, atol=1e-12)
+    # Moving an edge by a rounding error moves mass by the density there.
+    np.testing.assert_allclose(other.mass, one.mass, atol=1e-11)
+    np.testing.assert_allclose(scaled.trace() / np.float64(factor), plain.trace(), rtol=1e-10)
+    np.testing.assert_allclose(scaled.frobenius_norm() / np.float64(factor), plain.frobenius_norm(), rtol=1e-10)
+
+
+def test_density_error_is_that_of_the_mean_over_probes():
+    density = _spectrum(probes=4, steps=6).density(points=40)
+    np.testing.assert_allclose(density.mean, density.mass.sum(0) / 4)
+    squares = ((density.mass - density.mean) ** 2).sum(0)
+    np.testing.assert_allclose(density.standard_error, np.sqrt(squares / (3 * 4)))
+    lower, upper = density.band
+    np.testing.assert_allclose((upper - lower) * np.diff(density.edges), 4 * density.standard_error)
+    assert np.isnan(_spectrum(probes=1, steps=6).density().standard_error).all()
+
+
+@pytest.mark.parametrize("axis", ["symlog", "linear"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e-12, 1e20])
+def test_a_spectrum_of_one_point_has_a_grid_around_it(axis, value):
+    spectrum = Spectrum([[value, value], [value, value]], np.zeros((2, 2)), [1, 2], dim=4)
+    density = spectrum.density(points=41, axis=axis)
+    assert (np.diff(density.edges) > 0).all()
+    np.testing.assert_allclose(density.mass.sum(1), 1, atol=1e-14)
+    peak = density.mean.argmax()
+    assert density.edges[peak] <= value <= density.edges[peak + 1]
+
+
+def test_symlog_threshold_is_not_zero_when_most_eigenvalues_are():
+    spectrum = _spectrum(probes=2, steps=3, eigenvalues=np.append(np.zeros(30), [1.0, 4.0]))
+    exact_zeros = Spectrum([[0.0], [0.0], [2.0]], np.zeros((3, 1)), [1, 1, 1], dim=3)
+    assert exact_zeros.density().linthresh == 2
+    assert spectrum.density().linthresh >= np.finfo(np.float32).eps * spectrum.ritz_values.max()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"points": 0}, {"axis": "log"}, {"width": 0.0}, {"width": 1e3}, {"linthresh": -1.0}]
+)
+def test_density_refuses_bad_arguments(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        _spectrum(1, 2).density(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alphas": [1.0, 2.0]}, "probes, steps"),
+        ({"betas": [[1.0]]}, "probes, steps"),
+        ({"sizes": [1]}, "sizes"),
+        ({"sizes": [0, 2]}, "sizes"),
+        ({"sizes": [3, 2]}, "sizes"),
+        ({"dim": 0}, "dim"),
+        ({"alphas": [[1.0, 2.0], [1.0, np.nan]]}, "probe 1 step 1"),
+        ({"betas": [[1.0, 2.0], [-1.0, 2.0]]}, "probe 1 step 0"),
+    ],
+)
+def test_bad_coefficients_are_refused_by_name(changes, message):
+    good = {"alphas": [[1.0, 2.0]] * 2, "betas": [[1.0, 2.0]] * 2, "sizes": [2, 2], "dim": 5}
+    Spectrum(**good)
+    with pytest.raises(ValueError, match=message):
+        Spectrum(**{**good, **changes})
+
+
+INFO = {"loss": np.float32(2.5), "mesh": (2, 4), "bad": float("nan"), "nested": {"steps": np.int64(3)}}
+
+
+def _refuse_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_saved_spectrum_loads_equal_and_its_arrays_are_named(tmp_path):
+    spectrum = _spectrum(probes=2, steps=4, info=INFO)
+    spectrum.save(tmp_path / "run")
+    loaded = Spectrum.load(tmp_path / "run")
+    assert loaded == spectrum
+    assert loaded.info == {"loss": 2.5, "mesh": [2, 4], "bad": None, "nested": {"steps": 3}}
+    assert loaded != _spectrum(probes=2, steps=4, seed=1, info=INFO)
+    assert loaded != _spectrum(probes=2, steps=4)
+    with np.load(tmp_path / "run" / "spectrum.npz") as arrays:
+        for name in ("ritz_values", "weights", "residual_bounds", "alphas", "betas", "sizes", "dim"):
+            np.testing.assert_array_equal(arrays[name], getattr(spectrum, name))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["spectrum.json", "spectrum.npz"]
+
+
+@pytest.mark.parametrize(("probes", "steps"), [(1, 1), (1, 3), (2, 1), (3, 4)])
+def test_record_is_strict_json_with_null_for_the_unknown(tmp_path, probes, steps):
+    spectrum = _spectrum(probes, steps, info=INFO)
+    spectrum.save(tmp_path)
+    record = json.loads((tmp_path / "spectrum.json").read_text(), parse_constant=_refuse_constant)
+    assert record["format"] == "jaxhess-spectrum-1"
+    assert record["summary"]["trace"]["value"] == pytest.approx(55 * spectrum.alphas[:, 0].mean())
+    assert (record["summary"]["largest"]["spread"] is None) == (probes == 1)
+    assert record["summary"]["exact_degree"] == 2 * steps
+    assert sorted(record["summary"]["moments"]) == [str(k) for k in range(1, min(4, 2 * steps) + 1)]
+
+
+def test_finished_run_is_not_overwritten_without_being_told(tmp_path):
+    first, second = _spectrum(1, 2, seed=1), _spectrum(1, 2, seed=2)
+    refuse_finished(tmp_path)
+    first.save(tmp_path)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        refuse_finished(tmp_path)
+    with pytest.raises(FileExistsError, match=tmp_path.name):
+        second.save(tmp_path)
+    assert Spectrum.load(tmp_path) == first
+    second.save(tmp_path, overwrite=True)
+    assert Spectrum.load(tmp_path) == second
+
+
+def test_failed_write_leaves_the_finished_run_whole(tmp_path, monkeypatch):
+    first = _spectrum(1, 2, seed=1)
+    first.save(tmp_path)
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_bytes", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            _spectrum(1, 2, seed=2).save(tmp_path, overwrite=True)
+    assert Spectrum.load(tmp_path) == first
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_missing_corrupt_or_foreign_folder_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        Spectrum.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"spectrum\.json does not exist"):
+        Spectrum.load(tmp_path)
+    _spectrum(1, 2).save(tmp_path)
+    record, arrays = tmp_path / "spectrum.json", tmp_path / "spectrum.npz"
+    whole = arrays.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"not a zip"):
+        arrays.write_bytes(content)
+        with pytest.raises(ValueError, match=r"spectrum\.npz is corrupt"):
+            Spectrum.load(tmp_path)
+    arrays.unlink()
+    with pytest.raises(FileNotFoundError, match=r"spectrum\.npz does not exist"):
+        Spectrum.load(tmp_path)
+    arrays.write_bytes(whole)
+    for text in ("{", "[]", '{"format": "other"}'):
+        record.write_text(text)
+        with pytest.raises(ValueError, match=r"spectrum\.json is not a spectrum record"):
+            Spectrum.load(tmp_path)
+
+
+def test_coefficients_cannot_be_changed_under_the_cached_quadrature():
+    with pytest.raises(ValueError, match="read-only"):
+        _spectrum(1, 2).alphas[0, 0] = 3.0
