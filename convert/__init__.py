@@ -1,8 +1,9 @@
 """Hugging Face checkpoints <-> jaxhess models."""
 
+from convert.families import FAMILIES
 from convert.hugging_face import export
-from convert.loading import load
+from convert.loading import load, load_config
 from convert.orbax_checkpoint import save
 from convert.tokenizer import load_tokenizer
 
-__all__ = ["export", "load", "load_tokenizer", "save"]
+__all__ = ["FAMILIES", "export", "load", "load_config", "load_tokenizer", "save"]

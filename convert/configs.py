@@ -64,7 +64,7 @@ def decoder_config(hf_config: dict[str, Any], dtype: str = "float32") -> Decoder
                 f"{family.model_type} with {name}={getattr(full, name)} is not supported; only {value} is."
             )
 
-    fields = {ours: getattr(full, theirs, None) for ours, theirs in family.fields.items()}
+    fields: dict[str, Any] = {ours: getattr(full, theirs, None) for ours, theirs in family.fields.items()}
     fields |= family.constants
     if fields.get("num_kv_heads") is None:
         fields["num_kv_heads"] = fields["num_heads"]
@@ -116,7 +116,7 @@ def _filled_in(family: Family, hf_config: dict[str, Any]) -> Any:
 def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:
     """The look-back in tokens and the layers it applies to (none listed: all)."""
     window = getattr(full, "sliding_window", None)
-    kinds = getattr(full, "layer_types", None)
+    kinds: Any = getattr(full, "layer_types", None)
     if family.window == "layer types":
         unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if unknown:

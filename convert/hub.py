@@ -47,6 +47,6 @@ def local_directory(path_or_hub_id: str | Path) -> Path:
     except Exception as error:  # its client's errors come from several libraries
         reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"There is no directory {name}, and the hub does not give a model of that id ({type(error).__name__}: {reason})."
+            f"There is no directory {name}, and the hub gives no model of that id ({type(error).__name__}: {reason})."
         ) from None
     return directory

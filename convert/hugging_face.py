@@ -74,7 +74,8 @@ def write_hugging_face(
     for row in mapping_rows(family, config, prefix=family.prefix, head=family.head):
         for layer, name in enumerate(row.names):
             tensors.setdefault(name, []).append((row, layer))
-    shapes = {name: parts[0][0].layout.shape(sizes) for name, parts in tensors.items()}
+    # In the order in which `safetensors` itself writes, so that one file comes back byte for byte.
+    shapes = {name: tensors[name][0][0].layout.shape(sizes) for name in sorted(tensors)}
     files = _cut_into_files({name: math.prod(s) * dtype.itemsize for name, s in shapes.items()}, shard_bytes)
     for file, names in files.items():
         with (directory / file).open("wb") as stream:

@@ -15,7 +15,7 @@ from convert.configs import DTYPES, decoder_config, family_of, read_json
 from convert.families import Family
 from convert.hub import local_directory
 from convert.mapping import Row, axis_sizes, checked_rows
-from convert.orbax_checkpoint import is_orbax, parameter_shardings, restore
+from convert.orbax_checkpoint import is_orbax, parameter_shardings, restore, saved_config
 from convert.source import Source
 from jaxhess.models import DecoderConfig, LanguageModel, Params, abstract_params
 
@@ -46,15 +46,11 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
     check_dtype(dtype)
     directory = local_directory(path_or_hub_id)
     if is_orbax(directory):
+        config = saved_config(directory, dtype)
+        check_dtype(config.dtype)
         return restore(directory, mesh, dtype)
-    hf_config = read_json(directory / "config.json")
-    family = family_of(hf_config)
-    config = decoder_config(hf_config)
-    source = Source(directory)
-    rows = checked_rows(family, config, source)
-    chosen = dtype or stored_dtype(hf_config, rows, source)
-    check_dtype(chosen)
-    config = decoder_config(hf_config, chosen)
+    family, config, source, rows = _open(directory, dtype)
+    check_dtype(config.dtype)
     if config.tied_embeddings:
         _check_tied(family, rows, source)
     shardings = parameter_shardings(config, mesh)
@@ -68,11 +64,31 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
     return LanguageModel(config, params, mesh)
 
 
+def load_config(path_or_hub_id: str | Path, dtype: str | None = None) -> DecoderConfig:
+    """The configuration that `load` with the same arguments gives its model; no weight is read.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: As for `load`, as far as names, shapes and headers tell.
+    """
+    directory = local_directory(path_or_hub_id)
+    return saved_config(directory, dtype) if is_orbax(directory) else _open(directory, dtype)[1]
+
+
+def _open(directory: Path, dtype: str | None) -> tuple[Family, DecoderConfig, Source, list[Row]]:
+    """Everything about a Hugging Face checkpoint but its weights, checked against each other."""
+    hf_config = read_json(directory / "config.json")
+    family = family_of(hf_config)
+    config = decoder_config(hf_config)
+    source = Source(directory)
+    rows = checked_rows(family, config, source)
+    return family, decoder_config(hf_config, dtype or stored_dtype(hf_config, rows, source)), source, rows
+
+
 def check_dtype(dtype: str | None) -> None:
     """Raises ValueError for a dtype that is unknown or that JAX would silently narrow."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
-    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+    if dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ValueError("float64 needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
 
 
@@ -84,7 +100,7 @@ def stored_dtype(hf_config: dict[str, Any], rows: list[Row], source: Source) -> 
     named = hf_config.get("dtype", hf_config.get("torch_dtype"))
     if named in DTYPES:
         return str(named)
-    return str(functools.reduce(jnp.promote_types, found))
+    return str(jnp.result_type(*found))
 
 
 def _place(
@@ -104,7 +120,7 @@ def _place(
         """Layers [first, first + count) of a stacked parameter, or the whole of another."""
         shape = (count, *leaf.shape[1:]) if row.stacked else leaf.shape
 
-        def device_slice(index: tuple[slice, ...]) -> np.ndarray:
+        def device_slice(index: Any) -> np.ndarray:
             bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
             if not row.stacked:
                 return np.ascontiguousarray(layer_slice(row.names[0], tuple(bounds)))

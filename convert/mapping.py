@@ -1,4 +1,4 @@
-"""Which checkpoint tensor holds which parameter: a family's table applied to one model, and checked against its files."""
+"""Which checkpoint tensor holds which parameter: a family's table applied to one model, checked against its files."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def checked_rows(family: Family, config: DecoderConfig, source: Source) -> list[
         stored = source.tensors[name]
         if stored.shape != shape:
             raise ValueError(
-                f"Tensor {name} in {stored.file.name} has shape {list(stored.shape)}; config.json asks for {list(shape)}."
+                f"Tensor {name} in {stored.file.name} has shape {list(stored.shape)}; expected {list(shape)}."
             )
         if stored.dtype not in FLOAT_DTYPES:
             raise ValueError(

@@ -64,11 +64,7 @@ def restore(directory: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
     """
     import orbax.checkpoint as ocp
 
-    record = read_json(directory / MODEL)
-    if record.get("format") != FORMAT:
-        raise ValueError(f"{directory / MODEL} has format {record.get('format')!r}; this version reads {FORMAT!r}.")
-    config = DecoderConfig.from_dict(record["config"])
-    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    config = saved_config(directory, dtype)
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract_params(config),
@@ -81,6 +77,15 @@ def restore(directory: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{directory / PARAMS} is damaged or does not fit {MODEL}: {reason}") from None
     return LanguageModel(config, params, mesh)
+
+
+def saved_config(directory: Path, dtype: str | None = None) -> DecoderConfig:
+    """The decoder in a directory of ours, computing in `dtype` (None: in that of its weights)."""
+    record = read_json(directory / MODEL)
+    if record.get("format") != FORMAT:
+        raise ValueError(f"{directory / MODEL} has format {record.get('format')!r}; this version reads {FORMAT!r}.")
+    config = DecoderConfig.from_dict(record["config"])
+    return dataclasses.replace(config, dtype=dtype or config.dtype)
 
 
 def parameter_shardings(config: DecoderConfig, mesh: Mesh | None) -> Any:

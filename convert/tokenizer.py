@@ -30,7 +30,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
 
 
 def add_tokenizer(source: Any, directory: Path) -> None:
-    """Adds a tokenizer to a checkpoint: the files of a directory, or an object with `save_pretrained`; None: nothing."""
+    """Adds a directory's tokenizer files, or a tokenizer with `save_pretrained`, to a checkpoint (None: nothing)."""
     if isinstance(source, str | Path):
         for name in TOKENIZER_FILES:
             if (Path(source) / name).is_file():

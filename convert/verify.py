@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert.configs import read_json
 from convert.loading import load
+from jaxhess.models import LanguageModel
 
 TOLERANCE = 1e-4
 """Above the rounding of float32 through a hundred layers, far below what one misplaced tensor does (order 1)."""
@@ -33,7 +36,7 @@ def verify(ours: Path, theirs: Path, *, dtype: str, sequences: int = 4, length: 
     Args:
         ours: A checkpoint that `convert.load` reads.
         theirs: A Hugging Face directory.
-        dtype: Dtype of the weights of `ours`, to which `theirs` are rounded first.
+        dtype: Dtype to which the weights of both are rounded first: the narrower of theirs.
         sequences: Random sequences.
         length: Tokens of each (fewer where the model knows fewer positions).
         seed: Of the random tokens.
@@ -55,10 +58,12 @@ def verify(ours: Path, theirs: Path, *, dtype: str, sequences: int = 4, length: 
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"transformers cannot read {theirs}: {' '.join(str(error).split())}") from None
-    model = load(ours, dtype="float32")
+    loaded = load(ours, dtype=dtype)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), loaded.params)
+    model = LanguageModel(dataclasses.replace(loaded.config, dtype="float32"), wide)
     shape = (sequences, min(length, model.config.max_positions))
     tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, shape, dtype=np.int32)
     with torch.no_grad():
         expected = reference.float().eval()(torch.from_numpy(tokens).long()).logits.numpy()
-    difference = float(np.max(np.abs(np.asarray(model.logits(tokens)) - expected)))
+    difference = float(np.max(np.abs(np.asarray(model.logits(jnp.asarray(tokens))) - expected)))
     return Agreement(difference, difference / float(np.max(np.abs(expected))))

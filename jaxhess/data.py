@@ -30,11 +30,13 @@ TEXT_SUFFIXES = frozenset(
 )
 """Files of a folder that are read as text. A file named directly is read whatever its suffix."""
 
+ENCODED_AT_ONCE = 2**22
+
 IGNORED_LABEL = -100
 """Label of a token that does not count, as in PyTorch's `ignore_index`."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TokenBlocks:
     """Sequences on the host, ready to be cut into microbatches.
 
@@ -207,11 +209,13 @@ def pack(
 ) -> TokenBlocks:
     """Blocks of the documents, tokenised one by one and joined.
 
-    Reads no further documents once `sequences` blocks are full. Empty documents leave no trace.
+    Reads no further once `sequences` blocks are full. Empty documents leave no trace. A document of more than
+    `ENCODED_AT_ONCE` characters is tokenised in parts that end with a line, so that the first blocks of a corpus in one
+    file need neither its time nor its memory.
 
     Args:
         documents: Texts, in order.
-        encode: Tokens of a text.
+        encode: Tokens of a text, without the special tokens of its beginning and end.
         seq_len, vocab_size, sequences, end_of_text: As in `read_blocks`.
         name: What the documents are called in error messages.
 
@@ -221,13 +225,9 @@ def pack(
     _check_sizes(seq_len, sequences)
     pieces: list[np.ndarray] = []
     found = 0
-    for text in documents:
-        ids = np.asarray(encode(text), np.int64) if text else np.zeros(0, np.int64)
-        if ids.size and pieces and end_of_text is not None:
-            ids = np.concatenate([np.asarray([end_of_text], np.int64), ids])
-        if ids.size:
-            pieces.append(ids)
-            found += ids.size
+    for ids in _tokenised(documents, encode, end_of_text):
+        pieces.append(ids)
+        found += ids.size
         if sequences is not None and found >= sequences * (seq_len + 1):
             break
     if not pieces:
@@ -301,6 +301,20 @@ def _check_sizes(seq_len: int, sequences: int | None) -> None:
         raise ValueError(f"seq_len is {seq_len}; it must be at least 1.")
     if sequences is not None and sequences < 1:
         raise ValueError(f"sequences is {sequences}; it must be at least 1.")
+
+
+def _tokenised(documents: Iterable[str], encode: Encode, end_of_text: int | None) -> Iterator[np.ndarray]:
+    separator: list[int] = []
+    for text in documents:
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + ENCODED_AT_ONCE) + 1 or len(text)
+            ids = encode(text[start:end])
+            if len(ids):
+                yield np.asarray([*(separator if start == 0 else []), *ids], np.int64)
+            start = end
+        if text and end_of_text is not None:
+            separator = [end_of_text]
 
 
 def _text_files(folder: Path) -> list[Path]:

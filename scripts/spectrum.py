@@ -39,11 +39,11 @@ class Options:
     """Text file, folder of text, .npy/.npz of tokens, `random`, or hub:NAME[@CONFIG][:SPLIT[:COLUMN]]."""
     seq_len: int = 128
     """Predicted tokens per sequence."""
-    sequences: int = 32
+    sequences: int = 16
     """Sequences taken from the start of the data; the loss is the mean over all their tokens."""
     microbatch: int = 8
     """Sequences whose activations exist at once; changes memory and speed, not the result."""
-    steps: int = 40
+    steps: int = 30
     """Lanczos steps per probe: one Hessian-vector product each."""
     probes: int = 4
     """Random probes; two or more give standard errors."""
@@ -97,7 +97,7 @@ def run(options: Options) -> jaxhess.Spectrum:
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, query_chunk=options.query_chunk))
     clock["model"] = time.perf_counter()
     console.print(
-        f"{options.model}: {model.num_params:,} parameters ({model.config.dtype}) on mesh {_mesh_text(mesh)}; "
+        f"{options.model}: {model.num_params:,} parameters in {model.config.dtype} on {_mesh_text(mesh)}; "
         f"{blocks.num_sequences} sequences of {blocks.seq_len} tokens."
     )
 
@@ -190,7 +190,7 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
 
 
 def _mesh_text(mesh: jax.sharding.Mesh) -> str:
-    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
 def _versions() -> dict[str, str]:

@@ -41,9 +41,8 @@ HELD_OUT_EVERY = 20  # every twentieth file is never trained on
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data"}
 """Folders of the standard library that are other people's code, tests, or tables rather than program text."""
 
-
 KEPT = ("tokenizer.json", "params.npz", "decoder.json", "loss_curve.json")
-PIECE = 2000
+PIECE = 2000  # characters
 ABOUT_SAMPLE = (
     "sample.txt holds pieces of Python's standard library (see LICENSE-text), in turn from one of train_files, which "
     "the model was trained on, and from one of held_out_files, which it never saw. loss is the model's mean over the "
@@ -117,7 +116,7 @@ def train_and_keep(options: Options, corpus: Corpus, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(list(corpus.train.values()), options.vocab_size)
     tokenizer.save(str(work / "tokenizer.json"))
-    blocks = {name: tokenise(texts, tokenizer, options.seq_len) for name, texts in dataclasses.asdict(corpus).items()}
+    blocks = {name: tokenise(texts, tokenizer, options.seq_len, name) for name, texts in vars(corpus).items()}
     model, curve = train(options, tokenizer.get_vocab_size(), blocks)
     curve |= text_figures(corpus, tokenizer, blocks)
     curve["held_out_bits_per_byte"] = curve["held_out_loss"] / math.log(2) / curve["held_out_bytes_per_token"]
@@ -130,13 +129,15 @@ def export_all(options: Options, corpus: Corpus, work: Path) -> None:
     """Writes the model folder from what `train_and_keep` left in `work`, and prints the figures.
 
     Raises:
-        ValueError: `work` lacks one of the files.
+        ValueError: `work` lacks one of the files, or comes from another Python.
     """
     missing = [name for name in KEPT if not (work / name).is_file()]
     if missing:
         raise ValueError(f"{work} has no {', '.join(missing)}: it is not the --work folder of a finished training.")
     config = DecoderConfig.from_dict(json.loads((work / "decoder.json").read_text()))
     curve = json.loads((work / "loss_curve.json").read_text())
+    if curve["python"] != platform.python_version():
+        raise ValueError(f"{work} was trained under Python {curve['python']}: export with that, its files are others.")
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     with np.load(work / "params.npz") as saved:
         params = jax.tree.map_with_path(
@@ -147,13 +148,12 @@ def export_all(options: Options, corpus: Corpus, work: Path) -> None:
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
-        model_max_length=config.max_positions,
         clean_up_tokenization_spaces=False,
     )
     export(model, options.out, tokenizer_source=fast, overwrite=options.overwrite)
     sample, sources = excerpt(corpus, options.sample_bytes, options.seed)
     (options.out / "sample.txt").write_bytes(sample.encode())
-    blocks = tokenise({"sample.txt": sample}, tokenizer, config.max_positions)
+    blocks = tokenise({"": sample}, tokenizer, config.max_positions, "sample.txt")
     figures = {"seq_len": blocks.seq_len, "sequences": blocks.num_sequences, "fingerprint": blocks.fingerprint()}
     figures["loss"] = mean_loss(model.loss(), params, blocks, options.batch)
     write_json(options.out / "sample.json", {"about": ABOUT_SAMPLE, "python": curve["python"], **figures, **sources})
@@ -206,14 +206,15 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def tokenise(texts: dict[str, str], tokenizer: Tokenizer, seq_len: int) -> TokenBlocks:
-    """Blocks of the texts with the end-of-text token between them."""
+def tokenise(texts: dict[str, str], tokenizer: Tokenizer, seq_len: int, name: str) -> TokenBlocks:
+    """Blocks of the texts with the end-of-text token between them; `name` is for error messages."""
     return pack(
         texts.values(),
         lambda text: tokenizer.encode(text).ids,
         seq_len=seq_len,
         vocab_size=tokenizer.get_vocab_size(),
         end_of_text=tokenizer.token_to_id(END_OF_TEXT),
+        name=f"The text ({name})",
     )
 
 

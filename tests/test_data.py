@@ -57,6 +57,19 @@ def test_no_document_is_read_beyond_the_sequences_asked_for() -> None:
     assert pack(documents(), encode, seq_len=3, vocab_size=256, sequences=2).num_sequences == 2
 
 
+def test_long_documents_are_tokenised_in_parts_that_end_with_a_line(monkeypatch) -> None:
+    monkeypatch.setattr("jaxhess.data.ENCODED_AT_ONCE", 5)
+    parts: list[str] = []
+
+    def recording(part: str) -> list[int]:
+        parts.append(part)
+        return encode(part)
+
+    blocks = pack(["short", "a longer\ntext\nof several lines\n"], recording, seq_len=1, vocab_size=256, end_of_text=0)
+    assert parts == ["short", "a longer\n", "text\nof several lines\n"]
+    assert bytes(blocks.tokens.ravel().tolist()) == b"short\0a longer\ntext\nof several lines\n"[:36]
+
+
 def test_folders_are_read_recursively_in_the_order_of_their_paths(tmp_path) -> None:
     for name in ("b.txt", "a/z.py", "a/b/c.md", ".hidden/x.txt", "a/.x.txt", "image.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

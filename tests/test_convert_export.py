@@ -1,0 +1,212 @@
+"""There and back: Hugging Face export bit for bit, Orbax onto other meshes, and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from checkpoints import DEFAULTS, VOCAB, write_checkpoint
+from safetensors.torch import load_file
+
+import convert
+from convert.__main__ import main
+from convert.destination import appearing
+from jaxhess.mesh import make_mesh
+from jaxhess.models import DecoderConfig, RopeConfig, initialize, model_shardings
+
+FRESH = DecoderConfig(
+    vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4, mlp_dim=24, max_positions=32,
+    norm="layer", norm_eps=1e-5, activation="gelu", gated_mlp=False, parallel_residual=True, rope=RopeConfig(dims=2),
+    qkv_bias=True, out_bias=True, mlp_bias=True,
+)  # fmt: skip
+
+
+def make_tokenizer() -> Any:
+    model = tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]")
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("qwen3")
+    write_checkpoint(directory, "qwen3", tie_word_embeddings=True)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def files_of(directory: Path) -> set[str]:
+    return {file.name for file in directory.iterdir()}
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in directory.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b), strict=True), ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", list(DEFAULTS))
+def test_export_gives_the_file_back_byte_for_byte(family: str, dtype: str, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "original", family)
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "original")
+    mesh = make_mesh("fsdp=4,tensor=2") if dtype == "bfloat16" else None
+    ours = convert.load(tmp_path / "original", mesh)
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    convert.export(ours, tmp_path / "back", hf_config=config)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    original, back = (tmp_path / d / "model.safetensors" for d in ("original", "back"))
+    assert original.read_bytes() == back.read_bytes()
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    expected = model.state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in reloaded.state_dict().items())
+
+
+def test_large_exports_are_cut_into_files_with_an_index(qwen3: Path, tmp_path: Path) -> None:
+    config = json.loads((qwen3 / "config.json").read_text())
+    convert.export(convert.load(qwen3), tmp_path / "cut", hf_config=config, shard_bytes=4000)
+    assert len(list((tmp_path / "cut").glob("model-*-of-*.safetensors"))) > 2
+    assert (tmp_path / "cut" / "model.safetensors.index.json").is_file()
+    back, expected = weights_of(tmp_path / "cut"), weights_of(qwen3)
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], expected[name]) for name in expected)
+    assert_same(convert.load(tmp_path / "cut").params, convert.load(qwen3).params)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+
+
+def test_a_fresh_model_is_exported_with_a_config_of_its_own_and_its_tokenizer(tmp_path: Path) -> None:
+    model = initialize(FRESH, jax.random.key(0))
+    convert.export(model, tmp_path / "fresh", tokenizer_source=make_tokenizer())
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fresh", attn_implementation="eager")
+    assert type(reference).__name__ == "GPTNeoXForCausalLM"
+    tokens = np.random.default_rng(0).integers(0, FRESH.vocab_size, (2, 9), dtype=np.int32)
+    expected = reference(torch.from_numpy(tokens).long()).logits.detach().numpy()
+    np.testing.assert_allclose(model.logits(jnp.asarray(tokens)), expected, atol=1e-5 * np.abs(expected).max())
+    again = convert.load(tmp_path / "fresh")
+    assert again.config == FRESH
+    assert_same(again.params, model.params)
+    assert convert.load_tokenizer(tmp_path / "fresh")("b a")["input_ids"] == [1, 0]
+
+
+def test_export_refuses_a_config_of_another_model(qwen3: Path, tmp_path: Path) -> None:
+    config = json.loads((qwen3 / "config.json").read_text())
+    with pytest.raises(ValueError, match="hf_config does not describe this model"):
+        convert.export(convert.load(qwen3), tmp_path / "x", hf_config={**config, "rms_norm_eps": 1e-3})
+    assert files_of(tmp_path) == set()
+
+
+def test_orbax_is_restored_on_another_mesh_and_in_another_dtype(qwen3: Path, tmp_path: Path) -> None:
+    saved = convert.load(qwen3, make_mesh("fsdp=8"))
+    convert.save(saved, tmp_path / "orbax")
+    for mesh in (make_mesh("fsdp=4,tensor=2"), make_mesh("fsdp=2", jax.devices()[:2]), None):
+        restored = convert.load(tmp_path / "orbax", mesh)
+        assert restored.config == saved.config
+        assert_same(restored.params, saved.params)
+        if mesh is not None:
+            assert jax.tree.map(lambda x: x.sharding, restored.params) == model_shardings(saved.config, mesh)
+    half = convert.load(tmp_path / "orbax", make_mesh("fsdp=8"), "bfloat16")
+    assert half.config == convert.load_config(tmp_path / "orbax", "bfloat16")
+    assert half.config == dataclasses.replace(saved.config, dtype="bfloat16")
+    assert_same(half.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), saved.params))
+
+
+def test_a_damaged_orbax_checkpoint_is_named(qwen3: Path, tmp_path: Path) -> None:
+    convert.save(convert.load(qwen3), tmp_path / "orbax")
+    for file in (tmp_path / "orbax" / "params").rglob("d/*"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"params is damaged or does not fit model.json") as caught:
+        convert.load(tmp_path / "orbax")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_converts_verifies_and_exports(
+    qwen3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(qwen3), str(tmp_path / "orbax"), "--verify", "--mesh", "fsdp=8"]) == 0
+    difference = float(capsys.readouterr().out.split("largest difference ")[1].split(",")[0])
+    assert 0 < difference < 1e-4
+    assert {"config.json", "model.json", "params", "tokenizer.json", "tokenizer_config.json"} == files_of(
+        tmp_path / "orbax"
+    )
+    assert main(["--export", str(tmp_path / "orbax"), str(tmp_path / "back"), "--verify"]) == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (qwen3 / "model.safetensors").read_bytes()
+    assert convert.load_tokenizer(tmp_path / "back")("b a")["input_ids"] == [1, 0]
+    assert main(["--export", str(qwen3), str(tmp_path / "half"), "--dtype", "bfloat16", "--verify"]) == 0
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {t.dtype for t in weights_of(tmp_path / "half").values()} == {torch.bfloat16}
+
+
+def test_the_command_refuses_in_one_line_and_writes_nothing(
+    qwen3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    target = tmp_path / "target"
+    refused = {
+        f"error: {full} is not empty": [str(qwen3), str(full)],
+        f"error: {full} holds no checkpoint": [str(qwen3), str(full), "--overwrite"],
+        "error: There is no directory": [str(tmp_path / "nowhere"), str(target)],
+        "error: Mesh fsdp=3 needs 3 devices but there are 8": [str(qwen3), str(target), "--mesh", "fsdp=3"],
+        "error: Mesh 'eight' cannot be read": [str(qwen3), str(target), "--mesh", "eight"],
+        "is or contains SRC": [str(qwen3), str(qwen3), "--overwrite"],
+    }
+    for sentence, arguments in refused.items():
+        assert main(arguments) == 1
+        message = capsys.readouterr().err
+        assert sentence in message
+        assert message.count("\n") == 1
+    assert files_of(tmp_path) == {"full"}
+    assert files_of(full) == {"notes.txt"}
+    assert files_of(qwen3) >= {"config.json", "model.safetensors"}
+
+
+def test_overwrite_replaces_a_checkpoint_whole(qwen3: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "old", "gpt2")
+    (tmp_path / "old" / "stale").write_text("")
+    assert main([str(qwen3), str(tmp_path / "old"), "--overwrite"]) == 0
+    assert "stale" not in files_of(tmp_path / "old")
+    assert files_of(tmp_path) == {"old"}
+
+
+def test_a_difference_beyond_rounding_fails_and_writes_nothing(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("convert.verify.TOLERANCE", 1e-12)
+    assert main([str(qwen3), str(tmp_path / "orbax"), "--verify"]) == 1
+    assert "more than rounding" in capsys.readouterr().err
+    assert files_of(tmp_path) == set()
+
+
+def test_an_interrupted_conversion_leaves_what_was_there(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "old", "gpt2")
+    before = (tmp_path / "old" / "model.safetensors").read_bytes()
+    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "old", overwrite=True) as partial:
+        (partial / "config.json").write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "old" / "model.safetensors").read_bytes() == before
+    assert files_of(tmp_path) == {"old"}
+
+
+def test_python_m_convert_exits_with_one_sentence_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "vocab_size": VOCAB}))
+    command = [sys.executable, "-m", "convert", str(tmp_path), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: config.json has model_type 'mamba'")
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,271 @@
+"""Laws of the exact Hessian operator, against dense float64 Hessians and torch-free closed forms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxhess import DecoderConfig, Hessian, Microbatches, make_mesh, random_probe, spectrum
+from jaxhess.losses import TokenBatch
+from jaxhess.mesh import batch_sharding
+from jaxhess.models import LanguageModel, initialize
+from jaxhess.operators.microbatches import as_groups
+from jaxhess.vectors import dot, norm, size
+
+TINY = DecoderConfig(
+    vocab_size=9,
+    embed_dim=4,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_dim=5,
+    max_positions=16,
+    qk_norm=True,
+    query_chunk=4,
+)
+SMALL = dataclasses.replace(TINY, vocab_size=101, embed_dim=32, head_dim=16, mlp_dim=64, query_chunk=64)
+
+
+def tokens(sequences: int, length: int, vocab: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab, (sequences, length + 1)).astype(np.int32)
+
+
+def batch_of(ids: np.ndarray, weights: np.ndarray | None = None) -> TokenBatch:
+    if weights is None:
+        weights = np.ones((ids.shape[0], ids.shape[1] - 1), np.float32)
+    return TokenBatch(jnp.asarray(ids), jnp.asarray(weights))
+
+
+def scaled_up(model: LanguageModel, factor: float = 10.0) -> LanguageModel:
+    """Weights far from the origin: at initialisation curvature is all but constant."""
+    return dataclasses.replace(model, params=jax.tree.map(lambda x: factor * x if x.ndim > 2 else x, model.params))
+
+
+def dense(operator: Hessian) -> np.ndarray:
+    """The matrix of the loss's second derivatives, reverse over reverse, on all sequences at once and nothing chunked."""
+    flat, unravel = jax.flatten_util.ravel_pytree(operator.params)
+    config = dataclasses.replace(operator.loss.config, remat=False, query_chunk=64)
+    loss = dataclasses.replace(operator.loss, config=config, token_chunk=10**6)
+    batches = [jax.tree.map(lambda x, k=k: x[k], g.stacked) for g in operator.batches for k in range(len(g))]
+    batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+
+    def mean_loss(x):
+        total, count = loss(unravel(x), batch)
+        return total / count
+
+    return np.asarray(jax.jit(jax.jacrev(jax.jacrev(mean_loss)))(flat))
+
+
+def relative(x, y) -> float:
+    return float(norm(jax.tree.map(lambda a, b: jnp.asarray(a) - jnp.asarray(b), x, y)) / norm(y))
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 5},
+        {
+            "tied_embeddings": True,
+            "num_layers": 1,
+            "norm": "layer",
+            "parallel_residual": True,
+            "gated_mlp": False,
+            "activation": "gelu",
+            "qk_norm": False,
+            "mlp_bias": True,
+            "rope": None,
+        },
+    ],
+    ids=["rms-gqa-window", "layernorm-tied-one-layer"],
+)
+def test_spectrum_matches_the_dense_hessian(change):
+    config = dataclasses.replace(TINY, dtype="float64", **change)
+    model = scaled_up(initialize(config, jax.random.key(0)))
+    ids = tokens(3, 7, config.vocab_size)
+    operator = Hessian(model.loss(token_chunk=6), model.params, [batch_of(ids[:2]), batch_of(ids[2:])])
+    matrix = dense(operator)
+    eigenvalues = np.linalg.eigvalsh(matrix)
+
+    # Every distinct eigenvalue is found, and nothing else.
+    full = spectrum(operator, steps=operator.dim, probes=1, reorthogonalize="full")
+    found = full.ritz_values[0][: full.sizes[0]]
+    distance = np.abs(eigenvalues[:, None] - found[None, :])
+    assert distance.min(axis=1).max() < 1e-8 * np.abs(eigenvalues).max()
+    assert distance.min(axis=0).max() < 1e-8 * np.abs(eigenvalues).max()
+
+    # Few steps of many probes: moments and density within their own standard errors.
+    result = spectrum(operator, steps=12, probes=24, seed=5)
+    trace, frobenius = result.trace(), result.frobenius_norm()
+    assert abs(trace.value - eigenvalues.sum()) < 3 * trace.standard_error
+    assert abs(frobenius.value - np.sqrt((eigenvalues**2).sum())) < 3 * frobenius.standard_error
+    assert trace.standard_error < np.sqrt((eigenvalues**2).sum())
+    density = result.density(points=40)
+    middle = np.searchsorted(density.edges, 0.5 * eigenvalues[-1])  # between outliers, where the kernel does not matter
+    tail = density.mass[:, middle:].sum(axis=1)
+    true_tail = np.mean(eigenvalues > density.edges[middle])
+    assert abs(tail.mean() - true_tail) < 3 * tail.std(ddof=1) / np.sqrt(24)
+
+
+def language_operator(dtype: str = "float32", token_chunk: int = 64, **change) -> Hessian:
+    config = dataclasses.replace(SMALL, dtype=dtype, **change)
+    model = scaled_up(initialize(config, jax.random.key(0)))
+    ids = tokens(8, 12, 101)
+    stacked = TokenBatch(jnp.asarray(ids.reshape(2, 4, 13)), jnp.ones((2, 4, 12)))
+    return Hessian(model.loss(token_chunk), model.params, Microbatches(stacked))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_operator_is_linear_and_symmetric(dtype, tolerance):
+    operator = language_operator(dtype)
+    u, v = (random_probe(jax.random.key(k), operator.shape_dtype) for k in (1, 2))
+    hu, hv = operator @ u, operator @ v
+    combined = operator @ jax.tree.map(lambda a, b: (2 * a - 3 * b).astype(a.dtype), u, v)
+    expected = jax.tree.map(lambda a, b: 2 * a.astype("float32") - 3 * b.astype("float32"), hu, hv)
+    assert relative(combined, expected) < tolerance
+    assert abs(float(dot(u, hv) - dot(v, hu))) < tolerance * float(norm(u) * norm(hv))
+
+
+def test_float32_agrees_with_float64():
+    narrow = language_operator("float32")
+    v = random_probe(jax.random.key(1), narrow.shape_dtype)
+    product = narrow @ v
+    with jax.enable_x64(True):
+        wide = language_operator("float64")
+        wide = dataclasses.replace(wide, params=jax.tree.map(lambda x: x.astype("float64"), narrow.params))
+        exact = wide @ jax.tree.map(lambda x: x.astype("float64"), v)
+        assert relative(product, exact) < 1e-5
+
+
+@pytest.mark.parametrize("microbatch", [1, 3])
+def test_hessian_does_not_depend_on_microbatches_or_padding(microbatch):
+    operator = language_operator()
+    ids = tokens(8, 12, 101)
+    weights = (np.random.default_rng(0).random((8, 12)) < 0.7).astype(np.float32)  # ragged labels
+    weights[3] = 0  # a sequence that is all padding
+    v = random_probe(jax.random.key(1), operator.shape_dtype)
+    whole = dataclasses.replace(operator, batches=as_groups([batch_of(ids, weights)])) @ v
+    cut = [batch_of(ids[i : i + microbatch], weights[i : i + microbatch]) for i in range(0, 8, microbatch)]
+    assert relative(dataclasses.replace(operator, batches=as_groups(cut)) @ v, whole) < 1e-6
+
+    scrambled = np.where(np.pad(weights, ((0, 0), (1, 0)), constant_values=1) == 0, 7, ids)
+    trailing = np.cumsum(weights[:, ::-1], axis=1)[:, ::-1] == 0  # nothing behind counts: true padding
+    padded = np.where(np.pad(trailing, ((0, 0), (1, 0))), scrambled, ids)
+    assert relative(dataclasses.replace(operator, batches=as_groups([batch_of(padded, weights)])) @ v, whole) < 1e-6
+
+
+@pytest.mark.parametrize("change", [{"remat": False}, {"query_chunk": 5, "token_chunk": 7}, {"query_chunk": 1}])
+def test_hessian_does_not_depend_on_chunks_or_rematerialisation(change):
+    operator = language_operator()
+    v = random_probe(jax.random.key(1), operator.shape_dtype)
+    assert relative(language_operator(**change) @ v, operator @ v) < 2e-6
+
+
+@pytest.mark.parametrize("axes", ["fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=4"])
+def test_spectrum_does_not_depend_on_the_mesh(axes):
+    ids = tokens(16, 12, 101).reshape(2, 8, 13)
+    results = []
+    for mesh in (None, make_mesh(axes)):
+        model = scaled_up(initialize(SMALL, jax.random.key(0), mesh))
+        batch = TokenBatch(jnp.asarray(ids), jnp.ones((2, 8, 12)))
+        if mesh is not None:
+            batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
+        results.append(spectrum(Hessian(model.loss(64), model.params, Microbatches(batch)), steps=8, probes=2))
+    alone, sharded = (r.ritz_values[:, [0, -1]] for r in results)
+    np.testing.assert_allclose(sharded, alone, rtol=1e-4)
+
+
+def test_a_loss_scaled_by_1e_minus_7_gives_the_scaled_spectrum():
+    operator = language_operator()
+    scaled = dataclasses.replace(operator, loss=lambda p, b: (1e-7 * operator.loss(p, b)[0], operator.loss(p, b)[1]))
+    plain, small = (spectrum(op, steps=10, probes=2) for op in (operator, scaled))
+    assert (plain.sizes == small.sizes).all()
+    np.testing.assert_allclose(small.ritz_values[:, [0, -1]], 1e-7 * plain.ritz_values[:, [0, -1]], rtol=1e-5)
+
+
+def test_batched_products_equal_single_ones():
+    operator = language_operator()
+    probes = [random_probe(jax.random.key(k), operator.shape_dtype) for k in range(3)]
+    batched = jax.jit(jax.vmap(operator.mv))(jax.tree.map(lambda *x: jnp.stack(x), *probes))
+    for k, probe in enumerate(probes):
+        assert relative(jax.tree.map(lambda x, k=k: x[k], batched), operator @ probe) < 1e-6
+
+
+def test_plain_functions_and_flax_models_work():
+    x = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    y = np.random.default_rng(1).normal(size=(20, 3)).astype(np.float32)
+
+    def mean_square(params, batch):
+        inputs, targets = batch
+        return jnp.mean(jnp.sum((inputs @ params["w"] - targets) ** 2, axis=1))
+
+    operator = Hessian(mean_square, {"w": jnp.zeros((4, 3))}, [(x[:10], y[:10]), (x[10:], y[10:])])
+    closed = np.kron(2 * x.T @ x / 20, np.eye(3))  # of mean |w'x - y|^2 for w [4, 3] in row-major order
+    v = np.random.default_rng(2).normal(size=(4, 3)).astype(np.float32)
+    np.testing.assert_allclose(np.ravel((operator @ {"w": v})["w"]), closed @ v.ravel(), rtol=1e-5)
+
+    graph, params = nnx.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    model_loss = lambda p, b: jnp.mean(jnp.sum((nnx.merge(graph, p)(b[0]) - b[1]) ** 2, axis=1))  # noqa: E731
+    result = spectrum(Hessian(model_loss, params, [(x, y)]), steps=15, probes=2)
+    design = np.hstack([x, np.ones((20, 1), np.float32)])
+    largest = np.linalg.eigvalsh(2 * design.T @ design / 20)[-1]
+    np.testing.assert_allclose(result.extreme().largest.value, largest, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "sentence"),
+    [
+        (lambda: Hessian(sum, {"w": jnp.ones(2)}, []), ValueError, "batches is empty"),
+        (lambda: Hessian(sum, {"w": jnp.ones(2)}, (1, 2)), TypeError, "pass a list of batches"),
+        (lambda: Hessian(sum, {"w": jnp.arange(2)}, [1]), ValueError, r"Parameter \['w'\] has dtype int32"),
+    ],
+)
+def test_bad_arguments_are_refused_in_a_sentence(make, error, sentence):
+    with pytest.raises(error, match=sentence):
+        make()
+
+
+def test_a_vector_of_another_shape_is_refused_by_name():
+    operator = Hessian(lambda p, b: jnp.sum(p["w"] ** 2 * b), {"w": jnp.ones(2)}, [jnp.ones(2)])
+    with pytest.raises(ValueError, match=r"leaf \['w'\] has shape \(3,\); it must be \(2,\)"):
+        operator @ {"w": jnp.ones(3)}
+    with pytest.raises(ValueError, match="structure"):
+        operator @ jnp.ones(2)
+
+
+def test_a_non_finite_loss_names_the_microbatch():
+    operator = Hessian(lambda p, b: jnp.sum(p * b), jnp.ones(2), [jnp.ones(2), jnp.array([1.0, jnp.nan])])
+    with pytest.raises(FloatingPointError, match="microbatch 1 is nan"):
+        spectrum(operator, steps=2, probes=1)
+
+
+def test_a_non_finite_product_names_the_microbatch():
+    # A finite loss of infinite curvature: sqrt at 0.
+    operator = Hessian(lambda p, b: jnp.sum(jnp.sqrt(p) * b), jnp.zeros(2), [jnp.zeros(2), jnp.ones(2)])
+    with pytest.raises(FloatingPointError, match="step 1 of probe 1 is not finite: .*microbatch"):
+        spectrum(operator, steps=2, probes=1)
+
+
+def test_all_padding_is_refused():
+    operator = language_operator()
+    empty = dataclasses.replace(operator, batches=as_groups([batch_of(tokens(2, 12, 101), np.zeros((2, 12)))]))
+    with pytest.raises(ValueError, match="count of the loss is 0"):
+        spectrum(empty, steps=2, probes=1)
+
+
+def test_parameters_are_arguments_of_the_program_not_constants():
+    operator = language_operator()
+    v = random_probe(jax.random.key(1), operator.shape_dtype)
+    closed = jax.make_jaxpr(lambda op, x: op.mv(x))(operator, v)
+    constants = sum(np.size(c) for c in closed.consts)
+    assert constants < 100 < size(v)

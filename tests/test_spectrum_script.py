@@ -1,0 +1,146 @@
+"""The main command: a run folder that reads back, and one sentence for every bad input."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxhess import Spectrum
+from scripts import spectrum as script
+
+TINY = Path(script.TINY)
+QUICK = ["--seq-len", "16", "--sequences", "4", "--microbatch", "4", "--steps", "3", "--probes", "2", "--mesh", "fsdp=8"]
+
+
+def run(*arguments: str) -> None:
+    previous, sys.argv = sys.argv, ["spectrum.py", *arguments]
+    try:
+        script.main()
+    finally:
+        sys.argv = previous
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    run(*QUICK, "--out", str(out))
+    return out
+
+
+def test_run_folder_is_complete_and_reads_back(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "spectrum.npz",
+        "spectrum.json",
+        "density.png",
+        "stem.png",
+        "report.html",
+    }
+    arrays = np.load(finished / "spectrum.npz")
+    for name in ("ritz_values", "weights", "residual_bounds", "alphas", "betas"):
+        assert arrays[name].shape == (2, 3)
+        assert np.isfinite(arrays[name]).all()
+    np.testing.assert_allclose(arrays["weights"].sum(axis=1), 1, rtol=1e-12)
+    result = Spectrum.load(finished)
+    assert result.dim == 1305344
+    np.testing.assert_array_equal(result.alphas, arrays["alphas"])
+
+
+def test_record_tells_how_the_numbers_were_made(finished):
+    info = json.loads((finished / "spectrum.json").read_text())["info"]
+    assert info["options"]["steps"] == 3
+    assert info["mesh"]["axes"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert len(info["data"]["fingerprint"]) == 64
+    assert 2 < info["loss"] < 7.6  # nats per token; log(2000) = 7.6 is no knowledge at all
+    assert info["count"] == 4 * 16
+    assert {"jax", "jaxlib", "python"} <= set(info["versions"])
+    assert info["program"]["bytes_per_device"]["arguments"] > 0
+
+
+def test_a_finished_run_is_not_overwritten_unless_told_to(finished, capsys):
+    before = (finished / "spectrum.npz").read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        run(*QUICK, "--out", str(finished), "--seed", "1")
+    assert caught.value.code == 2
+    assert "overwrite" in capsys.readouterr().err
+    assert (finished / "spectrum.npz").read_bytes() == before
+
+
+def broken_model(folder: Path, change) -> str:
+    shutil.copytree(TINY, folder / "model")
+    change(folder / "model")
+    return str(folder / "model")
+
+
+def truncate(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+def rename_architecture(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+
+
+def poison(model: Path) -> None:
+    raw = bytearray((model / "model.safetensors").read_bytes())
+    raw[-4:] = np.float32(np.nan).tobytes()
+    (model / "model.safetensors").write_bytes(bytes(raw))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (truncate, ["model.safetensors"]),
+        (rename_architecture, ["mamba", "gpt_neox", "llama"]),
+        (poison, ["NaN"]),
+        (lambda model: (model / "model.safetensors").unlink(), ["safetensors"]),
+        (lambda model: (model / "config.json").unlink(), ["config.json"]),
+        (lambda model: (model / "tokenizer.json").unlink(), ["tokenizer"]),
+    ],
+    ids=["truncated", "architecture", "nan", "no weights", "no config", "no tokenizer"],
+)
+def test_a_broken_checkpoint_is_refused_in_one_sentence(tmp_path, capsys, change, words):
+    refused(capsys, tmp_path, words, "--model", broken_model(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mesh", "fsdp=3"], ["fsdp=3", "8"]),
+        (["--steps", "0"], ["steps", "at least 1"]),
+        (["--probes", "0"], ["probes", "at least 1"]),
+        (["--microbatch", "0"], ["microbatch", "at least 1"]),
+        (["--sequences", "100000"], ["100000", "sample.txt"]),
+        (["--seq-len", "0"], ["seq_len"]),
+        (["--model", "no/such/folder"], ["no/such/folder"]),
+        (["--data", "nowhere.txt"], ["nowhere.txt"]),
+        (["--steps", "10000000"], ["re-orthogonalisation", "GB"]),
+        (["--data", "hub:"], ["hub:"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_a_bad_option_is_refused_in_one_sentence(tmp_path, capsys, arguments, words):
+    refused(capsys, tmp_path, words, *arguments)
+
+
+@pytest.mark.parametrize(("text", "words"), [("", ["empty"]), ("import os\n", ["17", "text.txt"])])
+def test_text_shorter_than_one_block_is_refused_in_one_sentence(tmp_path, capsys, text, words):
+    (tmp_path / "text.txt").write_text(text)
+    refused(capsys, tmp_path, words, "--data", str(tmp_path / "text.txt"))
+
+
+def refused(capsys, folder: Path, words: list[str], *arguments: str) -> None:
+    out = folder / "out"
+    with pytest.raises(SystemExit) as caught:
+        run(*QUICK, *arguments, "--out", str(out))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert not out.exists()
