@@ -49,11 +49,18 @@ def write_orbax(model: LanguageModel, directory: Path, hf_config: dict[str, Any]
     import orbax.checkpoint as ocp
 
     hf_config = hugging_face_config(model.config) if hf_config is None else hf_config
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute() / PARAMS, model.params)
+    # Orbax would copy all arrays to the host before it writes one: let no more than two at a time be on their way.
+    limit = max(2**28, 2 * max(_local_bytes(array) for array in jax.tree.leaves(model.params)) + 1)
+    inner = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=inner)) as checkpointer:
+        checkpointer.save(directory.absolute() / PARAMS, args=ocp.args.PyTreeSave(model.params))
     record = {"format": FORMAT, "config": model.config.to_dict()}
     (directory / MODEL).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+
+
+def _local_bytes(array: jax.Array) -> int:
+    return sum(shard.data.nbytes for shard in array.addressable_shards)
 
 
 def restore(directory: Path, mesh: Mesh | None, dtype: str | None) -> LanguageModel:

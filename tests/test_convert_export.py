@@ -23,7 +23,7 @@ import convert
 from convert.__main__ import main
 from convert.destination import appearing
 from jaxhess.mesh import make_mesh
-from jaxhess.models import DecoderConfig, RopeConfig, initialize, model_shardings
+from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig, abstract_params, model_shardings
 
 FRESH = DecoderConfig(
     vocab_size=40, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=4, mlp_dim=24, max_positions=32,
@@ -89,7 +89,9 @@ def test_large_exports_are_cut_into_files_with_an_index(qwen3: Path, tmp_path: P
 
 
 def test_a_fresh_model_is_exported_with_a_config_of_its_own_and_its_tokenizer(tmp_path: Path) -> None:
-    model = initialize(FRESH, jax.random.key(0))
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), abstract_params(FRESH))
+    model = LanguageModel(FRESH, params)
     convert.export(model, tmp_path / "fresh", tokenizer_source=make_tokenizer())
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fresh", attn_implementation="eager")
     assert type(reference).__name__ == "GPTNeoXForCausalLM"
@@ -195,9 +197,14 @@ def test_a_difference_beyond_rounding_fails_and_writes_nothing(
 def test_an_interrupted_conversion_leaves_what_was_there(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "old", "gpt2")
     before = (tmp_path / "old" / "model.safetensors").read_bytes()
-    with pytest.raises(KeyboardInterrupt), appearing(tmp_path / "old", overwrite=True) as partial:
-        (partial / "config.json").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with appearing(tmp_path / "old", overwrite=True) as partial:
+            (partial / "config.json").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert (tmp_path / "old" / "model.safetensors").read_bytes() == before
     assert files_of(tmp_path) == {"old"}
 

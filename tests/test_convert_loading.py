@@ -290,9 +290,7 @@ def test_a_path_that_is_none_is_not_looked_for_on_the_hub(name: str, monkeypatch
         convert.load(name)
 
 
-def test_a_hub_id_is_downloaded_without_files_that_are_not_needed(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_is_downloaded_without_files_that_are_not_needed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def download(name: str, allow_patterns: list[str]) -> str:
