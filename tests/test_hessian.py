@@ -97,13 +97,12 @@ def test_spectrum_matches_the_dense_hessian(change):
     matrix = dense(operator)
     eigenvalues = np.linalg.eigvalsh(matrix)
 
-    # Every distinct eigenvalue is found, and nothing else (up to what a step into the exhausted space left open).
+    # Every distinct eigenvalue is found, and nothing else.
     full = spectrum(operator, steps=operator.dim, probes=1, reorthogonalize="full")
     found = full.ritz_values[0][: full.sizes[0]]
     distance = np.abs(eigenvalues[:, None] - found[None, :])
     assert distance.min(axis=1).max() < 1e-8 * np.abs(eigenvalues).max()
-    assert (distance.min(axis=0) <= full.residual_bounds[0][: full.sizes[0]] + 1e-8 * np.abs(eigenvalues).max()).all()
-    assert np.sum(distance.min(axis=0) > 1e-8 * np.abs(eigenvalues).max()) <= 2
+    assert distance.min(axis=0).max() < 1e-8 * np.abs(eigenvalues).max()
 
     # Few steps of many probes: moments and density within their own standard errors.
     result = spectrum(operator, steps=12, probes=24, seed=5)

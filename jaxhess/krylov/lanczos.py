@@ -21,14 +21,21 @@ from jaxhess.vectors import (
     norm,
     replicated_like,
     scale,
+    size,
     widen,
 )
 
 Reorthogonalize = Literal["none", "full"]
 
 BREAKDOWN = 32
-"""A beta of at most this many rounding units of |alpha| + the beta before it is rounding noise: the Krylov space is
-exhausted. In units, and relative to the step's own scalars, so that a scaled loss breaks down at the same step."""
+"""Rounding units within which a beta is noise: the Krylov space is exhausted.
+
+Two sources of noise set the scale. The step's own scalars: beta against |alpha| plus the beta before. And the rounding
+of the stored vector, which leaks about eps / sqrt(n) of every eigenvector into it, so that even in the null space
+products are no smaller than that times the largest |alpha| + beta so far. Both are relative: a scaled loss breaks down
+at the same step. (Relative to the largest eigenvalue alone, without sqrt(n), the bulk of a large model's spectrum, often
+seven decades below the outliers, would pass for noise in float32.)
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -124,8 +131,10 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
             w = add_scaled(w, jnp.float32(-1), basis_sum(basis_dot(basis, w), basis))
     beta = norm(w)
 
-    rounding = jnp.finfo(state.alphas.dtype).eps
-    broken = state.broken | (beta <= BREAKDOWN * rounding * (jnp.abs(alpha) + beta_before))
+    local = jnp.abs(alpha) + beta_before
+    largest = jnp.maximum(local, jnp.max(jnp.abs(state.alphas) + state.betas))
+    noise = BREAKDOWN * jnp.finfo(beta.dtype).eps * jnp.maximum(local, largest / size(q) ** 0.5)
+    broken = state.broken | (beta <= noise)
     following = cast(scale(jnp.where(broken, 0, 1 / jnp.where(broken, 1, beta)), w), q)
     if basis is not None:  # row m is out of range after the last step, and dropped
         basis = jax.tree.map(lambda b, x: b.at[j + 1].set(x, mode="drop"), basis, following)
