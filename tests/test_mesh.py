@@ -59,13 +59,22 @@ def test_no_parameter_is_replicated(axes):
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     shardings = model_shardings(config, mesh)
     whole = sum(x.size for x in jax.tree.leaves(abstract_params(config)))
-    local = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype), abstract_params(config), shardings)
+    local = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype), abstract_params(config), shardings
+    )
     assert sum(x.size for x in jax.tree.leaves(local)) <= 1.05 * whole / shards
 
 
 def test_initial_weights_do_not_depend_on_the_mesh():
     config = DecoderConfig(
-        vocab_size=64, embed_dim=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, max_positions=64
+        vocab_size=64,
+        embed_dim=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=64,
+        max_positions=64,
     )
     alone = initialize(config, jax.random.key(0)).params
     sharded = initialize(config, jax.random.key(0), make_mesh("fsdp=8")).params

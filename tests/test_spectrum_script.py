@@ -12,7 +12,20 @@ from jaxhess import Spectrum
 from scripts import spectrum as script
 
 TINY = Path(script.TINY)
-QUICK = ["--seq-len", "16", "--sequences", "4", "--microbatch", "4", "--steps", "3", "--probes", "2", "--mesh", "fsdp=8"]
+QUICK = [
+    "--seq-len",
+    "16",
+    "--sequences",
+    "4",
+    "--microbatch",
+    "4",
+    "--steps",
+    "3",
+    "--probes",
+    "2",
+    "--mesh",
+    "fsdp=8",
+]
 
 
 def run(*arguments: str) -> None:
