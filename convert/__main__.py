@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +17,7 @@ from convert.loading import load
 from convert.orbax_checkpoint import is_orbax, write_orbax
 from convert.tokenizer import add_tokenizer
 from convert.verify import TOLERANCE, verify
+from jaxhess.command import one_sentence
 from jaxhess.mesh import make_mesh
 
 
@@ -41,20 +41,17 @@ class Options:
     """Replace a checkpoint that is already at DST."""
 
 
-def main(args: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+def main(args: list[str] | None = None) -> None:
+    """Reads the options and runs."""
     options = tyro.cli(Options, prog="python -m convert", args=args)
+    with one_sentence():
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Converts; when `--verify` finds more than rounding that is an error, and nothing is written."""
     if options.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    try:
-        return run(options)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def run(options: Options) -> int:
-    """Converts; returns 0, or 1 when `--verify` finds more than rounding (nothing is written then)."""
     check_destination(options.dst, options.overwrite)
     source = local_directory(options.src)
     if source.resolve().is_relative_to(options.dst.resolve()):
@@ -79,8 +76,7 @@ def run(options: Options) -> int:
                     f"The logits differ by more than rounding ({TOLERANCE:g}); {options.dst} is not written."
                 )
     print(f"{model.num_params:,} parameters in {model.config.dtype} written to {options.dst}.")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

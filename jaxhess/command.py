@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 """What the library raises at the door. Set `JAXHESS_TRACEBACK=1` to see where."""
 
 

@@ -205,8 +205,9 @@ def _versions() -> dict[str, str]:
 
 def main() -> None:
     """Reads the options and runs."""
+    options = tyro.cli(Options, description=__doc__)
     with one_sentence():
-        run(tyro.cli(Options, description=__doc__))
+        run(options)
 
 
 if __name__ == "__main__":

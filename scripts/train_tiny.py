@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from convert import export
 from convert.destination import check_destination
+from jaxhess.command import one_sentence
 from jaxhess.data import TEXT_SUFFIXES, TokenBlocks, pack, read_documents
 from jaxhess.losses import TokenBatch
 from jaxhess.models import DecoderConfig, LanguageModel, NextTokenLoss, RopeConfig, abstract_params, initialize
@@ -98,17 +99,14 @@ class Corpus:
     held_out: dict[str, str]
 
 
-def main(options: Options) -> None:
+def run(options: Options) -> None:
     """Train, export and report."""
-    try:
-        check_destination(options.out, options.overwrite)  # before the training, not after it
-        corpus = read_corpus(options.text)
-        work = options.trained or options.work
-        if options.trained is None:
-            train_and_keep(options, corpus, work)
-        export_all(options, corpus, work)
-    except (ValueError, FileExistsError) as error:
-        sys.exit(str(error))
+    check_destination(options.out, options.overwrite)  # before the training, not after it
+    corpus = read_corpus(options.text)
+    work = options.trained or options.work
+    if options.trained is None:
+        train_and_keep(options, corpus, work)
+    export_all(options, corpus, work)
 
 
 def train_and_keep(options: Options, corpus: Corpus, work: Path) -> None:
@@ -406,5 +404,12 @@ def plot(curve: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def main() -> None:
+    """Reads the options and runs."""
+    options = tyro.cli(Options)
+    with one_sentence():
+        run(options)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main()

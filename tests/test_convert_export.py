@@ -138,16 +138,16 @@ def test_a_damaged_orbax_checkpoint_is_named(qwen3: Path, tmp_path: Path) -> Non
 def test_the_command_converts_verifies_and_exports(
     qwen3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(qwen3), str(tmp_path / "orbax"), "--verify", "--mesh", "fsdp=8"]) == 0
+    main([str(qwen3), str(tmp_path / "orbax"), "--verify", "--mesh", "fsdp=8"])
     difference = float(capsys.readouterr().out.split("largest difference ")[1].split(",")[0])
     assert 0 < difference < 1e-4
     assert {"config.json", "model.json", "params", "tokenizer.json", "tokenizer_config.json"} == files_of(
         tmp_path / "orbax"
     )
-    assert main(["--export", str(tmp_path / "orbax"), str(tmp_path / "back"), "--verify"]) == 0
+    main(["--export", str(tmp_path / "orbax"), str(tmp_path / "back"), "--verify"])
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (qwen3 / "model.safetensors").read_bytes()
     assert convert.load_tokenizer(tmp_path / "back")("b a")["input_ids"] == [1, 0]
-    assert main(["--export", str(qwen3), str(tmp_path / "half"), "--dtype", "bfloat16", "--verify"]) == 0
+    main(["--export", str(qwen3), str(tmp_path / "half"), "--dtype", "bfloat16", "--verify"])
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {t.dtype for t in weights_of(tmp_path / "half").values()} == {torch.bfloat16}
 
@@ -168,7 +168,9 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
         "is or contains SRC": [str(qwen3), str(qwen3), "--overwrite"],
     }
     for sentence, arguments in refused.items():
-        assert main(arguments) == 1
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
         message = capsys.readouterr().err
         assert sentence in message
         assert message.count("\n") == 1
@@ -180,7 +182,7 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
 def test_overwrite_replaces_a_checkpoint_whole(qwen3: Path, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "old", "gpt2")
     (tmp_path / "old" / "stale").write_text("")
-    assert main([str(qwen3), str(tmp_path / "old"), "--overwrite"]) == 0
+    main([str(qwen3), str(tmp_path / "old"), "--overwrite"])
     assert "stale" not in files_of(tmp_path / "old")
     assert files_of(tmp_path) == {"old"}
 
@@ -189,7 +191,9 @@ def test_a_difference_beyond_rounding_fails_and_writes_nothing(
     qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("convert.verify.TOLERANCE", 1e-12)
-    assert main([str(qwen3), str(tmp_path / "orbax"), "--verify"]) == 1
+    with pytest.raises(SystemExit) as caught:
+        main([str(qwen3), str(tmp_path / "orbax"), "--verify"])
+    assert caught.value.code == 2
     assert "more than rounding" in capsys.readouterr().err
     assert files_of(tmp_path) == set()
 
@@ -213,7 +217,7 @@ def test_python_m_convert_exits_with_one_sentence_and_no_traceback(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "vocab_size": VOCAB}))
     command = [sys.executable, "-m", "convert", str(tmp_path), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("error: config.json has model_type 'mamba'")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()

@@ -40,7 +40,7 @@ def trained(tmp_path_factory) -> tuple[train_tiny.Options, dict]:
         evaluate_every=10,
         sample_bytes=4000,
     )
-    train_tiny.main(options)
+    train_tiny.run(options)
     return options, json.loads((options.out / "loss_curve.json").read_text())
 
 
@@ -69,16 +69,16 @@ def test_held_out_files_are_not_trained_on(trained) -> None:
 def test_a_model_is_not_overwritten_without_being_told_to(trained) -> None:
     options, _ = trained
     before = (options.out / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(SystemExit, match="is not empty; --overwrite"):
-        train_tiny.main(options)
+    with pytest.raises(FileExistsError, match="is not empty; --overwrite"):
+        train_tiny.run(options)
     assert (options.out / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_work_folder_without_parameters_is_refused(trained, tmp_path) -> None:
     options, _ = trained
     lacking = train_tiny.Options(out=tmp_path / "model", text=options.text, trained=tmp_path)
-    with pytest.raises(SystemExit, match=r"has no tokenizer\.json, params\.npz"):
-        train_tiny.main(lacking)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json, params\.npz"):
+        train_tiny.run(lacking)
     assert not (tmp_path / "model").exists()
 
 

@@ -33,7 +33,7 @@ BREAKDOWN = 32
 Two sources of noise set the scale. The step's own scalars: beta against |alpha| plus the beta before. And the rounding
 of the stored vector, which leaks about eps / sqrt(n) of every eigenvector into it, so that even in the null space
 products are no smaller than that times the largest |alpha| + beta so far. Both are relative: a scaled loss breaks down
-at the same step. (Relative to the largest eigenvalue alone, without sqrt(n), the bulk of a large model's spectrum, often
+at the same step. (Relative to the largest eigenvalue alone, without sqrt(n), the bulk of a large model, often
 seven decades below the outliers, would pass for noise in float32.)
 """
 
