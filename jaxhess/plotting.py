@@ -79,7 +79,7 @@ def stem_figure(spectrum: Spectrum) -> Figure:
     for probe, size in enumerate(spectrum.sizes):
         theta, w = spectrum.ritz_values[probe, :size], spectrum.weights[probe, :size]
         axes.vlines(theta, bottom, w, color=colors[probe], alpha=0.35, linewidth=1)
-        label = f"probe {probe}" if listed else None
+        label = f"probe {probe + 1}" if listed else None
         axes.plot(theta, w, "o", markersize=4, color=colors[probe], alpha=0.85, label=label)
     axes.axhline(share, color=RUG, linestyle="--", linewidth=1.2, label=f"one eigenvalue: 1/{spectrum.dim:,}")
     axes.set_yscale("log")

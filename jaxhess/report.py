@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from jaxhess.plotting import density_figure, stem_figure
@@ -24,6 +23,7 @@ h1{font-size:1.7rem;margin-bottom:.2rem} h2{margin-top:2.4rem;border-bottom:1px 
 table{border-collapse:collapse;margin:.5rem 0;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .9rem .25rem 0;border-bottom:1px solid #e6eaf0;text-align:left;vertical-align:top;
 overflow-wrap:anywhere}
+td:nth-child(2){min-width:7rem}
 thead th{color:#5b6b82;font-weight:600} .wide{overflow-x:auto}
 figure{margin:1rem 0} img{max-width:100%} figcaption,.note{color:#46566c;font-size:.92rem}
 """
@@ -105,14 +105,10 @@ def _headline(spectrum: Spectrum) -> Iterator[Sequence[str]]:
 
 
 def _extreme_words(extreme: Extreme) -> str:
-    size = abs(extreme.value)
-    if extreme.residual_bound <= np.finfo(float).eps * size:
-        words = "converged: an eigenvalue lies here to within the rounding of the Lanczos vectors"
-    else:
-        words = f"an eigenvalue lies within ± {_number(extreme.residual_bound, 2)} of it"
+    bound = f"residual bound {_number(extreme.residual_bound, 2)}: an eigenvalue lies that close, or within rounding"
     if math.isnan(extreme.spread):
-        return words + "; one probe, so no spread"
-    return words + f"; the probes' own values scatter by {_number(extreme.spread, 2)} (standard deviation)"
+        return bound + "; one probe, so no spread to judge rounding by"
+    return bound + f"; the probes' own values scatter by {_number(extreme.spread, 2)} (standard deviation)"
 
 
 def _estimate_words(estimate: Estimate) -> tuple[str, str]:
@@ -135,7 +131,7 @@ def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:
     for probe, (theta, bounds, size, broke, alphas) in enumerate(rows):
         steps = f"{size} (broke down)" if broke else str(size)
         numbers = (_number(x, 6) for x in (theta[0], theta[size - 1]))
-        yield str(probe), steps, *numbers, _number(bounds[size - 1], 2), _number(spectrum.dim * alphas[0], 4)
+        yield str(probe + 1), steps, *numbers, _number(bounds[size - 1], 2), _number(spectrum.dim * alphas[0], 4)
 
 
 def _checks(spectrum: Spectrum) -> Iterator[Sequence[str]]:
