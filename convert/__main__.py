@@ -13,7 +13,7 @@ from convert.configs import read_json
 from convert.destination import appearing, check_destination
 from convert.hub import local_directory
 from convert.hugging_face import write_hugging_face
-from convert.loading import load
+from convert.loading import load, load_config
 from convert.orbax_checkpoint import is_orbax, write_orbax
 from convert.tokenizer import add_tokenizer
 from convert.verify import TOLERANCE, verify
@@ -50,23 +50,25 @@ def main(args: list[str] | None = None) -> None:
 
 def run(options: Options) -> None:
     """Converts; when `--verify` finds more than rounding that is an error, and nothing is written."""
-    if options.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
     check_destination(options.dst, options.overwrite)
     source = local_directory(options.src)
     if source.resolve().is_relative_to(options.dst.resolve()):
         raise ValueError(f"DST {options.dst} is or contains SRC {source}: choose another destination.")
     if options.verify and not options.export and is_orbax(source):
         raise ValueError(f"--verify compares with a Hugging Face checkpoint, but {source} is none.")
+    if load_config(source, options.dtype).dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
     mesh = None if options.mesh is None else make_mesh(options.mesh)
     model = load(source, mesh, options.dtype)
     hf_config = read_json(source / "config.json")
     with appearing(options.dst, options.overwrite) as partial:
         (write_hugging_face if options.export else write_orbax)(model, partial, hf_config)
         add_tokenizer(source, partial)
+        num_params, dtype = model.num_params, model.config.dtype
+        del model  # the comparison loads what was written: two copies would not always fit
         if options.verify:
             ours, theirs = (source, partial) if options.export else (partial, source)
-            agreement = verify(ours, theirs, dtype=model.config.dtype)
+            agreement = verify(ours, theirs, mesh, dtype=dtype)
             print(
                 f"Logits against transformers: largest difference {agreement.absolute:.3g}, "
                 f"{agreement.relative:.3g} of the largest logit."
@@ -75,7 +77,7 @@ def run(options: Options) -> None:
                 raise ValueError(
                     f"The logits differ by more than rounding ({TOLERANCE:g}); {options.dst} is not written."
                 )
-    print(f"{model.num_params:,} parameters in {model.config.dtype} written to {options.dst}.")
+    print(f"{num_params:,} parameters in {dtype} written to {options.dst}.")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from convert.families import ACTIVATIONS, FAMILIES, Family
 from jaxhess.models import DecoderConfig, RopeConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_positions")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -57,6 +58,10 @@ def decoder_config(hf_config: dict[str, Any], dtype: str = "float32") -> Decoder
     if hf_config.get("quantization_config"):
         method = dict(hf_config["quantization_config"]).get("quant_method", "unknown")
         raise ValueError(f"The checkpoint is quantized (quantization_config: {method}); use the unquantized weights.")
+    _check_sizes(family, hf_config)
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf_config.get(name), dict | None):
+            raise ValueError(f"config.json has {name} {hf_config[name]!r}; it must be an object or null.")
     full = _filled_in(family, hf_config)
     for name, value in family.required.items():
         if getattr(full, name) != value:
@@ -101,6 +106,24 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
         except ValueError:
             continue
     raise ValueError(f"No supported Hugging Face architecture describes {config}.")
+
+
+def _check_sizes(family: Family, hf_config: dict[str, Any]) -> None:
+    """What fixes shapes must be there: the configuration class would fill in the sizes of some 7B model unsaid."""
+    from transformers import CONFIG_MAPPING  # slow to import, and `import convert` should not be
+
+    others = CONFIG_MAPPING[family.model_type].attribute_map  # hidden_size for GPT-2's n_embd
+    for ours, name in family.fields.items():
+        if ours not in SIZES:
+            continue
+        said = [
+            key for key in (name, *(o for o, own in others.items() if own == name)) if hf_config.get(key) is not None
+        ]
+        if not said and ours not in family.optional_sizes:
+            raise ValueError(f"config.json does not say {name}.")
+        for key in said:
+            if type(hf_config[key]) is not int or hf_config[key] < 1:
+                raise ValueError(f"config.json has {key} {hf_config[key]!r}; it must be a positive integer.")
 
 
 def _filled_in(family: Family, hf_config: dict[str, Any]) -> Any:

@@ -11,16 +11,41 @@ from pathlib import Path
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
-    """Raises FileExistsError unless `destination` is new, empty, or a checkpoint that may be replaced."""
-    if destination.is_dir():
-        if not any(destination.iterdir()):
-            return
-        if not overwrite:
-            raise FileExistsError(f"{destination} is not empty; --overwrite (overwrite=True) replaces it.")
-        if not (destination / "config.json").is_file():
-            raise FileExistsError(f"{destination} holds no checkpoint (no config.json), so it is not overwritten.")
-    elif destination.exists():
-        raise FileExistsError(f"{destination} is a file; give a directory.")
+    """Checks that `destination` is new, empty, or a checkpoint that may be replaced, and that it can be made.
+
+    Raises:
+        FileExistsError: It holds something else, or is a file.
+        OSError: Its parent is a file or cannot be written.
+    """
+    with _one_sentence(destination):
+        if destination.is_dir():
+            if any(destination.iterdir()):
+                _check_replaceable(destination, overwrite)
+        elif destination.exists():
+            raise FileExistsError(f"{destination} is a file; give a directory.")
+        parent = next(parent for parent in destination.absolute().parents if parent.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(f"{destination} cannot be made: {parent} is a file.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"{destination} cannot be made: {parent} cannot be written.")
+
+
+def _check_replaceable(destination: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise FileExistsError(f"{destination} is not empty; --overwrite (overwrite=True) replaces it.")
+    if not (destination / "config.json").is_file():
+        raise FileExistsError(f"{destination} holds no checkpoint (no config.json), so it is not overwritten.")
+
+
+@contextlib.contextmanager
+def _one_sentence(destination: Path) -> Iterator[None]:
+    """Says in words what the operating system refuses; its own text begins with `[Errno`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # ours
+            raise
+        raise type(error)(f"{destination} cannot be made: {error.strerror}.") from None
 
 
 @contextlib.contextmanager
@@ -29,11 +54,13 @@ def appearing(destination: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `destination` is not empty (without `overwrite`), or is no checkpoint.
+        OSError: Its parent is a file or cannot be written.
     """
     check_destination(destination, overwrite)
     destination = destination.absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
+    with _one_sentence(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
     partial.chmod(0o777 & ~_umask())
     try:
         yield partial

@@ -25,6 +25,7 @@ class Family:
         head: Name of the output matrix in the file; it never has the prefix.
         head_alias: Another name under which it is accepted.
         fields: Field of `DecoderConfig` -> attribute of the `transformers` configuration with the same meaning.
+        optional_sizes: Fields of `DecoderConfig` with a size that `config.json` may leave open; it must say the others.
         constants: Fields of `DecoderConfig` that this family fixes.
         required: Attributes of the `transformers` configuration that our decoder can represent only at this value.
         activation: The attribute that names the activation.
@@ -45,6 +46,7 @@ class Family:
     activation: str = "hidden_act"
     window: Literal["none", "all layers", "layer types"] = "none"
     partial_rotary: bool = False
+    optional_sizes: tuple[str, ...] = ("num_kv_heads", "head_dim", "max_positions")
 
 
 _SIZES = {
@@ -212,7 +214,17 @@ _GPT2 = Family(
     tensors=_GPT2_TENSORS,
     prefix="transformer.",
     buffers=(r"h\.\d+\.attn\.(bias|masked_bias)",),
-    fields={**_SIZES, "mlp_dim": "n_inner", "norm_eps": "layer_norm_epsilon"},
+    fields={
+        "vocab_size": "vocab_size",
+        "embed_dim": "n_embd",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "mlp_dim": "n_inner",
+        "max_positions": "n_positions",
+        "tied_embeddings": "tie_word_embeddings",
+        "norm_eps": "layer_norm_epsilon",
+    },
+    optional_sizes=("mlp_dim",),
     constants={
         "norm": "layer",
         "gated_mlp": False,

@@ -89,7 +89,9 @@ def check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
     if dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
-        raise ValueError("float64 needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
+        raise ValueError(
+            "float64 needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting, or give a command --dtype float64."
+        )
 
 
 def stored_dtype(hf_config: dict[str, Any], rows: list[Row], source: Source) -> str:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import types
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from convert.configs import hugging_face_config, read_json
+from convert.configs import DTYPES, hugging_face_config, read_json
 from convert.destination import appearing
 from convert.tokenizer import add_tokenizer
 from jaxhess.models import DecoderConfig, LanguageModel, abstract_params, model_shardings
@@ -67,11 +70,13 @@ def restore(directory: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
     """The model in a directory that `write_orbax` filled, on any mesh and in any dtype (None: the one it was saved in).
 
     Raises:
-        ValueError: The files are damaged or of another format.
+        ValueError: The files are damaged, of another format, or hold other parameters than `model.json` describes.
     """
     import orbax.checkpoint as ocp
 
     config = saved_config(directory, dtype)
+    if not (directory / PARAMS).is_dir():
+        raise ValueError(f"{directory} has no {PARAMS}, the directory of its weights.")
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract_params(config),
@@ -79,20 +84,91 @@ def restore(directory: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
     )
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(directory.absolute() / PARAMS, target)
+            stored = checkpointer.metadata(directory.absolute() / PARAMS).item_metadata
+            difference = None if stored is None else _first_difference(stored.tree, target)
+            params = None if difference else checkpointer.restore(directory.absolute() / PARAMS, target)
     except Exception as error:  # tensorstore's and Orbax's errors share no class
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{directory / PARAMS} is damaged or does not fit {MODEL}: {reason}") from None
+        raise ValueError(f"{directory / PARAMS} is damaged: {_short(error)}.") from None
+    if difference:
+        raise ValueError(f"{directory / PARAMS} does not fit {MODEL}: {difference}.")
     return LanguageModel(config, params, mesh)
 
 
+def _first_difference(stored: Any, expected: Any) -> str | None:
+    """Where the stored parameters are not those expected, by name or shape; None: nowhere."""
+    found, wanted = _shapes(stored), _shapes(expected)
+    for name in sorted(found.keys() | wanted.keys()):
+        if name not in found:
+            return f"parameter {name} is missing"
+        if name not in wanted:
+            return f"parameter {name} has no place in the model"
+        if found[name] != wanted[name]:
+            return f"parameter {name} has shape {list(found[name])}; expected {list(wanted[name])}"
+    return None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _short(error: Exception) -> str:
+    """The beginning of an error's text, without the dump of a TensorStore's whole specification."""
+    text = re.split(r"See full TensorStore|\[tensorstore_spec|\[source locations", " ".join(str(error).split()))[0]
+    return text[:200].rstrip(" .:;,") or type(error).__name__
+
+
 def saved_config(directory: Path, dtype: str | None = None) -> DecoderConfig:
-    """The decoder in a directory of ours, computing in `dtype` (None: in that of its weights)."""
+    """The decoder in a directory of ours, computing in `dtype` (None: in that of its weights).
+
+    Raises:
+        ValueError: `model.json` is damaged, of another format, or does not describe a model of this version.
+    """
     record = read_json(directory / MODEL)
     if record.get("format") != FORMAT:
         raise ValueError(f"{directory / MODEL} has format {record.get('format')!r}; this version reads {FORMAT!r}.")
-    config = DecoderConfig.from_dict(record["config"])
+    try:
+        reason = _misfit(record.get("config"), DecoderConfig, "config")
+        if reason:
+            raise ValueError(reason)
+        config = DecoderConfig.from_dict(record["config"])
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{directory / MODEL} does not describe a model of this version: {reason}.") from None
     return dataclasses.replace(config, dtype=dtype or config.dtype)
+
+
+def _misfit(data: Any, kind: Any, name: str) -> str | None:
+    """Why JSON data are none of `kind`, a configuration class or the type of one of its fields; None: they are."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(data, dict):
+            return f"{name} is missing" if data is None else f"{name} is {_quoted(data)}"
+        kinds = typing.get_type_hints(kind)
+        unknown = sorted(data.keys() - kinds.keys())
+        missing = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in data]
+        if unknown or missing:
+            return f"unknown field {unknown[0]}" if unknown else f"{missing[0]} is missing"
+        return next((reason for key in data if (reason := _misfit(data[key], kinds[key], key))), None)
+    options = typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        if data is None and types.NoneType in options:
+            return None
+        return _misfit(data, next(option for option in options if option is not types.NoneType), name)
+    if origin is Literal:
+        fits = data in options
+    elif origin is tuple:
+        fits = isinstance(data, list) and all(type(x) is options[0] for x in data)
+    else:
+        fits = type(data) is kind or (kind is float and type(data) is int)
+    if name == "dtype":
+        fits = data in DTYPES
+    return None if fits else f"{name} is {_quoted(data)}"
+
+
+def _quoted(data: Any) -> str:
+    text = json.dumps(data)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def parameter_shardings(config: DecoderConfig, mesh: Mesh | None) -> Any:

@@ -141,7 +141,8 @@ def _load_pickle(file: Path) -> dict[str, Any]:
         import torch
     except ImportError:
         raise ImportError(
-            f"{file.name} is a PyTorch file: reading it needs torch, which `pip install jaxhess[torch]` brings."
+            f"{file.name} is a PyTorch file and reading it needs torch; "
+            "install the extra: pip install -e '.[torch]' in the repository."
         ) from None
     try:
         try:

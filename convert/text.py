@@ -20,7 +20,7 @@ def load_blocks(
     sequences: int | None = None,
     seed: int = 0,
 ) -> TokenBlocks:
-    """Blocks of `data` in the tokens of `model`.
+    """Blocks of `data` in the tokens of `model`: text without special tokens, the end-of-text token between documents.
 
     Args:
         data: A text file, a folder of text files, a `.npy` or `.npz` of tokens (`jaxhess.data.read_blocks`), `random`
@@ -36,6 +36,8 @@ def load_blocks(
         ValueError, FileNotFoundError, ImportError: One sentence that names the source and what would be right.
     """
     if data == "random":
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; it must not be negative.")
         if sequences is None:
             raise ValueError("Random tokens have no end: give the number of sequences.")
         return random_blocks(seq_len=seq_len, vocab_size=vocab_size, sequences=sequences, seed=seed)
@@ -46,7 +48,13 @@ def load_blocks(
     tokenizer = load_tokenizer(model)
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
+        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(
+                f"The tokenizer of {model} gives token {max(ids)} ({tokenizer.convert_ids_to_tokens(max(ids))!r}), "
+                f"but the model knows tokens 0 to {vocab_size - 1} only: they do not belong together."
+            )
+        return ids
 
     if data.startswith(HUB):
         return pack(
@@ -78,7 +86,9 @@ def hub_documents(address: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
-        raise ImportError("hub: data needs the `datasets` package; install the `hub` extra, jaxhess[hub].") from None
+        raise ImportError(
+            "hub: data needs the `datasets` package; install the extra: pip install -e '.[hub]' in the repository."
+        ) from None
     name, split, column, *rest = [*address.split(":"), *("", "", "")[: max(0, 3 - address.count(":") - 1)]]
     if rest or not name:
         raise ValueError(f"hub:{address} cannot be read; write hub:NAME[@CONFIG][:SPLIT[:COLUMN]].")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from convert.configs import read_json
 from convert.loading import load
+from jaxhess.mesh import data_shards
 from jaxhess.models import LanguageModel
 
 TOLERANCE = 1e-4
@@ -30,14 +33,24 @@ class Agreement:
         return self.relative <= TOLERANCE
 
 
-def verify(ours: Path, theirs: Path, *, dtype: str, sequences: int = 4, length: int = 32, seed: int = 0) -> Agreement:
+def verify(
+    ours: Path,
+    theirs: Path,
+    mesh: Mesh | None = None,
+    *,
+    dtype: str,
+    sequences: int = 4,
+    length: int = 32,
+    seed: int = 0,
+) -> Agreement:
     """Compares logits on random tokens, both sides computing in float32 so that only a real difference shows.
 
     Args:
         ours: A checkpoint that `convert.load` reads.
         theirs: A Hugging Face directory.
+        mesh: Where our side is loaded; None: on the first device.
         dtype: Dtype to which the weights of both are rounded first: the narrower of theirs.
-        sequences: Random sequences.
+        sequences: Random sequences, at least (as many more as the mesh needs for equal parts).
         length: Tokens of each (fewer where the model knows fewer positions).
         seed: Of the random tokens.
 
@@ -48,7 +61,9 @@ def verify(ours: Path, theirs: Path, *, dtype: str, sequences: int = 4, length: 
     try:
         import torch
     except ImportError:
-        raise ImportError("--verify needs torch, which `pip install jaxhess[torch]` brings.") from None
+        raise ImportError(
+            "--verify needs torch; install the extra: pip install -e '.[torch]' in the repository."
+        ) from None
     from transformers import AutoModelForCausalLM
 
     read_json(theirs / "config.json")
@@ -58,12 +73,21 @@ def verify(ours: Path, theirs: Path, *, dtype: str, sequences: int = 4, length: 
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"transformers cannot read {theirs}: {' '.join(str(error).split())}") from None
-    loaded = load(ours, dtype=dtype)
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), loaded.params)
-    model = LanguageModel(dataclasses.replace(loaded.config, dtype="float32"), wide)
-    shape = (sequences, min(length, model.config.max_positions))
+    model = _in_float32(load(ours, mesh, dtype))
+    shards = data_shards(mesh)
+    shape = (math.ceil(sequences / shards) * shards, min(length, model.config.max_positions))
     tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, shape, dtype=np.int32)
     with torch.no_grad():
         expected = reference.float().eval()(torch.from_numpy(tokens).long()).logits.numpy()
     difference = float(np.max(np.abs(np.asarray(model.logits(jnp.asarray(tokens))) - expected)))
     return Agreement(difference, difference / float(np.max(np.abs(expected))))
+
+
+def _in_float32(model: LanguageModel) -> LanguageModel:
+    """`model` computing in float32; its own parameters are given up one by one, so no two copies exist."""
+    leaves, structure = jax.tree.flatten(model.params)
+    model.params.clear()
+    for i, leaf in enumerate(leaves):
+        leaves[i] = leaf.astype(jnp.float32)
+    config = dataclasses.replace(model.config, dtype="float32")
+    return LanguageModel(config, jax.tree.unflatten(structure, leaves), model.mesh)

@@ -330,8 +330,8 @@ def _load(path: Path):
         # A stream of many gigabytes is mapped: only the blocks that are taken are read.
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         return dict(loaded) if path.suffix == ".npz" else loaded
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as a NumPy array file of numbers ({error}).") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path} cannot be read as a NumPy array file of numbers.") from None
 
 
 def _array_blocks(
@@ -371,7 +371,7 @@ def _check_enough(blocks: int, sequences: int | None, tokens: int, seq_len: int,
     if sequences is not None and blocks < sequences:
         raise ValueError(
             f"{name} has {tokens} tokens, which make {blocks} blocks of seq_len + 1 = {seq_len + 1}; "
-            f"{sequences} were asked for."
+            f"{sequences} sequences were asked for: take fewer, or shorter ones."
         )
 
 

@@ -48,10 +48,17 @@ def write_report(folder: str | os.PathLike[str], spectrum: Spectrum) -> None:
     """Writes `report.html` (nothing external: plots are embedded), `density.png` and `stem.png` into the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_report(folder)
     images = {"density": _png(density_figure(spectrum)), "stem": _png(stem_figure(spectrum))}
     for name, image in images.items():
         (folder / f"{name}.png").write_bytes(image)
     (folder / "report.html").write_text(_page(spectrum, images), encoding="utf-8")
+
+
+def remove_report(folder: str | os.PathLike[str]) -> None:
+    """Removes what `write_report` wrote, so that an old picture never stands beside new numbers."""
+    for name in ("density.png", "stem.png", "report.html"):
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
@@ -65,7 +72,9 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         "<h2>Ritz values and weights</h2>",
         _image(images["stem"], "Ritz values and their weights", STEM_CAPTION),
         "<h2>Every probe</h2>",
-        _table(("probe", "steps", "smallest", "largest", "residual bound of largest", "trace"), _probes(spectrum)),
+        _table(
+            ("probe", "steps", "smallest", "residual bound", "largest", "residual bound", "trace"), _probes(spectrum)
+        ),
         "<h2>Checks</h2>",
         _table(("identity", "largest violation over probes"), _checks(spectrum)),
         '<p class="note">Identities that hold exactly without rounding; violations far above 1e-6 mean that something '
@@ -130,8 +139,8 @@ def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:
     )
     for probe, (theta, bounds, size, broke, alphas) in enumerate(rows):
         steps = f"{size} (broke down)" if broke else str(size)
-        numbers = (_number(x, 6) for x in (theta[0], theta[size - 1]))
-        yield str(probe + 1), steps, *numbers, _number(bounds[size - 1], 2), _number(spectrum.dim * alphas[0], 4)
+        smallest, largest = ((_number(theta[i], 6), _number(bounds[i], 2)) for i in (0, size - 1))
+        yield str(probe + 1), steps, *smallest, *largest, _number(spectrum.dim * alphas[0], 4)
 
 
 def _checks(spectrum: Spectrum) -> Iterator[Sequence[str]]:

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -238,8 +239,7 @@ class Spectrum:
         Raises:
             FileExistsError: The folder holds a finished run and `overwrite` is False.
         """
-        if not overwrite:
-            refuse_finished(folder)
+        refuse_unusable(folder, overwrite)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {name: getattr(self, name) for name in (*Quadrature._fields, *_STORED)}
@@ -310,13 +310,27 @@ class Spectrum:
         return Extreme(float(values[best]), float(self.residual_bounds[best, columns[best]]), spread)
 
 
-def refuse_finished(folder: str | os.PathLike[str]) -> None:
-    """Raises FileExistsError if the folder holds a finished run; to be called before the long work."""
-    if (Path(folder) / RECORD).exists():
+def refuse_unusable(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raises when a run could not be saved in this folder; to be called before the long work. Leaves no trace.
+
+    Raises:
+        FileExistsError: It holds a finished run and `overwrite` is False.
+        NotADirectoryError: It, or what should contain it, is a file.
+        PermissionError: Nothing can be written there.
+    """
+    folder = Path(folder)
+    if not overwrite and (folder / RECORD).exists():
         raise FileExistsError(
             f"{folder} already holds a finished run ({RECORD}); choose another folder, or pass "
             "--overwrite (overwrite=True) to replace it"
         )
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"The run folder {folder} cannot be made: {existing} is a file.")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise PermissionError(f"The run folder {folder} cannot be written ({error.strerror}).") from None
 
 
 _STORED = ("alphas", "betas", "sizes", "dim")

@@ -6,14 +6,13 @@ With no options: the small GPT-NeoX model and the text in scripts/tiny.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import platform
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jaxlib
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,8 +22,8 @@ import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import one_sentence
 from jaxhess.krylov.quadrature import quadrature
-from jaxhess.report import write_report
-from jaxhess.spectra import refuse_finished
+from jaxhess.report import remove_report, write_report
+from jaxhess.spectra import refuse_unusable
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -36,7 +35,8 @@ class Options:
     model: str = str(TINY)
     """Hugging Face checkpoint directory, directory made by `python -m convert`, or hub id."""
     data: str = str(TINY / "sample.txt")
-    """Text file, folder of text, .npy/.npz of tokens, `random`, or hub:NAME[@CONFIG][:SPLIT[:COLUMN]]."""
+    """Text file, folder of text, .npy/.npz of tokens, `random`, or hub:NAME[@CONFIG][:SPLIT[:COLUMN]]. Text is
+    tokenised without special tokens, with the end-of-text token between documents."""
     seq_len: int = 128
     """Predicted tokens per sequence."""
     sequences: int = 16
@@ -72,17 +72,20 @@ class Options:
 def run(options: Options) -> jaxhess.Spectrum:
     """The whole job; returns what it also saved."""
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).name}"
-    if not options.overwrite:
-        refuse_finished(out)
-    if options.dtype == "float64" or options.vector_dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    refuse_unusable(out, options.overwrite)
     if options.steps < 1 or options.probes < 1:
         raise ValueError(f"--steps {options.steps} and --probes {options.probes} must both be at least 1.")
+    config = convert.load_config(options.model, options.dtype)
+    if config.rope is None and options.seq_len > config.max_positions:
+        raise ValueError(
+            f"--seq-len {options.seq_len}: this model has learned positions for {config.max_positions} only."
+        )
+    if "float64" in (config.dtype, options.vector_dtype):
+        jax.config.update("jax_enable_x64", True)
     mesh = jaxhess.make_mesh(options.mesh)
     console = Console()
 
     clock = {"start": time.perf_counter()}
-    config = convert.load_config(options.model)
     blocks = load_blocks(
         options.data,
         options.model,
@@ -104,9 +107,9 @@ def run(options: Options) -> jaxhess.Spectrum:
     hessian = jaxhess.Hessian(model.loss(options.token_chunk), model.params, batches)
     info = {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
-        "model": {"source": options.model, "parameters": model.num_params, "config": model.config.to_dict()},
+        "model": {"source": _located(options.model), "parameters": model.num_params, "config": model.config.to_dict()},
         "data": {
-            "source": options.data,
+            "source": _located(options.data),
             "sequences": blocks.num_sequences,
             "seq_len": blocks.seq_len,
             "microbatches": len(batches),
@@ -137,6 +140,7 @@ def run(options: Options) -> jaxhess.Spectrum:
             info=info,
         )
     if jax.process_index() == 0:
+        remove_report(out)
         result.save(out, overwrite=options.overwrite)
         write_report(out, result)
         _print_summary(console, result, out)
@@ -193,14 +197,14 @@ def _mesh_text(mesh: jax.sharding.Mesh) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
 
 
+def _located(name: str) -> str:
+    """A path made absolute, so that the record can be traced; anything else as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def _versions() -> dict[str, str]:
-    return {
-        "jaxhess": jaxhess.__version__,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
+    packages = ("jaxhess", "jax", "jaxlib", "flax", "numpy", "scipy", "transformers", "tokenizers", "safetensors")
+    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def main() -> None:

@@ -265,7 +265,7 @@ def test_a_damaged_pickle_is_named(copy: Path) -> None:
 def test_pickles_without_torch_ask_for_the_extra(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r"pip install jaxhess\[torch\]"):
+    with pytest.raises(ImportError, match=r"install the extra: pip install -e '\.\[torch\]'"):
         Source(copy)
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.linalg import hessenberg
 from scipy.stats import norm
 
-from jaxhess.spectra import Spectrum, refuse_finished
+from jaxhess.spectra import Spectrum, refuse_unusable
 
 EIGENVALUES = np.concatenate([np.random.default_rng(7).normal(size=50) * 0.1, [5.0, 2.0, 1.0, -0.7, -3.0]])
 
@@ -266,10 +266,10 @@ def test_record_is_strict_json_with_null_for_the_unknown(tmp_path, probes, steps
 
 def test_finished_run_is_not_overwritten_without_being_told(tmp_path):
     first, second = _spectrum(1, 2, seed=1), _spectrum(1, 2, seed=2)
-    refuse_finished(tmp_path)
+    refuse_unusable(tmp_path)
     first.save(tmp_path)
     with pytest.raises(FileExistsError, match="--overwrite"):
-        refuse_finished(tmp_path)
+        refuse_unusable(tmp_path)
     with pytest.raises(FileExistsError, match=tmp_path.name):
         second.save(tmp_path)
     assert Spectrum.load(tmp_path) == first

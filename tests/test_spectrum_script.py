@@ -5,10 +5,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from jaxhess import Spectrum
+from jaxhess.command import one_sentence
 from scripts import spectrum as script
 
 TINY = Path(script.TINY)
@@ -81,6 +83,22 @@ def test_a_finished_run_is_not_overwritten_unless_told_to(finished, capsys):
     assert (finished / "spectrum.npz").read_bytes() == before
 
 
+@pytest.mark.parametrize("below", ["", "sub", "sub/sub"])
+def test_an_unusable_run_folder_is_refused_before_the_work(tmp_path, capsys, below):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as caught:
+        run(*QUICK, "--out", str(tmp_path / "file" / below), "--model", "not/read")
+    assert caught.value.code == 2
+    assert "is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_exhausted_memory_is_one_sentence_with_its_cure(capsys):
+    with pytest.raises(SystemExit), one_sentence():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+    assert "--microbatch" in capsys.readouterr().err
+
+
 def broken_model(folder: Path, change) -> str:
     shutil.copytree(TINY, folder / "model")
     change(folder / "model")
@@ -132,6 +150,8 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(tmp_path, capsys, change
         (["--data", "nowhere.txt"], ["nowhere.txt"]),
         (["--steps", "10000000"], ["re-orthogonalisation", "GB"]),
         (["--data", "hub:"], ["hub:"]),
+        (["--token-chunk", "0"], ["token_chunk", "at least 1"]),
+        (["--data", "random", "--seed", "-1"], ["seed", "negative"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )

@@ -35,6 +35,10 @@ class NextTokenLoss:
     mesh: Mesh | None = None
     token_chunk: int = 1024
 
+    def __post_init__(self) -> None:
+        if self.token_chunk < 1:
+            raise ValueError(f"token_chunk is {self.token_chunk}; it must be at least 1.")
+
     def __call__(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         decoder = nnx.merge(model_graph(self.config, self.mesh), params)
         hidden = decoder.hidden(batch.tokens[:, :-1])

@@ -7,19 +7,16 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from jaxhess.models.config import DecoderConfig, RopeConfig
 
 
 def rotary_tables(config: DecoderConfig, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, each [length, rotary_dims / 2], for positions 0 .. length-1.
-
-    Angles are computed in at least float32; the frequencies are rounded to that dtype first, as in the reference
-    implementations whose checkpoints we read.
-    """
+    """cos and sin, each [length, rotary_dims / 2], for positions 0 .. length-1; angles in at least float32."""
     assert config.rope is not None
     wide = jnp.promote_types(dtype, jnp.float32)
-    rates = jnp.asarray(frequencies(config.rope, config.rotary_dims, length), wide)
+    rates = jnp.asarray(frequencies(config.rope, config.rotary_dims, length, wide))
     angles = jnp.arange(length, dtype=wide)[:, None] * rates[None, :]
     gain = config.rope.attention_factor
     return (jnp.cos(angles) * gain).astype(dtype), (jnp.sin(angles) * gain).astype(dtype)
@@ -33,8 +30,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def frequencies(rope: RopeConfig, dims: int, length: int) -> np.ndarray:
-    """Angular frequencies [dims / 2] in radians per token, float64, for a sequence of `length` tokens.
+def frequencies(rope: RopeConfig, dims: int, length: int, dtype: npt.DTypeLike = np.float64) -> np.ndarray:
+    """Angular frequencies [dims / 2] in radians per token for a sequence of `length` tokens, computed in `dtype`.
+
+    A rounding unit of a frequency, times a position in the hundreds, shows in float32 logits. So float32 frequencies
+    are computed in float32 throughout, by the reference implementations' own sequence of operations.
 
     `linear`: positions interpolated (arXiv 2306.15595). `dynamic`: NTK-aware base that grows with the sequence once it
     is longer than the trained context. `llama3`: low frequencies divided, high ones kept, a linear ramp between (the
@@ -44,8 +44,12 @@ def frequencies(rope: RopeConfig, dims: int, length: int) -> np.ndarray:
     Raises:
         ValueError: An unknown rule, or one whose `original_max_positions` is missing.
     """
-    exponents = np.arange(0, dims, 2, dtype=np.float64) / dims
-    rates = rope.theta**-exponents
+    exponents = np.arange(0, dims, 2).astype(dtype) / np.asarray(dims, dtype)
+
+    def powers(base: float) -> np.ndarray:
+        return np.power(np.asarray(base, dtype), exponents)
+
+    rates = 1 / powers(rope.theta)
     if rope.kind == "default":
         return rates
     if rope.kind == "linear":
@@ -55,20 +59,20 @@ def frequencies(rope: RopeConfig, dims: int, length: int) -> np.ndarray:
     trained = rope.original_max_positions
     if rope.kind == "dynamic":
         stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
-        return (rope.theta * stretch ** (dims / (dims - 2))) ** -exponents
+        return 1 / powers(rope.theta * stretch ** (dims / (dims - 2)))
     if rope.kind == "llama3":
         wavelengths = 2 * math.pi / rates
         long, short = trained / rope.low_freq_factor, trained / rope.high_freq_factor
         keep = (trained / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = np.where(wavelengths > long, 0.0, np.where(wavelengths < short, 1.0, keep))
-        return keep * rates + (1 - keep) * rates / rope.factor
+        between = (1 - keep) * rates / rope.factor + keep * rates
+        return np.where(wavelengths > long, rates / rope.factor, np.where(wavelengths < short, rates, between))
     if rope.kind == "yarn":
         low, high = (_dimension_of(turns, rope.theta, dims, trained) for turns in (rope.beta_fast, rope.beta_slow))
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dims - 1)
-        ramp = np.clip((np.arange(dims // 2) - low) / ((high - low) or 1e-3), 0, 1)
-        return (1 - ramp) * rates + ramp * rates / rope.factor
+        kept = 1 - np.clip((np.arange(dims // 2).astype(dtype) - low) / ((high - low) or 1e-3), 0, 1)
+        return 1 / (rope.factor * powers(rope.theta)) * (1 - kept) + rates * kept
     raise ValueError(f"Unknown RoPE scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn.")
 
 
