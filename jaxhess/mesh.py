@@ -7,6 +7,7 @@ A mesh always has the three axes `data`, `fsdp` and `tensor` (size 1 where unuse
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,9 +128,27 @@ def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh)
 def param_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
     """`NamedSharding` for every leaf of `abstract` (arrays or `ShapeDtypeStruct`s).
 
+    Warns, naming the leaves, when arrays that no dimension allows to cut leave a device with a tenth more than its
+    share: a mesh that divides the model's sizes is then worth choosing.
+
     Args:
         abstract: A pytree of nested dictionaries.
         axes: The same tree with a tuple of logical axis names at each leaf.
         mesh: Where the arrays shall live.
     """
-    return jax.tree.map(lambda x, names: NamedSharding(mesh, partition_spec(x.shape, names, mesh)), abstract, axes)
+    shardings = jax.tree.map(lambda x, names: NamedSharding(mesh, partition_spec(x.shape, names, mesh)), abstract, axes)
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    whole = local = 0
+    uncut = []
+    for (path, x), sharding in zip(jax.tree.flatten_with_path(abstract)[0], jax.tree.leaves(shardings), strict=True):
+        here = math.prod(sharding.shard_shape(x.shape))
+        whole, local = whole + x.size, local + here
+        if x.size >= WHOLE_BELOW and here * parts > x.size:
+            uncut.append(f"{jax.tree_util.keystr(path, simple=True, separator='/')} {list(x.shape)}")
+    if local * parts > 1.1 * whole and uncut:
+        warnings.warn(
+            f"Each device holds {local * parts / whole:.1f} times its share of the parameters, because the mesh "
+            f"{dict(mesh.shape)} does not divide {', '.join(uncut)}.",
+            stacklevel=2,
+        )
+    return shardings

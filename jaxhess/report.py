@@ -97,7 +97,11 @@ def _subtitle(spectrum: Spectrum) -> str:
         f"step{'s' * (spectrum.num_steps > 1)} each, {spectrum.dim:,} parameters."
     )
     broken = int(spectrum.broke_down.sum())
-    return text + (f" {broken} broke down: the Krylov space was exhausted, which makes them exact." if broken else "")
+    if broken:
+        text += (
+            f" {broken} broke down: within rounding the Krylov space was exhausted, and nothing is left to find in it."
+        )
+    return text
 
 
 def _headline(spectrum: Spectrum) -> Iterator[Sequence[str]]:

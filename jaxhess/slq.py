@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -67,6 +68,8 @@ def spectrum(
     if steps < 1:
         raise ValueError(f"steps is {steps}; a Lanczos run takes at least 1.")
     like = operator.shape_dtype
+    if vector_dtype is not None:
+        _check_vector_dtype(vector_dtype)
     if reorthogonalize == "full":
         check_basis_fits(like, steps, vector_dtype)
     facts = operator.validate()
@@ -112,16 +115,22 @@ def spectrum(
 def check_basis_fits(like: Vector, steps: int, vector_dtype: Any = None) -> None:
     """Raises ValueError when `steps` Lanczos vectors cannot fit the devices' memory, before any of them is made."""
     width = None if vector_dtype is None else jnp.dtype(vector_dtype).itemsize
-    needed = steps * sum(x.size * (width or x.dtype.itemsize) for x in jax.tree.leaves(like))
-    shardings = [s for s in map(named_sharding, jax.tree.leaves(like)) if s is not None]
-    devices = list(shardings[0].mesh.devices.flat) if shardings else jax.local_devices()[:1]
+    leaves = jax.tree.leaves(like)
+    shardings = [named_sharding(x) for x in leaves]
+    meshes = [s.mesh for s in shardings if s is not None]
+    devices = list(meshes[0].local_devices) if meshes else jax.local_devices()[:1]
+    per_device = steps * sum(
+        math.prod(x.shape if s is None else s.shard_shape(x.shape)) * (width or x.dtype.itemsize)
+        for x, s in zip(leaves, shardings, strict=True)
+    )
+    needed = per_device * len(devices)
     if devices[0].platform == "cpu":  # simulated devices share the machine's memory
         present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        present = len(devices) * (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", needed)
+        present = len(devices) * (devices[0].memory_stats() or {}).get("bytes_limit", per_device)
     if needed > present:
         raise ValueError(
-            f"Full re-orthogonalisation keeps {steps} vectors, {needed / 1e9:.1f} GB, and the devices have "
+            f"Full re-orthogonalisation keeps {steps} vectors, {needed / 1e9:.1f} GB, and the devices here have "
             f"{present / 1e9:.1f} GB in all: take fewer steps, a narrower vector dtype, or reorthogonalize='none'."
         )
 
@@ -154,6 +163,14 @@ def _described(operator: LinearOperator, state: LanczosState) -> dict[str, Any]:
 def _next_length(length: int, seconds: float) -> int:
     """Steps of the next segment; it may at most double, because the first one also compiled."""
     return max(1, min(2 * length, int(length * SEGMENT_SECONDS / max(seconds, 1e-6))))
+
+
+def _check_vector_dtype(vector_dtype: Any) -> None:
+    dtype = jnp.dtype(vector_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"vector_dtype is {dtype}; Lanczos vectors are floating point.")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"vector_dtype {dtype} needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
 
 
 def _dtypes(like: Any, vector_dtype: Any) -> str:

@@ -56,7 +56,7 @@ class Spectrum:
         alphas: [probes, steps] float64 diagonals of T; NaN beyond a probe's size.
         betas: [probes, steps] float64 norms after each step (the last one bounds residuals); NaN beyond a probe's size.
         sizes: [probes] int, the steps each probe took: fewer than `steps` after a breakdown, which ends the Krylov
-            space, so that the probe's quadrature is then exact for every function.
+            space, within rounding: the quadrature is then exact for every function, up to that.
         dim: Rows of the operator: the number of parameters.
         info: What produced it (options, model, data, mesh, versions, timings). Made JSON-ready on entry: tuples become
             lists, numbers that are not finite None, unknown objects their text.
@@ -129,7 +129,7 @@ class Spectrum:
 
     @property
     def broke_down(self) -> npt.NDArray[np.bool_]:
-        """[probes] whether the Krylov space was exhausted: the quadrature is then exact in all degrees."""
+        """[probes] whether the Krylov space was exhausted within rounding: the quadrature is exact but for that."""
         return (self.sizes < self.num_steps) | (self.betas[np.arange(self.num_probes), self.sizes - 1] == 0)
 
     @property

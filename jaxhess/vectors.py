@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding
 
 Vector = Any
 """A pytree of floating-point arrays."""
@@ -27,8 +27,16 @@ def dot(x: Vector, y: Vector) -> jax.Array:
 
 
 def norm(x: Vector) -> jax.Array:
-    """Euclidean norm: a scalar in at least float32."""
-    return jnp.sqrt(dot(x, x))
+    """Euclidean norm: a scalar in at least float32, right wherever the entries themselves are representable.
+
+    Squares of small entries underflow (those of a float32 gradient of 1e-20 do), so the sum is taken at three scales
+    in one pass, and the scale that neither under- nor overflowed is used.
+    """
+    scales = (1.0, 2.0**60, 2.0**-60)
+    sums = jnp.stack([dot(scaled, scaled) for scaled in (jax.tree.map(lambda e, k=k: k * _wide(e), x) for k in scales)])
+    small, large = sums[0] < 1e-20, ~jnp.isfinite(sums[0])
+    chosen = jnp.where(large, 2, jnp.where(small, 1, 0))
+    return jnp.sqrt(sums[chosen]) / jnp.asarray(scales, sums.dtype)[chosen]
 
 
 def scale(a: jax.Array, x: Vector) -> Vector:
@@ -115,12 +123,6 @@ def named_sharding(leaf: Any) -> NamedSharding | None:
         return None
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
-
-
-def replicated_like(x: Vector) -> Sharding | None:
-    """The sharding of scalars that go with x: whole on every device of its mesh; None on a single device."""
-    meshes = [s.mesh for s in map(named_sharding, jax.tree.leaves(x)) if s is not None]
-    return NamedSharding(meshes[0], PartitionSpec()) if meshes else None
 
 
 @functools.cache

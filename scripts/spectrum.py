@@ -62,7 +62,7 @@ class Options:
     query_chunk: int = 256
     """Queries whose attention scores exist at once."""
     token_chunk: int = 1024
-    """Tokens whose logits exist at once."""
+    """Tokens per device whose logits exist at once."""
     out: Path | None = None
     """Run folder; by default runs/<date>-<model>."""
     overwrite: bool = False

@@ -111,7 +111,12 @@ def test_sliding_window_applies_where_transformers_applies_it(
         ),
         (raw("llama", num_attention_heads=3), "not a valid llama configuration: "),
         (raw("llama", num_key_value_heads=3), "num_heads=4 is not a multiple of num_kv_heads=3"),
-        (raw("llama", num_hidden_layers=0), "num_layers is 0; it must be at least 1"),
+        (raw("llama", num_hidden_layers=0), "config.json has num_hidden_layers 0; it must be a positive integer."),
+        (raw("llama", num_attention_heads=0), "config.json has num_attention_heads 0; it must be a positive integer."),
+        (raw("llama", head_dim=-1), "config.json has head_dim -1; it must be a positive integer."),
+        (raw("llama", hidden_size="16"), "config.json has hidden_size '16'; it must be a positive integer."),
+        (raw("gpt2", n_inner=0), "config.json has n_inner 0; it must be a positive integer."),
+        (raw("llama", rope_scaling="linear"), "config.json has rope_scaling 'linear'; it must be an object or null."),
         (raw("mistral", layer_types=["sliding_attention", "full_attention"]), "mistral with layer_types is not"),
         (
             raw("qwen2", layer_types=["full_attention", "sliding_attention"]),
@@ -128,6 +133,34 @@ def test_what_the_decoder_cannot_compute_is_refused_by_name(hf_config: Any, sent
         decoder_config(hf_config)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+OPEN = {"num_key_value_heads", "head_dim", "max_position_embeddings"}  # and what is no size
+SIZES = [
+    (family, name) for family in DEFAULTS for name in DEFAULTS[family].keys() - OPEN - {"rotary_pct", "sliding_window"}
+]
+
+
+@pytest.mark.parametrize(("model_type", "name"), sorted(SIZES))
+def test_a_size_that_fixes_shapes_is_not_filled_in(model_type: str, name: str) -> None:
+    hf_config = raw(model_type)
+    del hf_config[name]
+    with pytest.raises(ValueError, match=f"^config.json does not say {name}.$"):
+        decoder_config(hf_config)
+    with pytest.raises(ValueError, match=f"^config.json does not say {name}.$"):
+        decoder_config({**hf_config, name: None})
+
+
+def test_sizes_with_a_default_may_be_left_out_and_general_names_are_understood() -> None:
+    hf_config = raw("gpt2")
+    assert decoder_config(hf_config).mlp_dim == 4 * 16
+    general = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+               "n_positions": "max_position_embeddings"}  # fmt: skip
+    assert decoder_config({general.get(k, k): v for k, v in hf_config.items()}) == decoder_config(hf_config)
+    llama = raw("llama")
+    del llama["num_key_value_heads"]
+    config = decoder_config(llama)
+    assert (config.num_kv_heads, config.head_dim) == (4, 4)
 
 
 @pytest.mark.parametrize("rope", ROPES[:-1], ids=str)

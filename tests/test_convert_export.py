@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from safetensors.torch import load_file
 
 import convert
 from convert.__main__ import main
-from convert.destination import appearing
+from convert.destination import appearing, check_destination
 from jaxhess.mesh import make_mesh
 from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig, abstract_params, model_shardings
 
@@ -44,6 +48,13 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("qwen3")
     write_checkpoint(directory, "qwen3", tie_word_embeddings=True)
     make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def orbax(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("orbax") / "saved"
+    convert.save(convert.load(qwen3), directory)
     return directory
 
 
@@ -126,13 +137,55 @@ def test_orbax_is_restored_on_another_mesh_and_in_another_dtype(qwen3: Path, tmp
     assert_same(half.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), saved.params))
 
 
-def test_a_damaged_orbax_checkpoint_is_named(qwen3: Path, tmp_path: Path) -> None:
-    convert.save(convert.load(qwen3), tmp_path / "orbax")
-    for file in (tmp_path / "orbax" / "params").rglob("d/*"):
+def _rewrite_model_json(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads((directory / "model.json").read_text())
+    change(record)
+    (directory / "model.json").write_text(json.dumps(record))
+
+
+def _configure(**fields: Any) -> Callable[[Path], None]:
+    return lambda directory: _rewrite_model_json(directory, lambda record: record["config"].update(fields))
+
+
+def _empty_weights(directory: Path) -> None:
+    for file in (directory / "params").rglob("d/*"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"params is damaged or does not fit model.json") as caught:
-        convert.load(tmp_path / "orbax")
+
+
+NO_MODEL = "model.json does not describe a model of this version: "
+SPOILED: list[tuple[Callable[[Path], Any], str]] = [
+    (_empty_weights, "params is damaged: Error reading "),
+    (lambda d: (d / "params" / "manifest.ocdbt").unlink(), "params is damaged: "),
+    (lambda d: (d / "params" / "_METADATA").write_text("{}"), "params is damaged: its metadata lack 'tree_metadata'."),
+    (lambda d: shutil.rmtree(d / "params"), "has no params, the directory of its weights."),
+    (_configure(vocab_size=54),
+     "params does not fit model.json: parameter embed/kernel has shape [53, 16]; expected [54, 16]."),
+    (_configure(mlp_bias=True), "does not fit model.json: parameter layers/mlp/down/bias is missing."),
+    (_configure(qk_norm=False), "parameter layers/attention/key_norm/scale has no place in the model."),
+    (lambda d: (d / "model.json").write_text("{"), "model.json is not valid JSON"),
+    (lambda d: _rewrite_model_json(d, lambda r: r.pop("config")), NO_MODEL + "config is missing."),
+    (lambda d: _rewrite_model_json(d, lambda r: r["config"].pop("mlp_dim")), NO_MODEL + "mlp_dim is missing."),
+    (lambda d: _rewrite_model_json(d, lambda r: r.update(config=[])), NO_MODEL + "config is []."),
+    (_configure(experts=8), NO_MODEL + "unknown field experts."),
+    (_configure(rope={"base": 2}), NO_MODEL + "unknown field base."),
+    (_configure(rope={"kind": "longrope"}), NO_MODEL + 'kind is "longrope".'),
+    (_configure(num_layers="2"), NO_MODEL + 'num_layers is "2".'),
+    (_configure(sliding_layers=None), NO_MODEL + "sliding_layers is null."),
+    (_configure(dtype="int8"), NO_MODEL + 'dtype is "int8".'),
+    (_configure(num_heads=0), NO_MODEL + "num_heads is 0; it must be at least 1."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), SPOILED, ids=[sentence for _, sentence in SPOILED])
+def test_a_damaged_or_foreign_orbax_checkpoint_is_named(
+    spoil: Callable[[Path], Any], sentence: str, orbax: Path, tmp_path: Path
+) -> None:
+    spoiled = Path(shutil.copytree(orbax, tmp_path / "orbax"))
+    spoil(spoiled)
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        convert.load(spoiled)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value).removeprefix(str(spoiled))) < 150
 
 
 def test_the_command_converts_verifies_and_exports(
@@ -159,7 +212,11 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
     full.mkdir()
     (full / "notes.txt").write_text("mine")
     target = tmp_path / "target"
+    notes = full / "notes.txt"
     refused = {
+        f"error: {notes} is a file": [str(qwen3), str(notes)],
+        f"error: {notes / 'a' / 'b'} cannot be made: {notes} is a file.": [str(qwen3), str(notes / "a" / "b")],
+        "cannot be made: File name too long.": [str(qwen3), str(tmp_path / ("x" * 300))],
         f"error: {full} is not empty": [str(qwen3), str(full)],
         f"error: {full} holds no checkpoint": [str(qwen3), str(full), "--overwrite"],
         "error: There is no directory": [str(tmp_path / "nowhere"), str(target)],
@@ -177,6 +234,43 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
     assert files_of(tmp_path) == {"full"}
     assert files_of(full) == {"notes.txt"}
     assert files_of(qwen3) >= {"config.json", "model.safetensors"}
+
+
+def test_a_place_that_cannot_be_written_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match=f"^{tmp_path}/a/b cannot be made: {tmp_path} cannot be written.$"):
+        check_destination(tmp_path / "a" / "b", overwrite=False)
+
+
+def test_verify_uses_the_mesh_and_no_second_copy(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
+    before = sum(array.size for array in jax.live_arrays())
+    meshes, held = [], []
+
+    def load(path: Path, mesh: Any, dtype: str) -> LanguageModel:
+        gc.collect()
+        held.append(sum(array.size for array in jax.live_arrays()) - before)
+        meshes.append(mesh)
+        return convert.load(path, mesh, dtype)
+
+    monkeypatch.setattr("convert.verify.load", load)
+    main([str(qwen3), str(tmp_path / "orbax"), "--verify", "--mesh", "fsdp=4,tensor=2", "--dtype", "bfloat16"])
+    assert meshes == [make_mesh("fsdp=4,tensor=2")]
+    assert held[0] < 100  # the model has thousands of parameters
+
+
+def test_a_float64_checkpoint_needs_no_option(qwen3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = tmp_path / "wide"
+    transformers.AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.float64).save_pretrained(wide)
+    with pytest.raises(ValueError, match=r"float64 needs JAX in 64-bit mode: .* --dtype float64"):
+        convert.load(wide)
+    try:
+        main([str(wide), str(tmp_path / "orbax"), "--verify"])
+        assert "parameters in float64 written" in capsys.readouterr().out
+        main(["--export", str(tmp_path / "orbax"), str(tmp_path / "back")])
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (wide / "model.safetensors").read_bytes()
 
 
 def test_overwrite_replaces_a_checkpoint_whole(qwen3: Path, tmp_path: Path) -> None:

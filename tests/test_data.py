@@ -205,7 +205,10 @@ BAD_SOURCES = {
     "empty file": (lambda t: text(t, b""), "x.txt is empty"),
     "empty folder": (lambda t: t, "no text files under this folder"),
     "short text": (lambda t: text(t, b"abc"), "x.txt has 3 tokens; one block of seq_len=3 needs 4"),
-    "too few blocks": (lambda t: text(t, b"abcdefghij"), "10 tokens, which make 2 blocks .* 3 sequences were asked for"),
+    "too few blocks": (
+        lambda t: text(t, b"abcdefghij"),
+        "10 tokens, which make 2 blocks .* 3 sequences were asked for",
+    ),
     "not utf-8": (lambda t: text(t, b"ab\xff"), r"x.txt is not UTF-8 text \(byte 2"),
     "folder with a bad file": (lambda t: text(t, b"ab\xff").parent, "x.txt is not UTF-8"),
     "token outside the vocabulary": (lambda t: text(t, "é".encode() * 9), "x.txt: token 195 is outside .* 0 to 127"),

@@ -79,3 +79,18 @@ def test_initial_weights_do_not_depend_on_the_mesh():
     alone = initialize(config, jax.random.key(0)).params
     sharded = initialize(config, jax.random.key(0), make_mesh("fsdp=8")).params
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((jax.device_get(a) == jax.device_get(b)).all()), alone, sharded))
+
+
+def test_a_mesh_that_divides_nothing_warns_by_name():
+    config = DecoderConfig(
+        vocab_size=4097,
+        embed_dim=252,
+        num_layers=6,
+        num_heads=7,
+        num_kv_heads=7,
+        head_dim=36,
+        mlp_dim=756,
+        max_positions=8,
+    )
+    with pytest.warns(UserWarning, match=r"8\.0 times its share .* embed/kernel \[4097, 252\]"):
+        model_shardings(config, make_mesh("fsdp=8"))

@@ -8,22 +8,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.operators.base import LinearOperator
-from jaxhess.vectors import (
-    Vector,
-    add_scaled,
-    basis_dot,
-    basis_sum,
-    cast,
-    dot,
-    named_sharding,
-    norm,
-    replicated_like,
-    scale,
-    size,
-    widen,
-)
+from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, dot, norm, scale, size, widen
 
 Reorthogonalize = Literal["none", "full"]
 
@@ -33,8 +21,8 @@ BREAKDOWN = 32
 Two sources of noise set the scale. The step's own scalars: beta against |alpha| plus the beta before. And the rounding
 of the stored vector, which leaks about eps / sqrt(n) of every eigenvector into it, so that even in the null space
 products are no smaller than that times the largest |alpha| + beta so far. Both are relative: a scaled loss breaks down
-at the same step. (Relative to the largest eigenvalue alone, without sqrt(n), the bulk of a large model, often
-seven decades below the outliers, would pass for noise in float32.)
+at the same step. (Relative to the largest eigenvalue alone, without sqrt(n), the bulk of a large model, often seven
+decades below the outliers, would pass for noise in float32.) With a stored basis there is a third sign, see the step.
 """
 
 
@@ -73,17 +61,13 @@ def start_lanczos(probe: Vector, steps: int, reorthogonalize: Reorthogonalize = 
         raise ValueError(f"steps is {steps}; a Lanczos run takes at least 1.")
     if reorthogonalize not in ("none", "full"):
         raise ValueError(f"Unknown re-orthogonalisation {reorthogonalize!r}; it is 'none' or 'full'.")
-    keep = reorthogonalize == "full"
-
-    def create(probe: Vector) -> LanczosState:
-        current = scale(1 / norm(probe), probe)
-        zero = jnp.zeros((), jnp.int32)
-        scalars = jnp.zeros((steps,), norm(probe).dtype)
-        basis = jax.tree.map(lambda q: jnp.zeros((steps, *q.shape), q.dtype).at[0].set(q), current) if keep else None
-        previous = jax.tree.map(jnp.zeros_like, current)
-        return LanczosState(zero, zero, zero > 0, scalars, scalars, previous, current, basis)
-
-    return jax.jit(create, out_shardings=_state_shardings(probe, keep))(probe)
+    for path, leaf in jax.tree.flatten_with_path(probe)[0]:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
+            raise ValueError(f"The probe's leaf {name} has dtype {dtype}; Lanczos vectors are floating point.")
+    probe = jax.tree.map(jnp.asarray, probe)
+    leaves, treedef = jax.tree.flatten(probe)
+    return _starter(treedef, tuple(x.sharding for x in leaves), steps, reorthogonalize == "full")(probe)
 
 
 def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> LanczosState:
@@ -91,8 +75,9 @@ def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> 
 
     Each step is w = A q_j - beta_{j-1} q_{j-1}; alpha_j = <w, q_j>; w -= alpha_j q_j; with a stored basis two passes of
     classical Gram-Schmidt, each one batched product over it; beta_j = |w|, recorded after them; q_{j+1} = w / beta_j
-    (Paige 1972, variant A1 of the three-term recurrence). Scalars stay on device. After a breakdown the remaining
-    steps change nothing. `state` is donated: its buffers become those of the result.
+    (Paige 1972, variant A1 of the three-term recurrence). Scalars stay on device. After a breakdown `previous` keeps
+    the last vector, `current` is zero, and further steps only count. `state` is donated: its buffers become those of
+    the result.
     """
     return _segment_program(state)(operator, state, jnp.int32(end))
 
@@ -113,7 +98,8 @@ def _segment_program(state: LanczosState) -> Any:
 @functools.cache
 def _program_for(treedef: Any, shardings: tuple[Any, ...]) -> Any:
     def segment(operator: LinearOperator, state: LanczosState, end: jax.Array) -> LanczosState:
-        return jax.lax.fori_loop(state.step, end, lambda _, s: _lanczos_step(operator, s), state)
+        last = jnp.minimum(end, state.alphas.size)
+        return jax.lax.fori_loop(state.step, last, lambda _, s: _lanczos_step(operator, s), state)
 
     return jax.jit(segment, donate_argnums=(1,), out_shardings=jax.tree.unflatten(treedef, shardings))
 
@@ -125,17 +111,22 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
     w = add_scaled(w, -beta_before, state.previous)
     alpha = dot(w, q)
     w = add_scaled(w, -alpha, q)
-    basis = state.basis
+    basis, removed = state.basis, jnp.zeros_like(alpha)
     if basis is not None:
         for _ in range(2):
-            w = add_scaled(w, jnp.float32(-1), basis_sum(basis_dot(basis, w), basis))
+            overlap = basis_dot(basis, w)
+            w = add_scaled(w, jnp.float32(-1), basis_sum(overlap, basis))
+        removed = jnp.sqrt(jnp.sum(jnp.square(overlap)))
     beta = norm(w)
 
     local = jnp.abs(alpha) + beta_before
     largest = jnp.maximum(local, jnp.max(jnp.abs(state.alphas) + state.betas))
     noise = BREAKDOWN * jnp.finfo(beta.dtype).eps * jnp.maximum(local, largest / size(q) ** 0.5)
-    broken = state.broken | (beta <= noise)
-    following = cast(scale(jnp.where(broken, 0, 1 / jnp.where(broken, 1, beta)), w), q)
+    # A second pass that removed more than it left: what is left is the rounding of the stored basis, inside its span.
+    exhausted = (beta <= noise) | (beta < removed) | ~jnp.isfinite(beta)
+    broken = state.broken | exhausted
+    inverse = 1 / jnp.where(broken, 1, beta)
+    following = jax.tree.map(lambda e, like: jnp.where(broken, 0, inverse * e).astype(like.dtype), w, q)
     if basis is not None:  # row m is out of range after the last step, and dropped
         basis = jax.tree.map(lambda b, x: b.at[j + 1].set(x, mode="drop"), basis, following)
 
@@ -148,21 +139,37 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
         broken=broken,
         alphas=record(state.alphas, alpha),
         betas=record(state.betas, beta),
-        previous=q,
+        previous=jax.tree.map(lambda old, new: jnp.where(state.broken, old, new), state.previous, q),
         current=following,
         basis=basis,
     )
 
 
-def _state_shardings(probe: Vector, keep_basis: bool) -> LanczosState | None:
-    """A state with shardings for leaves; None on a single device."""
-    scalar: Any = replicated_like(probe)
-    if scalar is None:
-        return None
-    vector = jax.tree.map(named_sharding, probe)
+@functools.cache
+def _starter(treedef: Any, shardings: tuple[Any, ...], steps: int, keep_basis: bool) -> Any:
+    def create(probe: Vector) -> LanczosState:
+        current = scale(1 / norm(probe), probe)
+        zero = jnp.zeros((), jnp.int32)
+        scalars = jnp.zeros((steps,), norm(probe).dtype)
+        basis = None
+        if keep_basis:
+            basis = jax.tree.map(lambda q: jnp.zeros((steps, *q.shape), q.dtype).at[0].set(q), current)
+        previous = jax.tree.map(jnp.zeros_like, current)
+        return LanczosState(zero, zero, zero > 0, scalars, scalars, previous, current, basis)
+
+    # Explicit even on one device: arrays that are not committed to theirs would compile the segment twice.
+    return jax.jit(create, out_shardings=_state_shardings(jax.tree.unflatten(treedef, shardings), keep_basis))
+
+
+def _state_shardings(vector: Any, keep_basis: bool) -> LanczosState:
+    """A state with shardings for leaves, from those of a vector."""
+    first: Any = jax.tree.leaves(vector)[0]
+    scalar: Any = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
 
     def stacked(sharding: Any) -> Any:
-        return type(sharding)(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
+        if not isinstance(sharding, NamedSharding):
+            return sharding
+        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
     basis = jax.tree.map(stacked, vector) if keep_basis else None
     return LanczosState(scalar, scalar, scalar, scalar, scalar, vector, vector, basis)

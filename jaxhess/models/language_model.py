@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxhess.losses import TokenBatch, cross_entropy_sum
-from jaxhess.mesh import param_shardings
+from jaxhess.mesh import data_shards, param_shardings
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.decoder import Decoder
 
@@ -27,8 +27,8 @@ class NextTokenLoss:
     Attributes:
         config: Architecture of the model whose parameters are given.
         mesh: Mesh of the parameters, to which activations are pinned; None on one device.
-        token_chunk: Tokens (over all sequences of the batch) whose logits exist at once; at least one position of
-            every sequence. Logits are recomputed in the backward pass when there is more than one chunk.
+        token_chunk: Tokens per device (per part that the batch is cut into) whose logits exist at once; at least one
+            position of every sequence. Logits are recomputed in the backward pass when there is more than one chunk.
     """
 
     config: DecoderConfig
@@ -42,7 +42,8 @@ class NextTokenLoss:
     def __call__(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         decoder = nnx.merge(model_graph(self.config, self.mesh), params)
         hidden = decoder.hidden(batch.tokens[:, :-1])
-        total = cross_entropy_sum(hidden, decoder.head_kernel(), batch.tokens[:, 1:], batch.weights, self.token_chunk)
+        chunk = self.token_chunk * data_shards(self.mesh)
+        total = cross_entropy_sum(hidden, decoder.head_kernel(), batch.tokens[:, 1:], batch.weights, chunk)
         return total, jnp.sum(batch.weights)
 
 

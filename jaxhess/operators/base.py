@@ -58,6 +58,11 @@ class MatrixOperator(LinearOperator):
 
     matrix: jax.Array
 
+    def __post_init__(self) -> None:
+        shape = getattr(self.matrix, "shape", None)
+        if shape is not None and (len(shape) != 2 or shape[0] != shape[1]):
+            raise ValueError(f"The matrix has shape {shape}; it must be square.")
+
     def mv(self, v: Vector) -> Vector:
         wide = jnp.promote_types(jnp.promote_types(v.dtype, self.matrix.dtype), jnp.float32)
         return jnp.matmul(self.matrix.astype(wide), v.astype(wide), precision="highest").astype(v.dtype)
@@ -78,6 +83,8 @@ def _check_structure(v: Vector, expected: Vector) -> None:
         raise ValueError(f"The vector has structure {found}; it must be that of the parameters, {wanted_structure}.")
     wanted, _ = jax.tree.flatten_with_path(expected)
     for (path, leaf), given in zip(wanted, jax.tree.leaves(v), strict=True):
+        name = jax.tree_util.keystr(path)
+        if not jnp.issubdtype(jnp.result_type(given), jnp.floating):
+            raise ValueError(f"The vector's leaf {name} has dtype {jnp.result_type(given)}; it must be floating point.")
         if jnp.shape(given) != leaf.shape:
-            name = jax.tree_util.keystr(path)
             raise ValueError(f"The vector's leaf {name} has shape {jnp.shape(given)}; it must be {leaf.shape}.")

@@ -103,7 +103,7 @@ class Hessian(LinearOperator):
         for group in self.batches:
             for k in range(len(group)):
                 one = jax.tree.map(lambda x, k=k: x[k : k + 1], group)
-                product = _product(dataclasses.replace(self, batches=(one,)), v)
+                product = dataclasses.replace(self, batches=(one,)) @ v
                 if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(product)):
                     return f"the product over microbatch {index} alone is not finite"
                 index += 1
@@ -111,7 +111,15 @@ class Hessian(LinearOperator):
 
     def _sum_and_count(self, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         value = self.loss(params, batch)
-        total, count = value if isinstance(value, tuple) else (value, 1.0)
+        total, count = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
+        if not all(
+            isinstance(x, jax.Array | np.ndarray | np.generic | float | int) and jnp.shape(x) == ()
+            for x in (total, count)
+        ):
+            shapes = jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array) else type(x).__name__, value)
+            raise ValueError(
+                f"The loss returned {shapes}; it must return (sum, count), two scalars, or one scalar mean."
+            )
         return total, jax.lax.stop_gradient(jnp.asarray(count, jnp.promote_types(jnp.result_type(total), jnp.float32)))
 
     def _pin(self, v: Vector) -> Vector:
@@ -129,8 +137,3 @@ class Hessian(LinearOperator):
 def _losses(operator: Hessian, group: Any) -> tuple[jax.Array, jax.Array]:
     with jax.default_matmul_precision("highest"):
         return jax.lax.map(lambda batch: operator._sum_and_count(operator.params, batch), group.stacked)
-
-
-@jax.jit
-def _product(operator: Hessian, v: Vector) -> Vector:
-    return operator.mv(v)

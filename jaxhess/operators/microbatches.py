@@ -43,8 +43,10 @@ def as_groups(batches: Any) -> tuple[Microbatches, ...]:
     if not batches:
         raise ValueError("batches is empty: the loss needs at least one batch.")
     groups: dict[Any, list] = {}
-    for batch in batches:
+    for k, batch in enumerate(batches):
         leaves, treedef = jax.tree.flatten(batch)
+        if not leaves:
+            raise ValueError(f"Batch {k} is {batch!r}: there are no arrays in it.")
         groups.setdefault((treedef, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)), []).append(batch)
     return tuple(Microbatches(jax.tree.map(lambda *x: jnp.stack(x), *group)) for group in groups.values())
 
