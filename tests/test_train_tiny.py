@@ -120,7 +120,7 @@ def test_transformers_loads_the_committed_model_with_the_same_loss_and_continues
         prompt = tokenizer("def __init__(self, name):\n        self.name =", return_tensors="pt")
         generated = model.generate(**prompt, max_new_tokens=2, do_sample=False)
     assert theirs == pytest.approx(loss_of(TINY, sequences=64), abs=1e-4)
-    assert tokenizer.decode(generated[0]).endswith("self.name = name\n")
+    assert "self.name = name\n" in tokenizer.decode(generated[0])
 
 
 def test_the_command_documents_its_options(capsys) -> None:
