@@ -29,14 +29,18 @@ def dot(x: Vector, y: Vector) -> jax.Array:
 def norm(x: Vector) -> jax.Array:
     """Euclidean norm: a scalar in at least float32, right wherever the entries themselves are representable.
 
-    Squares of small entries underflow (those of a float32 gradient of 1e-20 do), so the sum is taken at three scales
-    in one pass, and the scale that neither under- nor overflowed is used.
+    Squares under- and overflow long before the entries do (those of a float32 gradient of 1e-20 vanish); only where
+    they did is the vector scaled by its largest entry and summed again.
     """
-    scales = (1.0, 2.0**60, 2.0**-60)
-    sums = jnp.stack([dot(scaled, scaled) for scaled in (jax.tree.map(lambda e, k=k: k * _wide(e), x) for k in scales)])
-    small, large = sums[0] < 1e-20, ~jnp.isfinite(sums[0])
-    chosen = jnp.where(large, 2, jnp.where(small, 1, 0))
-    return jnp.sqrt(sums[chosen]) / jnp.asarray(scales, sums.dtype)[chosen]
+    total = dot(x, x)
+
+    def rescaled() -> jax.Array:
+        largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(_wide(e))) for e in jax.tree.leaves(x)])
+        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        scaled = jax.tree.map(lambda e: _wide(e) / unit, x)
+        return unit * jnp.sqrt(dot(scaled, scaled))
+
+    return jax.lax.cond((total > 1e-20) & jnp.isfinite(total), lambda: jnp.sqrt(total), rescaled)
 
 
 def scale(a: jax.Array, x: Vector) -> Vector:

@@ -324,3 +324,22 @@ def test_compiled_program_holds_its_share_and_no_more(axes, shards):
     # The batch is cut into eight even where parameters are cut into four: less than 0.1% here.
     np.testing.assert_allclose(memory.argument_size_in_bytes, inputs / shards, rtol=0.05)
     np.testing.assert_allclose(memory.output_size_in_bytes, outputs / shards, rtol=0.05)
+
+
+@pytest.mark.parametrize(("axes", "reorthogonalize"), [(None, "none"), ("fsdp=8", "full")])
+def test_temporaries_are_the_product_and_one_accumulator(axes, reorthogonalize):
+    # With several microbatches. The difference between two depths leaves out activations and the head.
+    mesh = None if axes is None else make_mesh(axes)
+    sizes = []
+    for layers in (8, 24):
+        config = dataclasses.replace(SMALL, num_layers=layers, embed_dim=128, mlp_dim=512, head_dim=64)
+        model = initialize(config, jax.random.key(0), mesh)
+        batch = TokenBatch(jnp.asarray(tokens(16, 2, 101).reshape(2, 8, 3)), jnp.ones((2, 8, 2)))
+        if mesh is not None:
+            batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
+        operator = Hessian(model.loss(64), model.params, Microbatches(batch))
+        state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 4, reorthogonalize)
+        held = sum(x.nbytes for x in jax.tree.leaves(model.params)) / (1 if mesh is None else mesh.size)
+        sizes.append((held, compile_segment(operator, state).memory_analysis().temp_size_in_bytes))
+    (held, temporary), (held_deep, temporary_deep) = sizes
+    assert (temporary_deep - temporary) / (held_deep - held) < 2.3

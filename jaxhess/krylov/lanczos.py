@@ -133,13 +133,16 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
     def record(values: jax.Array, value: jax.Array) -> jax.Array:
         return values.at[j].set(jnp.where(state.broken, 0, value))
 
+    # That beta is not above infinity is always true, but XLA does not know: it moves q to its new place at the end of
+    # the step, not at the beginning, where the copy would be one more vector beside the product's temporaries.
+    ended = state.broken & ~(beta > jnp.inf)
     return LanczosState(
         step=j + 1,
         size=jnp.where(state.broken, state.size, j + 1),
         broken=broken,
         alphas=record(state.alphas, alpha),
         betas=record(state.betas, beta),
-        previous=jax.tree.map(lambda old, new: jnp.where(state.broken, old, new), state.previous, q),
+        previous=jax.tree.map(lambda old, new: jnp.where(ended, old, new), state.previous, q),
         current=following,
         basis=basis,
     )
