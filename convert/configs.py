@@ -6,6 +6,7 @@ the tables of `convert.families` say what each attribute means here. What our de
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -130,7 +131,9 @@ def _filled_in(family: Family, hf_config: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING  # slow to import, and `import convert` should not be
 
     try:
-        return CONFIG_MAPPING[family.model_type].from_dict(hf_config)
+        return CONFIG_MAPPING[family.model_type].from_dict(
+            copy.deepcopy(hf_config)
+        )  # it writes into nested dictionaries
     except Exception as error:  # its validators raise classes of their own, by release
         reason = " ".join(str(error).split())
         raise ValueError(f"config.json is not a valid {family.model_type} configuration: {reason}") from None

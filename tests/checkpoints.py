@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def torch_model(model_type: str, seed: int = 0, **options: Any) -> Any:
     Norm gains and biases too: at their usual 1 and 0 a mapping could lose or swap them unseen.
     """
     no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = transformers.CONFIG_MAPPING[model_type](**{**DEFAULTS[model_type], **no_tokens, **options})
+    # transformers writes into the dictionaries it is given (rope_scaling), which tests share.
+    everything = copy.deepcopy({**DEFAULTS[model_type], **no_tokens, **options})
+    config = transformers.CONFIG_MAPPING[model_type](**everything)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -41,7 +42,7 @@ def raw(model_type: str, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("rope", ROPES, ids=str)
 def test_rotary_frequencies_are_those_of_transformers(rope: dict[str, Any], head_dim: int) -> None:
     hf_config = raw("llama", rope_theta=10000.0, rope_scaling=rope, head_dim=head_dim, max_position_embeddings=4096)
-    full = transformers.LlamaConfig.from_dict(hf_config)
+    full = transformers.LlamaConfig.from_dict(copy.deepcopy(hf_config))
     ours = decoder_config(hf_config).rope
     assert ours is not None
     for length in (100, 4096, 4097, 20000):
