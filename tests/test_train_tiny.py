@@ -15,7 +15,6 @@ from jaxhess.data import read_blocks
 from scripts import train_tiny
 
 TINY = Path(train_tiny.__file__).parent / "tiny"
-committed = pytest.mark.skipif(not (TINY / "model.safetensors").exists(), reason="scripts/tiny is not trained yet")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,6 @@ def test_a_work_folder_without_parameters_is_refused(trained, tmp_path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-@committed
 def test_the_committed_model_is_small_and_names_no_place_on_anyones_machine() -> None:
     files = [file for file in TINY.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 8_000_000
@@ -92,20 +90,17 @@ def test_the_committed_model_is_small_and_names_no_place_on_anyones_machine() ->
         assert "/home/" not in text
 
 
-@committed
 def test_the_committed_model_has_the_recorded_loss_on_its_excerpt() -> None:
     """Within 1e-3 nats: other CPUs sum in another order, and the trained model is far from chaotic."""
     assert loss_of(TINY) == pytest.approx(recorded_loss(TINY), abs=1e-3)
 
 
-@committed
 def test_the_committed_model_is_trained() -> None:
     curve = json.loads((TINY / "loss_curve.json").read_text())
     assert curve["held_out_loss"] < 0.7 * curve["held_out_unigram_entropy"]
     assert curve["points"][-1]["held_out"] < curve["points"][0]["held_out"] - 3
 
 
-@committed
 def test_transformers_loads_the_committed_model_with_the_same_loss_and_continues_text() -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
