@@ -58,6 +58,7 @@ def write_orbax(model: LanguageModel, directory: Path, hf_config: dict[str, Any]
     """Configurations and parameters in an existing directory; without `hf_config` one is made."""
     import orbax.checkpoint as ocp
 
+    model = model.configured(dtype=model.param_dtype)  # what is saved is weights, not how someone computed with them
     hf_config = hugging_face_config(model.config) if hf_config is None else hf_config
     # Orbax would copy all arrays to the host before it writes one: let no more than two at a time be on their way.
     limit = max(2**28, 2 * max(_local_bytes(array) for array in jax.tree.leaves(model.params)) + 1)

@@ -4,7 +4,20 @@ from jaxhess.data import TokenBlocks
 from jaxhess.krylov.lanczos import LanczosState, lanczos_segment, start_lanczos
 from jaxhess.mesh import make_mesh
 from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig
-from jaxhess.operators import Hessian, LinearOperator, MatrixOperator, Microbatches
+from jaxhess.noise import audit
+from jaxhess.operators import (
+    EmpiricalFisher,
+    FiniteDifferenceHessian,
+    GaussNewton,
+    Hessian,
+    LinearizedHessian,
+    LinearOperator,
+    LossOperator,
+    MatrixOperator,
+    Microbatches,
+    MonteCarloFisher,
+)
+from jaxhess.output_curvature import SoftmaxCrossEntropy
 from jaxhess.slq import Progress, spectrum
 from jaxhess.spectra import Estimate, Spectrum
 from jaxhess.vectors import random_probe
@@ -13,17 +26,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DecoderConfig",
+    "EmpiricalFisher",
     "Estimate",
+    "FiniteDifferenceHessian",
+    "GaussNewton",
     "Hessian",
     "LanczosState",
     "LanguageModel",
     "LinearOperator",
+    "LinearizedHessian",
+    "LossOperator",
     "MatrixOperator",
     "Microbatches",
+    "MonteCarloFisher",
     "Progress",
     "RopeConfig",
+    "SoftmaxCrossEntropy",
     "Spectrum",
     "TokenBlocks",
+    "audit",
     "lanczos_segment",
     "make_mesh",
     "random_probe",

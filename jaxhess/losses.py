@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,30 +32,42 @@ def cross_entropy_sum(
         weights: [B, T].
         token_chunk: Tokens whose logits [tokens, V] exist at once.
     """
-    batch, length, _ = hidden.shape
-    positions = min(length, max(1, token_chunk // batch))
-    chunks = -(-length // positions)
-    if chunks == 1:
+    chunks = token_blocks((hidden, targets, weights), token_chunk)
+    if chunks is None:
         return _chunk_sum(hidden, kernel, targets, weights)
-    short = chunks * positions - length  # padded positions weigh nothing
-
-    def blocks(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, chunks, positions, *x.shape[2:]), 1, 0)
-
     chunk_sum = jax.checkpoint(_chunk_sum, prevent_cse=False)
 
     def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, None]:
         return total + chunk_sum(chunk[0], kernel, *chunk[1:]), None
 
     start = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    return jax.lax.scan(add, start, (blocks(hidden), blocks(targets), blocks(weights)))[0]
+    return jax.lax.scan(add, start, chunks)[0]
+
+
+def token_blocks(arrays: Any, token_chunk: int) -> Any | None:
+    """Arrays [B, T, ...] cut into blocks [chunks, B, positions, ...] of about `token_chunk` tokens, padded with zeros.
+
+    At least one position of every sequence is in a block. None where one block holds everything.
+    """
+    batch, length = jax.tree.leaves(arrays)[0].shape[:2]
+    positions = min(length, max(1, token_chunk // batch))
+    chunks = -(-length // positions)
+    if chunks == 1:
+        return None
+
+    def cut(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, ((0, 0), (0, chunks * positions - length)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, chunks, positions, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, arrays)
 
 
 def logits_of(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     """Logits [..., V] of states [..., D], accumulated and returned in at least float32."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=wide)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # one axis of tokens: see `jaxhess.models.layers.Projection`
+    logits = jnp.matmul(rows, kernel.astype(hidden.dtype), preferred_element_type=wide)
+    return logits.reshape(*hidden.shape[:-1], kernel.shape[-1])
 
 
 def _chunk_sum(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:

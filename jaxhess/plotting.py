@@ -55,7 +55,11 @@ def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
     _eigenvalue_axis(axes, density)
     axes.set_ylabel("density (share of all eigenvalues\nper unit of eigenvalue)")
     note = "" if spectrum.num_probes > 1 else "; one probe: no error band"
-    axes.set_title(f"Density of Hessian eigenvalues\n{_provenance(spectrum)}{note}", fontsize=11, color=INK)
+    axes.set_title(
+        f"Density of the eigenvalues of the {spectrum.matrix_name}\n{_provenance(spectrum)}{note}",
+        fontsize=11,
+        color=INK,
+    )
     smallest, largest = (format_number(extreme.value) for extreme in spectrum.extreme())
     same = smallest == largest
     axes.set_xlabel(

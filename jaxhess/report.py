@@ -28,7 +28,7 @@ thead th{color:#5b6b82;font-weight:600} .wide{overflow-x:auto}
 figure{margin:1rem 0} img{max-width:100%} figcaption,.note{color:#46566c;font-size:.92rem}
 """
 
-DENSITY_CAPTION = """How to read it: the curve says how the eigenvalues of the loss Hessian are spread. Each
+DENSITY_CAPTION = """How to read it: the curve says how the eigenvalues of the {matrix} are spread. Each
 eigenvalue is the curvature of the loss along one direction in parameter space: large positive ones are steep walls,
 values near zero flat directions, negative ones directions in which the loss curves down. The vertical axis is
 logarithmic; the horizontal axis is linear near zero and logarithmic in both directions away from it, so that a bulk
@@ -63,12 +63,12 @@ def remove_report(folder: str | os.PathLike[str]) -> None:
 
 def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
     sections = [
-        "<h1>Spectrum of the loss Hessian</h1>",
+        f"<h1>Spectrum of the {spectrum.matrix_name}</h1>",
         f'<p class="note">{_subtitle(spectrum)}</p>',
         "<h2>In short</h2>",
         _table(("quantity", "value", "how sure"), _headline(spectrum)),
         "<h2>Density of eigenvalues</h2>",
-        _image(images["density"], "Density of Hessian eigenvalues", DENSITY_CAPTION),
+        _image(images["density"], "Density of eigenvalues", DENSITY_CAPTION.format(matrix=spectrum.matrix_name)),
         "<h2>Ritz values and weights</h2>",
         _image(images["stem"], "Ritz values and their weights", STEM_CAPTION),
         "<h2>Every probe</h2>",
@@ -79,13 +79,14 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         _table(("identity", "largest violation over probes"), _checks(spectrum)),
         '<p class="note">Identities that hold exactly without rounding; violations far above 1e-6 mean that something '
         "is broken.</p>",
+        *_noise(spectrum.info.get("noise")),
         "<h2>How it was made</h2>",
         *_info(spectrum.info),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Spectrum of the loss Hessian</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>Spectrum of the {spectrum.matrix_name}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
@@ -155,6 +156,31 @@ def _checks(spectrum: Spectrum) -> Iterator[Sequence[str]]:
     }
     for name, violation in spectrum.checks().items():
         yield names[name], f"{violation:.1e}"
+
+
+def _noise(noise: Any) -> Iterator[str]:
+    """The noise audit of `jaxhess.noise.audit`, if the run has one."""
+    if not isinstance(noise, dict):
+        return
+    yield "<h2>Noise of the products</h2>"
+    rows = [("reference", str(noise.get("reference", "none")))]
+    words = {
+        "asymmetry": "asymmetry, |u'Hv − v'Hu| / |Hv|",
+        "nonlinearity": "non-linearity, relative",
+        "relative_error": "relative error, {}",
+        "floor": "floor, |error of Hx| / |x|, {}",
+    }
+    directions = {"random": "random direction", "leading": "direction of large curvature"}
+    for name, text in words.items():
+        value = noise.get(name)
+        for key, number in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
+            rows.append((text.format(directions.get(key, key)), _number(number, 2)))
+    yield _table(("measured on the operator of this run", "value"), rows)
+    yield (
+        '<p class="note">The floor is in units of eigenvalues. The error of the products acts like a matrix added to '
+        "the true one; the random floor is the root mean square of that matrix's eigenvalues, so Ritz values nearer to "
+        "zero than it are noise. The other floor is how far the error reaches where curvature is large.</p>"
+    )
 
 
 def _info(info: dict[str, Any]) -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess.krylov.lanczos import LanczosState, Reorthogonalize, compile_segment, lanczos_segment, start_lanczos
+from jaxhess.memory import bytes_per_device, devices_of, total_bytes
 from jaxhess.operators.base import LinearOperator
 from jaxhess.spectra import Spectrum
-from jaxhess.vectors import Distribution, Vector, cast, named_sharding, random_probe
+from jaxhess.vectors import Distribution, Vector, cast, check_accumulation_dtype, random_probe
 
 SEGMENT_SECONDS = 1.0
 """Length of a compiled segment, roughly: how long the host waits between two looks at the run."""
@@ -41,6 +40,7 @@ def spectrum(
     seed: int = 0,
     reorthogonalize: Reorthogonalize = "full",
     vector_dtype: Any = None,
+    accumulation_dtype: str = "float32",
     distribution: Distribution = "normal",
     callback: Callable[[Progress], None] | None = None,
     info: dict[str, Any] | None = None,
@@ -54,7 +54,9 @@ def spectrum(
         probes: Independent random probes; two or more give standard errors across them.
         seed: Of the probes. The same seed gives the same probes bit for bit on any mesh.
         reorthogonalize: "full" keeps every Lanczos vector (steps vectors of memory): no ghosts. "none" keeps two.
-        vector_dtype: Storage of the Lanczos vectors; None: the operator's own. Scalars are float32 or wider.
+        vector_dtype: Storage of the Lanczos vectors; None: the operator's own.
+        accumulation_dtype: Of inner products, norms, alphas and betas: "float32" or "float64", never narrower than the
+            vectors.
         distribution: Of the probes' entries.
         callback: Called on the host after each compiled segment.
         info: Anything to keep with the result; facts about the run are added.
@@ -72,7 +74,8 @@ def spectrum(
         _check_vector_dtype(vector_dtype)
     if reorthogonalize == "full":
         check_basis_fits(like, steps, vector_dtype)
-    facts = operator.validate()
+    check_accumulation_dtype(accumulation_dtype)
+    facts = {"operator": operator.describe(), **operator.validate()}
     key = jax.random.key(seed, impl="threefry2x32")
     alphas, betas = np.full((probes, steps), np.nan), np.full((probes, steps), np.nan)
     sizes = np.zeros(probes, np.int64)
@@ -82,7 +85,7 @@ def spectrum(
         probe = random_probe(jax.random.fold_in(key, p), like, distribution)
         if vector_dtype is not None:
             probe = cast(probe, vector_dtype)
-        state = start_lanczos(probe, steps, reorthogonalize)
+        state = start_lanczos(probe, steps, reorthogonalize, accumulation_dtype)
         del probe
         if p == 0:
             program = _described(operator, state)
@@ -101,10 +104,16 @@ def spectrum(
             if callback is not None:
                 run = Progress(p, probes, done, steps, alphas[p, : sizes[p]], betas[p, : sizes[p]], now - began)
                 callback(run)
+        state_dtype = state.alphas.dtype
         del state
     described = {
         "probes": {"count": probes, "distribution": distribution, "seed": seed},
-        "lanczos": {"steps": steps, "reorthogonalize": reorthogonalize, "vector_dtype": _dtypes(like, vector_dtype)},
+        "lanczos": {
+            "steps": steps,
+            "reorthogonalize": reorthogonalize,
+            "vector_dtype": _dtypes(like, vector_dtype),
+            "accumulation_dtype": str(np.dtype(state_dtype)),
+        },
         **facts,
         "program": program,
         "seconds": time.perf_counter() - began,
@@ -114,20 +123,11 @@ def spectrum(
 
 def check_basis_fits(like: Vector, steps: int, vector_dtype: Any = None) -> None:
     """Raises ValueError when `steps` Lanczos vectors cannot fit the devices' memory, before any of them is made."""
-    width = None if vector_dtype is None else jnp.dtype(vector_dtype).itemsize
     leaves = jax.tree.leaves(like)
-    shardings = [named_sharding(x) for x in leaves]
-    meshes = [s.mesh for s in shardings if s is not None]
-    devices = list(meshes[0].local_devices) if meshes else jax.local_devices()[:1]
-    per_device = steps * sum(
-        math.prod(x.shape if s is None else s.shard_shape(x.shape)) * (width or x.dtype.itemsize)
-        for x, s in zip(leaves, shardings, strict=True)
-    )
-    needed = per_device * len(devices)
-    if devices[0].platform == "cpu":  # simulated devices share the machine's memory
-        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        present = len(devices) * (devices[0].memory_stats() or {}).get("bytes_limit", per_device)
+    devices = devices_of(leaves)
+    width = None if vector_dtype is None else jnp.dtype(vector_dtype).itemsize
+    needed = steps * bytes_per_device(leaves, width) * len(devices)
+    present = total_bytes(devices) * len(devices)
     if needed > present:
         raise ValueError(
             f"Full re-orthogonalisation keeps {steps} vectors, {needed / 1e9:.1f} GB, and the devices here have "

@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 FORMAT = "jaxhess-spectrum-1"
 ARRAYS, RECORD = "spectrum.npz", "spectrum.json"
 
+MATRIX_NAMES = {
+    "Hessian": "loss Hessian",
+    "LinearizedHessian": "loss Hessian",
+    "FiniteDifferenceHessian": "loss Hessian by finite differences",
+    "GaussNewton": "Gauss-Newton matrix",
+    "EmpiricalFisher": "empirical Fisher matrix",
+    "MonteCarloFisher": "Monte-Carlo Fisher matrix",
+}
+
 Array = npt.NDArray[np.float64]
 
 
@@ -107,6 +116,15 @@ class Spectrum:
     @property
     def num_probes(self) -> int:
         return self.alphas.shape[0]
+
+    @property
+    def matrix_name(self) -> str:
+        """What the spectrum is of, in words, from the record of the run."""
+        operator = self.info.get("operator")
+        described = operator if isinstance(operator, dict) else {}
+        name = MATRIX_NAMES.get(described.get("kind", "Hessian"), "operator")
+        block = described.get("restriction")
+        return f"{name}, block {block}" if block else name
 
     @property
     def num_steps(self) -> int:

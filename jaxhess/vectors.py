@@ -21,24 +21,25 @@ Vector = Any
 Distribution = Literal["normal", "rademacher"]
 
 
-def dot(x: Vector, y: Vector) -> jax.Array:
-    """Inner product of two vectors: a scalar in at least float32."""
-    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(_wide(a) * _wide(b)), x, y)), start=jnp.float32(0))
+def dot(x: Vector, y: Vector, dtype: Any = "float32") -> jax.Array:
+    """Inner product of two vectors: a scalar, accumulated in at least `dtype`."""
+    parts = jax.tree.map(lambda a, b: jnp.sum(_wide(a, dtype) * _wide(b, dtype)), x, y)
+    return sum(jax.tree.leaves(parts), start=jnp.zeros((), dtype))
 
 
-def norm(x: Vector) -> jax.Array:
-    """Euclidean norm: a scalar in at least float32, right wherever the entries themselves are representable.
+def norm(x: Vector, dtype: Any = "float32") -> jax.Array:
+    """Euclidean norm: a scalar in at least `dtype`, right wherever the entries themselves are representable.
 
     Squares under- and overflow long before the entries do (those of a float32 gradient of 1e-20 vanish); only where
     they did is the vector scaled by its largest entry and summed again.
     """
-    total = dot(x, x)
+    total = dot(x, x, dtype)
 
     def rescaled() -> jax.Array:
-        largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(_wide(e))) for e in jax.tree.leaves(x)])
+        largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(_wide(e, dtype))) for e in jax.tree.leaves(x)])
         unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-        scaled = jax.tree.map(lambda e: _wide(e) / unit, x)
-        return unit * jnp.sqrt(dot(scaled, scaled))
+        scaled = jax.tree.map(lambda e: _wide(e, dtype) / unit, x)
+        return unit * jnp.sqrt(dot(scaled, scaled, dtype))
 
     return jax.lax.cond((total > 1e-20) & jnp.isfinite(total), lambda: jnp.sqrt(total), rescaled)
 
@@ -121,6 +122,14 @@ def random_probe(key: jax.Array, like: Vector, distribution: Distribution = "nor
     return jax.tree.unflatten(treedef, _drawer(paths, shapes, shardings, distribution)(key))
 
 
+def check_accumulation_dtype(dtype: str) -> None:
+    """Raises ValueError for a dtype to accumulate in that is neither float32 nor float64, or that JAX would narrow."""
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"accumulation_dtype is {dtype!r}; it is 'float32' or 'float64'.")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError("accumulation_dtype float64 needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
+
+
 def named_sharding(leaf: Any) -> NamedSharding | None:
     """The `NamedSharding` of an array or abstract array; None for one without (a single device, a tracer)."""
     if isinstance(leaf, jax.core.Tracer):
@@ -145,5 +154,5 @@ def _drawer(
     return jax.jit(leaves, out_shardings=None if None in shardings else list(shardings))
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _wide(x: jax.Array, dtype: Any = "float32") -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, dtype))

@@ -1,4 +1,4 @@
-"""The spectrum of a language model's loss Hessian: checkpoint and text in, numbers, plots and a report out.
+"""The spectrum of a language model's loss curvature: checkpoint and text in, numbers, plots and a report out.
 
 With no options: the small GPT-NeoX model and the text in scripts/tiny.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import platform
+import re
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,9 @@ import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import one_sentence
 from jaxhess.krylov.quadrature import quadrature
+from jaxhess.models import abstract_params
+from jaxhess.noise import audit
+from jaxhess.operators.restriction import restriction
 from jaxhess.report import remove_report, write_report
 from jaxhess.spectra import refuse_unusable
 
@@ -43,16 +48,45 @@ class Options:
     """Sequences taken from the start of the data; the loss is the mean over all their tokens."""
     microbatch: int = 8
     """Sequences whose activations exist at once; changes memory and speed, not the result."""
+    operator: Literal["hessian", "gauss-newton", "empirical-fisher", "monte-carlo-fisher"] = "hessian"
+    """Whose spectrum. The others are positive semi-definite: Gauss-Newton (the Fisher matrix of the softmax), the outer
+    products of per-token gradients (empirical), and the same at targets drawn from the model (Monte Carlo)."""
+    hvp: Literal["exact", "linearized", "finite-difference"] = "exact"
+    """How Hessian products are made. `linearized` is exact too: it does the primal pass once and keeps it, faster for
+    many times the memory. `finite-difference` is the second paper's, for parity with it."""
+    step: float | Literal["auto"] = "auto"
+    """Of finite differences; `auto` measures gradient noise and third derivative and balances them."""
+    step_per: Literal["coordinate", "unit"] = "coordinate"
+    """Whether the step is the root mean square of the shift's entries (as in the paper), or its whole length."""
+    shift: Literal["realised", "float32"] = "realised"
+    """Of finite differences in low precision: shift the stored weights and divide by what moved, or float32 copies."""
+    residual_gb: float | None = None
+    """GB per device that `linearized` may keep; by default what is left."""
+    fisher_samples: int = 1
+    """Targets drawn per token, for `monte-carlo-fisher`."""
+    restrict: tuple[str, ...] = ()
+    """Only these parameters, the others held fixed: words (attention, mlp, norm, embed, head) or shell patterns such as
+    'layers/mlp/up/*'. By default all."""
+    layers: str | None = None
+    """Only these layers, for example 0-3,-1."""
     steps: int = 30
-    """Lanczos steps per probe: one Hessian-vector product each."""
+    """Lanczos steps per probe: one product each."""
     probes: int = 4
     """Random probes; two or more give standard errors."""
     reorthogonalize: Literal["full", "none"] = "full"
     """`full` keeps all Lanczos vectors (steps x parameters of memory) and has no ghosts; `none` keeps two."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    """Of weights and computation; by default the checkpoint's own."""
+    """Storage of the weights; by default the checkpoint's own."""
+    compute_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    """Of matrix products and activations; by default that of the weights. Norms, softmax and loss are in float32 or
+    wider, and float32 is float32 on a GPU too (no TF32)."""
     vector_dtype: Literal["float32", "bfloat16", "float64"] | None = None
-    """Storage of the Lanczos vectors; by default that of the weights. Scalars are float32 or wider."""
+    """Storage of the Lanczos vectors; by default that of the weights."""
+    accumulation_dtype: Literal["float32", "float64"] = "float32"
+    """Of sums over microbatches, inner products, norms, alphas and betas."""
+    audit: bool = True
+    """Measure the noise of the products (asymmetry, non-linearity, distance from a wider dtype) for the record: seven
+    products and two compilations."""
     mesh: str | None = None
     """Device mesh, for example fsdp=8 or data=2,fsdp=4 or fsdp=4,tensor=2; by default fsdp over all devices."""
     seed: int = 0
@@ -73,14 +107,16 @@ def run(options: Options) -> jaxhess.Spectrum:
     """The whole job; returns what it also saved."""
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).name}"
     refuse_unusable(out, options.overwrite)
-    if options.steps < 1 or options.probes < 1:
-        raise ValueError(f"--steps {options.steps} and --probes {options.probes} must both be at least 1.")
+    _check_options(options)
     config = convert.load_config(options.model, options.dtype)
+    layers = _layers(options.layers, config.num_layers)
+    if options.restrict or layers is not None:
+        restriction(abstract_params(config), options.restrict, layers)
     if config.rope is None and options.seq_len > config.max_positions:
         raise ValueError(
             f"--seq-len {options.seq_len}: this model has learned positions for {config.max_positions} only."
         )
-    if "float64" in (config.dtype, options.vector_dtype):
+    if "float64" in (config.dtype, options.compute_dtype, options.vector_dtype, options.accumulation_dtype):
         jax.config.update("jax_enable_x64", True)
     mesh = jaxhess.make_mesh(options.mesh)
     console = Console()
@@ -97,14 +133,21 @@ def run(options: Options) -> jaxhess.Spectrum:
     batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
     clock["data"] = time.perf_counter()
     model = convert.load(options.model, mesh=mesh, dtype=options.dtype)
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, query_chunk=options.query_chunk))
+    model = model.configured(
+        dtype=options.compute_dtype or config.dtype,
+        query_chunk=options.query_chunk,
+        remat=options.hvp != "linearized",
+    )
     clock["model"] = time.perf_counter()
     console.print(
-        f"{options.model}: {model.num_params:,} parameters in {model.config.dtype} on {_mesh_text(mesh)}; "
+        f"{options.model}: {model.num_params:,} parameters in {config.dtype} on {_mesh_text(mesh)}; "
         f"{blocks.num_sequences} sequences of {blocks.seq_len} tokens."
     )
 
-    hessian = jaxhess.Hessian(model.loss(options.token_chunk), model.params, batches)
+    operator = build_operator(options, model, batches)
+    clock["operator"] = time.perf_counter()
+    noise = audit(operator, seed=options.seed) if options.audit else None
+    clock["audit"] = time.perf_counter()
     info = {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
         "model": {"source": _located(options.model), "parameters": model.num_params, "config": model.config.to_dict()},
@@ -125,16 +168,20 @@ def run(options: Options) -> jaxhess.Spectrum:
         "timings": {
             "data_seconds": clock["data"] - clock["start"],
             "load_seconds": clock["model"] - clock["data"],
+            "operator_seconds": clock["operator"] - clock["model"],
+            "audit_seconds": clock["audit"] - clock["operator"],
         },
+        **({"noise": noise} if noise else {}),
     }
     with _Bar(console) as bar:
         result = jaxhess.spectrum(
-            hessian,
+            operator,
             steps=options.steps,
             probes=options.probes,
             seed=options.seed,
             reorthogonalize=options.reorthogonalize,
             vector_dtype=options.vector_dtype,
+            accumulation_dtype=options.accumulation_dtype,
             distribution=options.probe_distribution,
             callback=bar.show,
             info=info,
@@ -145,6 +192,67 @@ def run(options: Options) -> jaxhess.Spectrum:
         write_report(out, result)
         _print_summary(console, result, out)
     return result
+
+
+def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any) -> jaxhess.LinearOperator:
+    """The operator that the options name, on the parameters that they name."""
+    arguments = (model.loss(options.token_chunk), model.params, batches)
+    accumulation = options.accumulation_dtype
+    operator: jaxhess.LossOperator
+    if options.operator == "gauss-newton":
+        operator = jaxhess.GaussNewton(*arguments, accumulation_dtype=accumulation)
+    elif options.operator == "empirical-fisher":
+        operator = jaxhess.EmpiricalFisher(*arguments, accumulation_dtype=accumulation)
+    elif options.operator == "monte-carlo-fisher":
+        key = jax.random.fold_in(jax.random.key(options.seed), 1)
+        operator = jaxhess.MonteCarloFisher.draw(
+            *arguments, key=key, samples=options.fisher_samples, accumulation_dtype=accumulation
+        )
+    elif options.hvp == "finite-difference":
+        operator = jaxhess.FiniteDifferenceHessian(
+            *arguments,
+            step=options.step,
+            per=options.step_per,
+            shift=options.shift,
+            accumulation_dtype=accumulation,
+        )
+    else:
+        operator = jaxhess.Hessian(*arguments, accumulation_dtype=accumulation)
+    layers = _layers(options.layers, model.config.num_layers)
+    if options.restrict or layers is not None:
+        operator = operator.restrict(*options.restrict, layers=layers)
+    if options.hvp == "linearized" and isinstance(operator, jaxhess.Hessian):
+        return operator.linearize(None if options.residual_gb is None else 1e9 * options.residual_gb)
+    return operator
+
+
+def _check_options(options: Options) -> None:
+    if options.steps < 1 or options.probes < 1:
+        raise ValueError(f"--steps {options.steps} and --probes {options.probes} must both be at least 1.")
+    if options.fisher_samples < 1:
+        raise ValueError(f"--fisher-samples {options.fisher_samples} must be at least 1.")
+    if options.operator != "hessian" and options.hvp != "exact":
+        raise ValueError(
+            f"--hvp {options.hvp} is a way to make Hessian products; --operator {options.operator} has one."
+        )
+    if isinstance(options.step, float) and not 0 < options.step < math.inf:
+        raise ValueError(f"--step {options.step} must be a positive number, or auto.")
+
+
+def _layers(text: str | None, count: int) -> list[int] | None:
+    """The layers that `0-3,-1` names."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise ValueError(f"--layers {text!r} is not a list of layers and ranges, like 0-3,-1.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if match[2] and not first <= last < count:
+            raise ValueError(f"--layers {text!r}: the model has layers 0 to {count - 1}.")
+        found.extend(range(first, last + 1))
+    return found
 
 
 class _Bar:
@@ -190,6 +298,9 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
         console.print(f"{name + ' Ritz':15s} {value.value:.6g}  (residual bound {value.residual_bound:.2g})")
     console.print(f"trace           {trace.value:.6g} ± {trace.standard_error:.2g}")
     console.print(f"Frobenius norm  {frobenius.value:.6g} ± {frobenius.standard_error:.2g}")
+    floor = result.info.get("noise", {}).get("floor")
+    if floor:
+        console.print(f"noise floor     {floor['random']:.2g} in the bulk, {floor['leading']:.2g} among the outliers")
     console.print(f"written to      {out}/report.html")
 
 

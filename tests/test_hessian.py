@@ -8,43 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import SMALL, TINY, batch_of, language_operator, relative, scaled_up, tokens
 
-from jaxhess import DecoderConfig, Hessian, Microbatches, make_mesh, random_probe, spectrum, start_lanczos
+from jaxhess import Hessian, Microbatches, make_mesh, random_probe, spectrum, start_lanczos
 from jaxhess.krylov import compile_segment
 from jaxhess.losses import TokenBatch
 from jaxhess.mesh import batch_sharding
-from jaxhess.models import LanguageModel, initialize
+from jaxhess.models import initialize
 from jaxhess.operators.microbatches import as_groups
 from jaxhess.vectors import dot, norm, size
-
-TINY = DecoderConfig(
-    vocab_size=9,
-    embed_dim=4,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
-    mlp_dim=5,
-    max_positions=16,
-    qk_norm=True,
-    query_chunk=4,
-)
-SMALL = dataclasses.replace(TINY, vocab_size=101, embed_dim=32, head_dim=16, mlp_dim=64, query_chunk=64)
-
-
-def tokens(sequences: int, length: int, vocab: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, vocab, (sequences, length + 1)).astype(np.int32)
-
-
-def batch_of(ids: np.ndarray, weights: np.ndarray | None = None) -> TokenBatch:
-    if weights is None:
-        weights = np.ones((ids.shape[0], ids.shape[1] - 1), np.float32)
-    return TokenBatch(jnp.asarray(ids), jnp.asarray(weights))
-
-
-def scaled_up(model: LanguageModel, factor: float = 10.0) -> LanguageModel:
-    """Weights far from the origin: at initialisation curvature is all but constant."""
-    return dataclasses.replace(model, params=jax.tree.map(lambda x: factor * x if x.ndim > 2 else x, model.params))
 
 
 def dense(operator: Hessian) -> np.ndarray:
@@ -60,10 +32,6 @@ def dense(operator: Hessian) -> np.ndarray:
         return total / count
 
     return np.asarray(jax.jit(jax.jacrev(jax.jacrev(mean_loss)))(flat))
-
-
-def relative(x, y) -> float:
-    return float(norm(jax.tree.map(lambda a, b: jnp.asarray(a) - jnp.asarray(b), x, y)) / norm(y))
 
 
 @pytest.fixture
@@ -117,14 +85,6 @@ def test_spectrum_matches_the_dense_hessian(change):
     tail = density.mass[:, middle:].sum(axis=1)
     true_tail = np.mean(eigenvalues > density.edges[middle])
     assert abs(tail.mean() - true_tail) < 3 * tail.std(ddof=1) / np.sqrt(24)
-
-
-def language_operator(dtype: str = "float32", token_chunk: int = 64, **change) -> Hessian:
-    config = dataclasses.replace(SMALL, dtype=dtype, **change)
-    model = scaled_up(initialize(config, jax.random.key(0)))
-    ids = tokens(8, 12, 101)
-    stacked = TokenBatch(jnp.asarray(ids.reshape(2, 4, 13)), jnp.ones((2, 4, 12)))
-    return Hessian(model.loss(token_chunk), model.params, Microbatches(stacked))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])

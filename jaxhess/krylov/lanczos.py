@@ -11,7 +11,18 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.operators.base import LinearOperator
-from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, dot, norm, scale, size, widen
+from jaxhess.vectors import (
+    Vector,
+    add_scaled,
+    basis_dot,
+    basis_sum,
+    check_accumulation_dtype,
+    dot,
+    norm,
+    scale,
+    size,
+    widen,
+)
 
 Reorthogonalize = Literal["none", "full"]
 
@@ -51,12 +62,22 @@ class LanczosState:
     basis: Vector | None
 
 
-def start_lanczos(probe: Vector, steps: int, reorthogonalize: Reorthogonalize = "none") -> LanczosState:
+def start_lanczos(
+    probe: Vector, steps: int, reorthogonalize: Reorthogonalize = "none", accumulation_dtype: str = "float32"
+) -> LanczosState:
     """The state before the first step, from any nonzero probe; vectors are stored in the probe's dtypes and shardings.
 
+    Args:
+        probe: Where the Krylov space starts.
+        steps: What the state has room for.
+        reorthogonalize: "full" keeps every vector, "none" two.
+        accumulation_dtype: Of inner products and norms, and so of alphas and betas: "float32" or "float64" (which needs
+            JAX in 64-bit mode); never narrower than the vectors.
+
     Raises:
-        ValueError: `steps` below 1, or an unknown re-orthogonalisation.
+        ValueError: `steps` below 1, an unknown re-orthogonalisation or accumulation dtype.
     """
+    check_accumulation_dtype(accumulation_dtype)
     if steps < 1:
         raise ValueError(f"steps is {steps}; a Lanczos run takes at least 1.")
     if reorthogonalize not in ("none", "full"):
@@ -67,7 +88,8 @@ def start_lanczos(probe: Vector, steps: int, reorthogonalize: Reorthogonalize = 
             raise ValueError(f"The probe's leaf {name} has dtype {dtype}; Lanczos vectors are floating point.")
     probe = jax.tree.map(jnp.asarray, probe)
     leaves, treedef = jax.tree.flatten(probe)
-    return _starter(treedef, tuple(x.sharding for x in leaves), steps, reorthogonalize == "full")(probe)
+    create = _starter(treedef, tuple(x.sharding for x in leaves), steps, reorthogonalize == "full", accumulation_dtype)
+    return create(probe)
 
 
 def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> LanczosState:
@@ -109,7 +131,7 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
     beta_before = jnp.where(j > 0, state.betas[jnp.maximum(j - 1, 0)], 0)
     w = operator.mv(widen(q))
     w = add_scaled(w, -beta_before, state.previous)
-    alpha = dot(w, q)
+    alpha = dot(w, q, state.alphas.dtype)
     w = add_scaled(w, -alpha, q)
     basis, removed = state.basis, jnp.zeros_like(alpha)
     if basis is not None:
@@ -117,11 +139,12 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
             overlap = basis_dot(basis, w)
             w = add_scaled(w, jnp.float32(-1), basis_sum(overlap, basis))
         removed = jnp.sqrt(jnp.sum(jnp.square(overlap)))
-    beta = norm(w)
+    beta = norm(w, state.alphas.dtype)
 
     local = jnp.abs(alpha) + beta_before
     largest = jnp.maximum(local, jnp.max(jnp.abs(state.alphas) + state.betas))
-    noise = BREAKDOWN * jnp.finfo(beta.dtype).eps * jnp.maximum(local, largest / size(q) ** 0.5)
+    rounding = max(float(jnp.finfo(e.dtype).eps) for e in jax.tree.leaves(w))
+    noise = BREAKDOWN * rounding * jnp.maximum(local, largest / size(q) ** 0.5)
     # A second pass that removed more than it left: what is left is the rounding of the stored basis, inside its span.
     exhausted = (beta <= noise) | (beta < removed) | ~jnp.isfinite(beta)
     broken = state.broken | exhausted
@@ -149,11 +172,12 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
 
 
 @functools.cache
-def _starter(treedef: Any, shardings: tuple[Any, ...], steps: int, keep_basis: bool) -> Any:
+def _starter(treedef: Any, shardings: tuple[Any, ...], steps: int, keep_basis: bool, accumulation_dtype: str) -> Any:
     def create(probe: Vector) -> LanczosState:
-        current = scale(1 / norm(probe), probe)
+        length = norm(probe, accumulation_dtype)
+        current = scale(1 / length, probe)
         zero = jnp.zeros((), jnp.int32)
-        scalars = jnp.zeros((steps,), norm(probe).dtype)
+        scalars = jnp.zeros((steps,), length.dtype)
         basis = None
         if keep_basis:
             basis = jax.tree.map(lambda q: jnp.zeros((steps, *q.shape), q.dtype).at[0].set(q), current)

@@ -15,6 +15,7 @@ from jaxhess.losses import TokenBatch, cross_entropy_sum
 from jaxhess.mesh import data_shards, param_shardings
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.decoder import Decoder
+from jaxhess.output_curvature import draw_tokens, head_curvature
 
 Params = dict[str, Any]
 """Nested dictionaries of arrays; `params["layers"]["mlp"]["up"]["kernel"]` is [L, D, F]."""
@@ -40,11 +41,44 @@ class NextTokenLoss:
             raise ValueError(f"token_chunk is {self.token_chunk}; it must be at least 1.")
 
     def __call__(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
+        hidden, kernel = self.outputs(params, batch)
+        total = cross_entropy_sum(hidden, kernel, batch.tokens[:, 1:], batch.weights, self._chunk)
+        return total, self.count(batch)
+
+    def outputs(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
+        """Final states [B, T, D] and output matrix [D, V], whose product are the logits."""
         decoder = nnx.merge(model_graph(self.config, self.mesh), params)
-        hidden = decoder.hidden(batch.tokens[:, :-1])
-        chunk = self.token_chunk * data_shards(self.mesh)
-        total = cross_entropy_sum(hidden, decoder.head_kernel(), batch.tokens[:, 1:], batch.weights, chunk)
-        return total, jnp.sum(batch.weights)
+        return decoder.hidden(batch.tokens[:, :-1]), decoder.head_kernel()
+
+    def curvature(self, outputs: Any, tangents: Any, batch: TokenBatch, labels: Any = None) -> Any:
+        """`head_curvature` of a batch: softmax cross-entropy's in the logits, pulled back to the outputs."""
+        return head_curvature(outputs, tangents, batch.weights, labels, self._chunk)
+
+    def labels(self, batch: TokenBatch) -> jax.Array:
+        """The next tokens, [B, T, 1]."""
+        return batch.tokens[:, 1:, None]
+
+    def draw(self, outputs: Any, batch: TokenBatch, keys: jax.Array, samples: int) -> jax.Array:
+        """Next tokens [B, T, samples] drawn from the model's own predictions, chunk by chunk."""
+        hidden, kernel = outputs
+        return draw_tokens(hidden, kernel, keys, samples, self._chunk)
+
+    def count(self, batch: TokenBatch) -> jax.Array:
+        """The number of tokens that count."""
+        return jnp.sum(batch.weights)
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in."""
+        return self.config.dtype
+
+    def in_dtype(self, dtype: str) -> NextTokenLoss:
+        """The same loss computed in `dtype`."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, dtype=dtype))
+
+    @property
+    def _chunk(self) -> int:
+        return self.token_chunk * data_shards(self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +96,22 @@ class LanguageModel:
     def loss(self, token_chunk: int = 1024) -> NextTokenLoss:
         """The next-token loss of this architecture: a function `loss(params, batch) -> (sum, count)`."""
         return NextTokenLoss(self.config, self.mesh, token_chunk)
+
+    def configured(self, **fields: Any) -> LanguageModel:
+        """The same weights computed otherwise: `dtype` (of computation), `remat`, `query_chunk`.
+
+        Raises:
+            ValueError: Any other field: it would not be this model.
+        """
+        unknown = sorted(fields.keys() - {"dtype", "remat", "query_chunk"})
+        if unknown:
+            raise ValueError(f"{unknown[0]} is part of what the model is; it takes dtype, remat and query_chunk.")
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **fields))
+
+    @property
+    def param_dtype(self) -> str:
+        """What the weights are stored in; `config.dtype` is what they are computed in."""
+        return str(jnp.result_type(*jax.tree.leaves(self.params)))
 
     @property
     def num_params(self) -> int:

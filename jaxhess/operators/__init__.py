@@ -1,7 +1,30 @@
 """Symmetric linear operators: what curvature is measured through."""
 
+from jaxhess.operators.algebra import ScaledOperator, ShiftedOperator, SumOperator
 from jaxhess.operators.base import LinearOperator, MatrixOperator
+from jaxhess.operators.finite_difference import FiniteDifferenceHessian
+from jaxhess.operators.gauss_newton import EmpiricalFisher, GaussNewton, LikelihoodLoss, MonteCarloFisher
 from jaxhess.operators.hessian import Hessian
+from jaxhess.operators.linearized import LinearizedHessian, residual_bytes
+from jaxhess.operators.loss import LossOperator
 from jaxhess.operators.microbatches import Microbatches
+from jaxhess.operators.restriction import Restriction
 
-__all__ = ["Hessian", "LinearOperator", "MatrixOperator", "Microbatches"]
+__all__ = [
+    "EmpiricalFisher",
+    "FiniteDifferenceHessian",
+    "GaussNewton",
+    "Hessian",
+    "LikelihoodLoss",
+    "LinearOperator",
+    "LinearizedHessian",
+    "LossOperator",
+    "MatrixOperator",
+    "Microbatches",
+    "MonteCarloFisher",
+    "Restriction",
+    "ScaledOperator",
+    "ShiftedOperator",
+    "SumOperator",
+    "residual_bytes",
+]

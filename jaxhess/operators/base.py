@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 
 from jaxhess.vectors import Vector
@@ -39,8 +41,60 @@ class LinearOperator(abc.ABC):
         Raises:
             ValueError: v is not shaped like the operator's vectors; the message names the first leaf that differs.
         """
-        _check_structure(v, self.shape_dtype)
+        check_structure(v, self.shape_dtype)
         return _compiled_mv(self, v)
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        from jaxhess.operators.algebra import added  # its operators are LinearOperators
+
+        return added(self, other)
+
+    def __sub__(self, other: LinearOperator) -> LinearOperator:
+        return self + (-1) * other
+
+    def __neg__(self) -> LinearOperator:
+        return (-1) * self
+
+    def __mul__(self, factor: float | jax.Array) -> LinearOperator:
+        from jaxhess.operators.algebra import ScaledOperator
+
+        if jnp.shape(factor) != ():
+            raise ValueError(f"An operator is scaled by a scalar, not by an array of shape {jnp.shape(factor)}.")
+        return ScaledOperator(self, factor)
+
+    __rmul__ = __mul__
+
+    def shifted(self, shift: float | jax.Array) -> LinearOperator:
+        """The operator plus `shift` times the identity."""
+        from jaxhess.operators.algebra import ShiftedOperator
+
+        return ShiftedOperator(self, shift)
+
+    def to_matrix(self, batch_size: int = 16) -> jax.Array:
+        """The matrix [dim, dim], in the order of `jax.flatten_util.ravel_pytree`; for small problems and tests.
+
+        Args:
+            batch_size: Columns whose products are computed at once.
+
+        Raises:
+            ValueError: The matrix would have more than 2^30 entries.
+        """
+        if self.dim**2 > 2**30:
+            raise ValueError(f"A matrix of {self.dim:,} rows is for Lanczos, not for to_matrix, which stops at 32,768.")
+        return _matrix(self, batch_size)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes that products are computed in."""
+        return tuple(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(self.shape_dtype)}))
+
+    def exact(self, dtype: str) -> LinearOperator | None:
+        """The operator that this one approximates, computed in `dtype`; None where there is no such thing."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """What the operator is, for a record."""
+        return {"kind": type(self).__name__}
 
     def validate(self) -> dict[str, Any]:
         """Facts worth recording about the operator's inputs; raises if products would be meaningless."""
@@ -71,13 +125,31 @@ class MatrixOperator(LinearOperator):
     def shape_dtype(self) -> Vector:
         return jax.ShapeDtypeStruct(self.matrix.shape[:1], self.matrix.dtype)
 
+    def exact(self, dtype: str) -> LinearOperator:
+        return MatrixOperator(self.matrix.astype(dtype))
+
 
 @jax.jit
 def _compiled_mv(operator: LinearOperator, v: Vector) -> Vector:
     return operator.mv(v)
 
 
-def _check_structure(v: Vector, expected: Vector) -> None:
+@functools.partial(jax.jit, static_argnums=1)
+def _matrix(operator: LinearOperator, batch_size: int) -> jax.Array:
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operator.shape_dtype)
+    flat, unravel = jax.flatten_util.ravel_pytree(zeros)
+
+    def column(k: jax.Array) -> jax.Array:
+        return jax.flatten_util.ravel_pytree(operator.mv(unravel(flat.at[k].set(1))))[0]
+
+    batches = -(-flat.size // batch_size)  # the last one padded: a shorter one would be compiled for itself
+    numbers = jnp.minimum(jnp.arange(batches * batch_size), flat.size - 1).reshape(batches, batch_size)
+    columns = jax.lax.map(jax.vmap(column), numbers)
+    return columns.reshape(-1, flat.size)[: flat.size].T
+
+
+def check_structure(v: Vector, expected: Vector) -> None:
+    """Raises ValueError where a vector is not like the expected one; names the first leaf that differs."""
     found, wanted_structure = str(jax.tree.structure(v)), str(jax.tree.structure(expected))
     if found != wanted_structure:
         raise ValueError(f"The vector has structure {found}; it must be that of the parameters, {wanted_structure}.")

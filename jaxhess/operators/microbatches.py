@@ -51,20 +51,20 @@ def as_groups(batches: Any) -> tuple[Microbatches, ...]:
     return tuple(Microbatches(jax.tree.map(lambda *x: jnp.stack(x), *group)) for group in groups.values())
 
 
-def sum_over_microbatches(f: Callable[[Any], Any], groups: tuple[Microbatches, ...]) -> Any:
-    """The sum of the pytrees f(batch) over all batches, accumulated in at least float32.
+def sum_over_microbatches(f: Callable[[Any], Any], groups: tuple[Microbatches, ...], dtype: str = "float32") -> Any:
+    """The sum of the pytrees f(batch) over all batches, accumulated in at least `dtype`.
 
     One batch is evaluated directly: no accumulator beside its result. Several run one after the other in a scan.
     """
     total: Any = None
     for group in groups:
         if len(group) == 1:
-            part = _widen(f(jax.tree.map(lambda x: x[0], group.stacked)))
+            part = _widen(f(jax.tree.map(lambda x: x[0], group.stacked)), dtype)
             total = part if total is None else _add(total, part)
             continue
         if total is None:
             abstract = jax.eval_shape(lambda g: f(jax.tree.map(lambda x: x[0], g)), group.stacked)
-            total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), abstract)
+            total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, dtype)), abstract)
         total, _ = jax.lax.scan(lambda acc, batch: (_add(acc, f(batch)), None), total, group.stacked)
     return total
 
@@ -73,5 +73,5 @@ def _add(total: Any, part: Any) -> Any:
     return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, part)
 
 
-def _widen(x: Any) -> Any:
-    return jax.tree.map(lambda e: e.astype(jnp.promote_types(e.dtype, jnp.float32)), x)
+def _widen(x: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda e: e.astype(jnp.promote_types(e.dtype, dtype)), x)

@@ -1,0 +1,55 @@
+"""How much memory the devices that hold some arrays have."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxhess.vectors import named_sharding
+
+
+def devices_of(leaves: Sequence[Any]) -> list[jax.Device]:
+    """The local devices of the mesh that the arrays (or abstract arrays) live on; the first device without a mesh."""
+    shardings = [named_sharding(x) for x in leaves]
+    meshes = [s.mesh for s in shardings if s is not None]
+    return list(meshes[0].local_devices) if meshes else jax.local_devices()[:1]
+
+
+def bytes_per_device(leaves: Sequence[Any], itemsize: int | None = None) -> int:
+    """Bytes that the arrays take on one device, in their own dtypes or in one of `itemsize` bytes."""
+    return sum(_shard_size(x) * (itemsize or x.dtype.itemsize) for x in leaves)
+
+
+def total_bytes(devices: Sequence[jax.Device]) -> float:
+    """Memory of one of the devices; infinite where the backend does not say. CPU devices share the machine's."""
+    if devices[0].platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
+    return (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def available_bytes(leaves: Sequence[Any]) -> float:
+    """Memory that is left on each device of the arrays; infinite where the backend does not say."""
+    devices = devices_of(leaves)
+    if devices[0].platform == "cpu":
+        return _free_on_host() / len(devices)
+    stats = devices[0].memory_stats() or {}
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+
+
+def _shard_size(leaf: Any) -> int:
+    sharding = named_sharding(leaf)
+    return math.prod(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+
+
+def _free_on_host() -> float:
+    """Memory that new arrays can take: free pages and those that the system would give back."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return 1024 * float(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,193 @@
+"""The Hessian by central differences of the gradient: what is done where a framework has no forward mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess.operators.loss import LossOperator, divided
+from jaxhess.operators.microbatches import Microbatches
+from jaxhess.operators.restriction import leaf_name
+from jaxhess.operators.step_size import balanced_length
+from jaxhess.vectors import Vector, norm, random_probe, size
+
+Per = Literal["coordinate", "unit"]
+Shift = Literal["realised", "float32"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FiniteDifferenceHessian(LossOperator):
+    """The Hessian of `sum of losses / sum of counts`, by two gradients at shifted parameters.
+
+    `(gradient(theta + e u) - gradient(theta - e u)) |v| / (2 e)` with u = v / |v| (Algorithm 1 of "Hessian Spectral
+    Analysis at Foundation Model Scale", arXiv 2602.00816): the matrix products of two gradients, the shift made where
+    the shards lie, scalars the only thing reduced. Homogeneous up to rounding, but linear and symmetric only up to its
+    error: e^2 / 6 times the third derivative of the gradient along u, and the gradient's rounding over e. `Hessian` has
+    neither error at 8/6 of the matrix products. See `LossOperator` for the other fields.
+
+    Attributes:
+        step: The size of the shift; "auto": measured for every vector on the first microbatch, which costs three
+            products' worth of its gradients and float32 copies of two vectors (`step_size.balanced_length`). Stored
+            as None. `calibrated` measures once.
+        per: What a number in `step` is the size of. "coordinate" (as in the paper): of the root mean square entry,
+            e = step * sqrt(n) for n parameters. "unit": of the whole shift, e = step.
+        shift: In what precision parameters are shifted. "realised": their own; the difference is divided by the part
+            along u of the shift that was representable, not of the one asked for. Entries whose shift rounds to nothing
+            (`vanished`) are still missing from the Hessian. "float32": float32 copies are shifted and the loss is
+            computed in float32 (`loss.in_dtype("float32")` where the loss has a dtype of its own); the same for
+            parameters that are float32.
+
+    Raises:
+        ValueError: The step is not a positive number or "auto"; an unknown convention.
+    """
+
+    step: Any = "auto"
+    per: Per = dataclasses.field(default="coordinate", metadata={"static": True})
+    shift: Shift = dataclasses.field(default="realised", metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step, str) and self.step == "auto":
+            object.__setattr__(self, "step", None)  # no leaf: a step that is a number is data, and not compiled in
+        if self.shardings is not None:  # rebuilt from its leaves by JAX, which may be anything
+            return
+        if isinstance(self.step, str) or (isinstance(self.step, int | float) and not 0 < self.step < math.inf):
+            raise ValueError(f"The finite-difference step is {self.step}; it is a positive number, or 'auto'.")
+        if self.per not in ("coordinate", "unit"):
+            raise ValueError(f"The step is per {self.per!r}; it is per 'coordinate' or per 'unit' vector.")
+        if self.shift not in ("realised", "float32"):
+            raise ValueError(f"Unknown shift {self.shift!r}; it is 'realised' or 'float32'.")
+        super().__post_init__()
+
+    def mv(self, v: Vector) -> Vector:
+        """The product in the dtypes of v. One pass over all batches at theta + e u, then one at theta - e u."""
+        with jax.default_matmul_precision("highest"):
+            total, count = self._product(v, self.groups)
+        return self.pin(divided(total, count, v))
+
+    def product_sum(self, v: Vector, batch: Any) -> tuple[Vector, jax.Array]:
+        return self._product(v, (Microbatches(jax.tree.map(lambda x: x[None], batch)),))
+
+    def shift_length(self, v: Vector) -> jax.Array:
+        """e, the length of the shift made along v: a scalar."""
+        if self.step is None:
+            with jax.default_matmul_precision("highest"):
+                return balanced_length(self._wide(), v, self._shifted().free)
+        return jnp.asarray(self.step * math.sqrt(size(v)) if self.per == "coordinate" else self.step)
+
+    def calibrated(self, v: Vector) -> FiniteDifferenceHessian:
+        """The operator with the step that "auto" would take for v, for all vectors: right for those like v.
+
+        Independent random probes are alike; Lanczos vectors are not like the probe they start from.
+        """
+        automatic = dataclasses.replace(self, step=None)
+        return dataclasses.replace(self, step=float(_shift_length(automatic, v)), per="unit")
+
+    def vanished(self, v: Vector) -> dict[str, float]:
+        """For every leaf the share of the entries of v, zeros apart, along which the parameters do not move at all."""
+        names = [leaf_name(path) for path, _ in jax.tree.flatten_with_path(self.shape_dtype)[0]]
+        counts = zip(*_vanished(self, v), strict=True)
+        return {name: float(lost) / max(float(asked), 1.0) for name, (lost, asked) in zip(names, counts, strict=True)}
+
+    def validate(self) -> dict[str, Any]:
+        """Also the step, its convention, the shift a random direction gets, and what that loses to rounding."""
+        facts = super().validate()
+        probe = random_probe(jax.random.key(0), self.shape_dtype)
+        described = {
+            "step": "auto" if self.step is None else float(self.step),
+            "per": "unit" if self.step is None else self.per,
+            "shift": self.shift,
+            "random_vector": {"shift_length": float(_shift_length(self, probe)), "vanished": self.vanished(probe)},
+        }
+        return {**facts, "finite_difference": described}
+
+    def explain_non_finite(self, v: Vector) -> str:
+        lost, asked = _vanished(self, v)
+        if sum(map(float, asked)) and sum(map(float, lost)) == sum(map(float, asked)):
+            return f"no parameter moved: a shift of length {float(_shift_length(self, v)):.3g} is below their rounding"
+        return super().explain_non_finite(v)
+
+    def _product(self, v: Vector, groups: tuple) -> tuple[Vector, jax.Array]:
+        """The product of the summed losses of `groups` with v, and their count."""
+        base = self._shifted()
+        length, e = norm(v), self.shift_length(v)
+        inverse = jnp.where(length > 0, 1 / length, 0)
+
+        def one_side(carry: Any, sign: jax.Array) -> tuple[Any, None]:
+            total, moved, count = carry
+            # The sign in both products keeps them inside the loop: u = v / |v| outside it would be one more vector.
+            shifted = base.pin(jax.tree.map(lambda x, d: _moved(x, (sign * e * inverse) * _wide(d)), base.free, v))
+            parts = jax.tree.map(
+                lambda x, y, d: jnp.sum((_wide(x) - _wide(y)) * ((sign * inverse) * _wide(d))),
+                shifted,
+                base.free,
+                v,
+            )
+
+            def add(carry: Any, batch: Any) -> tuple[Any, None]:
+                total, count = carry
+                gradient, n = jax.grad(base.sum_and_count, has_aux=True)(shifted, batch)
+                gradient = base.pin(gradient)
+                total = jax.tree.map(lambda t, g: t + sign.astype(t.dtype) * g.astype(t.dtype), total, gradient)
+                return (total, count + n / 2), None
+
+            for group in groups:
+                if len(group) == 1:
+                    (total, count), _ = add((total, count), jax.tree.map(lambda x: x[0], group.stacked))
+                else:
+                    (total, count), _ = jax.lax.scan(add, (total, count), group.stacked)
+            return (total, moved + sum(jax.tree.leaves(parts)).astype(moved.dtype), count), None
+
+        one = jax.tree.map(lambda x: x[0], groups[0].stacked)
+        _, count = jax.eval_shape(base.sum_and_count, base.free, one)
+        sums = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, self.accumulation_dtype)), base.free
+        )
+        start = (base.pin(sums), jnp.zeros_like(length), jnp.zeros((), count.dtype))
+        # A loop over the two sides: neither begins before the other's shifted parameters and gradient are gone.
+        (total, moved, count), _ = jax.lax.scan(one_side, start, jnp.array([1, -1], length.dtype))
+        factor = jnp.where(length > 0, length / moved, 0)
+        return jax.tree.map(lambda t: factor.astype(t.dtype) * t, total), count
+
+    def _shifted(self) -> FiniteDifferenceHessian:
+        """The operator in the precision in which parameters are shifted and gradients computed."""
+        return self if self.shift == "realised" else self._wide()
+
+    def _wide(self) -> FiniteDifferenceHessian:
+        """The operator in at least float32."""
+        dtypes = [x.dtype for x in jax.tree.leaves(self.params)]
+        wide = functools.reduce(jnp.promote_types, dtypes, jnp.dtype("float32"))
+        return self if all(dtype == wide for dtype in dtypes) else self.in_dtype(str(wide))
+
+
+@jax.jit
+def _shift_length(operator: FiniteDifferenceHessian, v: Vector) -> jax.Array:
+    return operator.shift_length(v)
+
+
+@jax.jit
+def _vanished(operator: FiniteDifferenceHessian, v: Vector) -> tuple[list[jax.Array], list[jax.Array]]:
+    """For every leaf the number of entries of v that move nothing, and of those that are not zero."""
+    free, e = operator._shifted().free, operator.shift_length(v) / norm(v)
+
+    def lost(x: jax.Array, d: jax.Array) -> jax.Array:
+        still = (_moved(x, e * _wide(d)) == x) & (_moved(x, -e * _wide(d)) == x)
+        return jnp.sum((d != 0) & still, dtype=jnp.float32)
+
+    asked = jax.tree.map(lambda d: jnp.sum(d != 0, dtype=jnp.float32), v)
+    return jax.tree.leaves(jax.tree.map(lost, free, v)), jax.tree.leaves(asked)
+
+
+def _moved(x: jax.Array, shift: jax.Array) -> jax.Array:
+    """x + shift, rounded once to the dtype of x."""
+    wide = jnp.promote_types(shift.dtype, x.dtype)
+    return (x.astype(wide) + shift.astype(wide)).astype(x.dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

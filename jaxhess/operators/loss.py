@@ -1,0 +1,226 @@
+"""What all operators made from a loss, parameters and batches share."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
+from jaxhess.operators.restriction import Restriction, restriction
+from jaxhess.vectors import Vector, cast, check_accumulation_dtype, named_sharding
+
+Loss = Callable[[Any, Any], Any]
+"""`loss(params, batch)`: `(sum, count)`, or a plain scalar, which counts as one."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossOperator(LinearOperator):
+    """Curvature of `sum of losses / sum of counts` over all batches.
+
+    Dividing once, by the count over all batches, makes it independent of how the data is cut into microbatches or
+    padded. Matrix products run in full float32 where the parameters are float32 (no TF32).
+
+    Attributes:
+        loss: `loss(params, batch) -> (sum, count)`, twice differentiable in forward-over-reverse mode: no `custom_vjp`.
+            A function that returns a plain scalar (a batch's mean loss) is accepted; its batches weigh the same.
+            Static: reuse the same function object, or each new one is compiled again.
+        params: Any pytree of floating-point arrays, sharded or not.
+        batches: A list of batches, or `Microbatches`. Stored as groups of equal shape.
+        accumulation_dtype: Of sums over microbatches, "float32" or "float64"; never narrower than the products.
+
+    Raises:
+        TypeError, ValueError: `batches` is not a list, or empty; a parameter is not floating point.
+    """
+
+    loss: Loss = dataclasses.field(metadata={"static": True})
+    params: Any
+    batches: Any
+    _: dataclasses.KW_ONLY
+    accumulation_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+    restriction: Restriction | None = dataclasses.field(default=None, metadata={"static": True})
+    """Which parameters are free; None: all. See `restrict`."""
+    shardings: tuple[NamedSharding | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    """Shardings of a vector's leaves, read off the parameters: products are pinned to these."""
+
+    def __post_init__(self) -> None:
+        if self.shardings is not None:  # rebuilt from its leaves by JAX, which may be anything
+            return
+        for path, leaf in jax.tree.flatten_with_path(self.params)[0]:
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
+                raise ValueError(f"Parameter {name} has dtype {dtype}; a Hessian needs floating-point parameters.")
+        check_accumulation_dtype(self.accumulation_dtype)
+        object.__setattr__(self, "batches", as_groups(self.batches))
+        object.__setattr__(self, "shardings", tuple(map(named_sharding, jax.tree.leaves(self.params))))
+
+    @abc.abstractmethod
+    def product_sum(self, v: Vector, batch: Any) -> tuple[Vector, jax.Array]:
+        """The product of one batch's summed loss with v (already in the parameters' dtypes), and the batch's count."""
+
+    def mv(self, v: Vector) -> Vector:
+        """The product in the dtypes of v. The direction is rounded to the parameters' dtypes first."""
+        direction = cast(v, self.free)
+
+        def product(batch: Any) -> tuple[Vector, jax.Array]:
+            total, count = self.product_sum(direction, batch)
+            return self.pin(total), count
+
+        with jax.default_matmul_precision("highest"):
+            total, count = sum_over_microbatches(product, self.groups, self.accumulation_dtype)
+        return self.pin(divided(total, count, v))
+
+    @property
+    def groups(self) -> tuple:
+        """What `product_sum` is summed over, as groups of equal shape."""
+        return self.batches
+
+    @property
+    def free(self) -> Any:
+        """The parameters that curvature is taken in: all, or those of the restriction."""
+        return self.params if self.restriction is None else self.restriction.take(self.params)
+
+    @property
+    def shape_dtype(self) -> Vector:
+        free = jax.eval_shape(lambda params: dataclasses.replace(self, params=params).free, self.params)
+        leaves, treedef = jax.tree.flatten(free)
+        assert self.shardings is not None
+        structs = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, self.shardings, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, structs)
+
+    def restrict(self, *patterns: str, layers: Iterable[int] | None = None) -> Self:
+        """The operator's diagonal block on some of the parameters, the others held fixed.
+
+        Vectors are then trees like the parameters with None where a leaf is held fixed, and with the chosen layers only
+        in stacked leaves. What is fixed is not differentiated: a block costs less than the whole.
+
+        Args:
+            patterns: Shell patterns for names like `layers/attention/query/kernel`, or bare words for their components:
+                `attention`, `mlp`, `norm`, `embed`, `head`. None: every leaf.
+            layers: Indices of layers; leaves outside the layers are then held fixed.
+
+        Raises:
+            ValueError: Nothing matches (the message lists the names); no such layer; restricted already.
+        """
+        if self.restriction is not None:
+            raise ValueError(f"Restricted to {self.restriction.description} already: restrict the whole operator.")
+        chosen = restriction(self.params, patterns, layers)
+        shardings = tuple(chosen.shardings(self.params))
+        return dataclasses.replace(self, restriction=chosen, shardings=shardings)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        stored = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(self.params)}
+        return tuple(sorted(stored | ({str(self.loss.dtype)} if hasattr(self.loss, "dtype") else set())))
+
+    def in_dtype(self, dtype: str) -> Self:
+        """The same operator with parameters stored and computed in `dtype`.
+
+        A loss is taken to follow its parameters' dtype; one that has its own says so by an attribute `dtype` and a
+        method `in_dtype(dtype)`.
+        """
+        loss = self.loss.in_dtype(dtype) if hasattr(self.loss, "in_dtype") else self.loss
+        return dataclasses.replace(self, loss=loss, params=cast(self.params, jnp.dtype(dtype)))
+
+    def exact(self, dtype: str) -> LinearOperator:
+        return self.in_dtype(dtype)
+
+    def describe(self) -> dict[str, Any]:
+        described = {**super().describe(), "dtypes": list(self.dtypes), "accumulation_dtype": self.accumulation_dtype}
+        if self.restriction is not None:
+            described["restriction"] = self.restriction.description
+        return described
+
+    def validate(self) -> dict[str, Any]:
+        """The mean loss and the count it was divided by.
+
+        Raises:
+            FloatingPointError: The loss of a microbatch is not finite; names it.
+            ValueError: Nothing counts: the mean loss is undefined.
+        """
+        total, count, seen = 0.0, 0.0, 0
+        for group in self.batches:
+            sums, counts = (np.asarray(x, np.float64) for x in _losses(self.loss, self.params, group))
+            bad = np.flatnonzero(~np.isfinite(sums))
+            if bad.size:
+                raise FloatingPointError(
+                    f"The loss of microbatch {seen + bad[0]} is {sums[bad[0]]}: the parameters or the data hold NaN or "
+                    "infinite values, or the model overflows in this dtype."
+                )
+            total, count, seen = total + sums.sum(), count + counts.sum(), seen + len(group)
+        if count == 0:
+            raise ValueError("The count of the loss is 0 over all batches: no token or example has weight.")
+        return {"loss": total / count, "count": count}
+
+    def explain_non_finite(self, v: Vector) -> str:
+        index = 0
+        for group in self.groups:
+            for k in range(len(group)):
+                one = jax.tree.map(lambda x, k=k: x[k : k + 1], group)
+                if not _part_is_finite(self, one, v):
+                    return f"the product over microbatch {index} alone is not finite"
+                index += 1
+        return "the product over each microbatch alone is finite, their sum is not"
+
+    def sum_and_count(self, free: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """The loss of one batch as a function of the free parameters: (sum, count), the latter not differentiated."""
+        return sum_and_count(self.loss, self.whole(free), batch)
+
+    def whole(self, free: Any) -> Any:
+        """All parameters, the free ones replaced."""
+        return free if self.restriction is None else self.restriction.insert(free, self.params)
+
+    def pin(self, v: Vector) -> Vector:
+        """v with every leaf constrained to its parameter's sharding, which GSPMD might otherwise replicate."""
+        assert self.shardings is not None
+        leaves, treedef = jax.tree.flatten(v)
+        pinned = [
+            x if s is None or s.mesh.size == 1 else jax.lax.with_sharding_constraint(x, s)
+            for x, s in zip(leaves, self.shardings, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, pinned)
+
+
+def divided(total: Vector, count: jax.Array, like: Vector) -> Vector:
+    """total / count in the dtypes of `like`."""
+    return jax.tree.map(lambda t, e: (t / count.astype(t.dtype)).astype(e.dtype), total, like)
+
+
+def sum_and_count(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """(sum, count) of a loss of either form.
+
+    Raises:
+        ValueError: It returned anything else.
+    """
+    value = loss(params, batch)
+    total, count = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
+    if not all(
+        isinstance(x, jax.Array | np.ndarray | np.generic | float | int) and jnp.shape(x) == () for x in (total, count)
+    ):
+        shapes = jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array) else type(x).__name__, value)
+        raise ValueError(f"The loss returned {shapes}; it must return (sum, count), two scalars, or one scalar mean.")
+    return total, jax.lax.stop_gradient(jnp.asarray(count, jnp.promote_types(jnp.result_type(total), jnp.float32)))
+
+
+@jax.jit(static_argnums=0)
+def _losses(loss: Loss, params: Any, group: Any) -> tuple[jax.Array, jax.Array]:
+    with jax.default_matmul_precision("highest"):
+        return jax.lax.map(lambda batch: sum_and_count(loss, params, batch), group.stacked)
+
+
+@jax.jit
+def _part_is_finite(operator: LossOperator, one: Any, v: Vector) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        total, _ = operator.product_sum(cast(v, operator.free), jax.tree.map(lambda x: x[0], one.stacked))
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in jax.tree.leaves(total)])

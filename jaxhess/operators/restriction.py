@@ -1,0 +1,130 @@
+"""A choice of parameters: curvature on a block of them, the rest held fixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxhess.vectors import named_sharding
+
+STACKED = "layers"
+"""Leaves with this name in their path have all layers stacked along their leading axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restriction:
+    """Which parameters are free: for every leaf True, False, or the chosen layers of a stacked leaf.
+
+    A vector of the restricted space is a tree like the parameters with None in place of every leaf held fixed, and with
+    the chosen layers only, in their order, in stacked leaves.
+    """
+
+    selection: tuple[bool | tuple[int, ...], ...]
+    description: str
+
+    def take(self, params: Any) -> Any:
+        """The free parameters (or a vector's entries on them), out of a whole tree."""
+        leaves, treedef = jax.tree.flatten(params)
+        return jax.tree.unflatten(treedef, [_taken(x, s) for x, s in zip(leaves, self.selection, strict=True)])
+
+    def insert(self, free: Any, params: Any) -> Any:
+        """`params` with the free ones replaced."""
+        leaves, treedef = jax.tree.flatten(params)
+        replacements = iter(jax.tree.leaves(free))
+        return jax.tree.unflatten(
+            treedef, [_inserted(x, s, replacements) for x, s in zip(leaves, self.selection, strict=True)]
+        )
+
+    def shardings(self, params: Any) -> list[NamedSharding | None]:
+        """For every free leaf the sharding of the parameter it is cut from."""
+        chosen = zip(jax.tree.leaves(params), self.selection, strict=True)
+        return [_cut_sharding(named_sharding(x), s) for x, s in chosen if s is not False]
+
+
+def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | None = None) -> Restriction:
+    """The restriction of `params` to the leaves that match any of `patterns`, in the given layers.
+
+    Args:
+        params: Any pytree; a leaf's name is its path, `layers/attention/query/kernel`.
+        patterns: With `*`, `?` or `/`: a shell pattern for the whole name, `layers/mlp/*`. A bare word matches a
+            component of the name, or the end of one after an underscore: `attention`, `mlp`, `embed`, `head`, and
+            `norm` for all of `attention_norm`, `mlp_norm`, `final_norm`. No pattern: every leaf.
+        layers: Indices of layers, negative from the end; leaves outside the stack (named `layers`) are then held fixed.
+
+    Raises:
+        ValueError: A pattern matches nothing (the message lists the names), or there is no such layer.
+    """
+    patterns = tuple(patterns)
+    named = [(leaf_name(path), leaf) for path, leaf in jax.tree.flatten_with_path(params)[0]]
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name, _ in named):
+            names = ", ".join(name for name, _ in named)
+            raise ValueError(f"No parameter matches {pattern!r}; the names are {names}.")
+    wanted = [not patterns or any(_matches(name, pattern) for pattern in patterns) for name, _ in named]
+    selection: list[bool | tuple[int, ...]] = list(wanted)
+    if layers is not None:
+        stacked = [STACKED in name.split("/") for name, _ in named]
+        chosen = [keep and inside for keep, inside in zip(wanted, stacked, strict=True)]
+        if not any(chosen):
+            raise ValueError(f"Layers {list(layers)} of {patterns or 'all parameters'}: none of these is in a layer.")
+        count = next(leaf.shape[0] for (_, leaf), keep in zip(named, chosen, strict=True) if keep)
+        indices = _normalised(layers, count)
+        selection = [indices if keep else False for keep in chosen]
+        described = f"{' '.join(patterns) or '*'} in layers {','.join(map(str, indices))}"
+    else:
+        described = " ".join(patterns) or "*"
+    return Restriction(tuple(selection), described)
+
+
+def leaf_name(path: tuple) -> str:
+    """A leaf's path as a name: `layers/attention/query/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if any(character in pattern for character in "*?[/"):
+        return fnmatch.fnmatchcase(name, pattern)
+    return any(part == pattern or part.endswith(f"_{pattern}") for part in name.split("/"))
+
+
+def _normalised(layers: Iterable[int], count: int) -> tuple[int, ...]:
+    given = list(layers)
+    bad = [k for k in given if not -count <= k < count]
+    if bad or not given:
+        raise ValueError(f"Layers {given}: the model has layers 0 to {count - 1}; name at least one of them.")
+    return tuple(sorted({k % count for k in given}))
+
+
+def _range(indices: tuple[int, ...]) -> Any:
+    """The indices as a slice where they are consecutive, which needs no gather."""
+    first, last = indices[0], indices[-1]
+    return slice(first, last + 1) if last - first + 1 == len(indices) else np.asarray(indices)
+
+
+def _taken(leaf: Any, selected: bool | tuple[int, ...]) -> Any:
+    if selected is False:
+        return None
+    if selected is True:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(selected), *leaf.shape[1:]), leaf.dtype)
+    return leaf[_range(selected)]
+
+
+def _inserted(leaf: Any, selected: bool | tuple[int, ...], replacements: Any) -> Any:
+    if selected is False:
+        return leaf
+    replacement = next(replacements)
+    return replacement if selected is True else leaf.at[_range(selected)].set(replacement)
+
+
+def _cut_sharding(sharding: NamedSharding | None, selected: bool | tuple[int, ...]) -> NamedSharding | None:
+    if sharding is None or selected is True or not sharding.spec:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))

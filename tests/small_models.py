@@ -1,0 +1,53 @@
+"""Small language models and operators on them, for tests."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhess import DecoderConfig, Hessian, Microbatches
+from jaxhess.losses import TokenBatch
+from jaxhess.models import LanguageModel, initialize
+from jaxhess.vectors import norm
+
+TINY = DecoderConfig(
+    vocab_size=9,
+    embed_dim=4,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_dim=5,
+    max_positions=16,
+    qk_norm=True,
+    query_chunk=4,
+)
+SMALL = dataclasses.replace(TINY, vocab_size=101, embed_dim=32, head_dim=16, mlp_dim=64, query_chunk=64)
+
+
+def tokens(sequences: int, length: int, vocab: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab, (sequences, length + 1)).astype(np.int32)
+
+
+def batch_of(ids: np.ndarray, weights: np.ndarray | None = None) -> TokenBatch:
+    if weights is None:
+        weights = np.ones((ids.shape[0], ids.shape[1] - 1), np.float32)
+    return TokenBatch(jnp.asarray(ids), jnp.asarray(weights))
+
+
+def scaled_up(model: LanguageModel, factor: float = 10.0) -> LanguageModel:
+    """Weights far from the origin: at initialisation curvature is all but constant."""
+    return dataclasses.replace(model, params=jax.tree.map(lambda x: factor * x if x.ndim > 2 else x, model.params))
+
+
+def relative(x, y) -> float:
+    return float(norm(jax.tree.map(lambda a, b: jnp.asarray(a) - jnp.asarray(b), x, y)) / norm(y))
+
+
+def language_operator(dtype: str = "float32", token_chunk: int = 64, **change) -> Hessian:
+    config = dataclasses.replace(SMALL, dtype=dtype, **change)
+    model = scaled_up(initialize(config, jax.random.key(0)))
+    ids = tokens(8, 12, 101)
+    stacked = TokenBatch(jnp.asarray(ids.reshape(2, 4, 13)), jnp.ones((2, 4, 12)))
+    return Hessian(model.loss(token_chunk), model.params, Microbatches(stacked))

@@ -1,0 +1,82 @@
+"""The linearised Hessian is the exact one, keeps what it says, and refuses what does not fit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import SMALL, batch_of, language_operator, relative, scaled_up, tokens
+
+from jaxhess import Hessian, Microbatches, make_mesh, random_probe, spectrum
+from jaxhess.losses import TokenBatch
+from jaxhess.mesh import batch_sharding
+from jaxhess.models import initialize
+from jaxhess.operators import residual_bytes
+
+NO_REMAT = {"remat": False, "num_layers": 1}
+
+
+def test_products_are_those_of_the_exact_operator():
+    operator = language_operator(**NO_REMAT)
+    ids = tokens(5, 12, 101)
+    ragged = [batch_of(ids[:2]), batch_of(ids[2:4]), batch_of(ids[4:])]  # two groups, one of them of two
+    exact = Hessian(operator.loss, operator.params, ragged)
+    linearized = exact.linearize()
+    for k in range(2):
+        v = random_probe(jax.random.key(k), exact.shape_dtype)
+        assert relative(linearized @ v, exact @ v) < 1e-6
+    result = spectrum(linearized, steps=1, probes=1)
+    assert result.info["operator"]["kind"] == "LinearizedHessian"
+    assert result.info["operator"]["residual_bytes_per_device"] == linearized.residual_bytes
+
+
+def test_rematerialisation_and_chunks_change_nothing():
+    operator = language_operator(num_layers=1, query_chunk=5, token_chunk=7)
+    v = random_probe(jax.random.key(1), operator.shape_dtype)
+    assert relative(operator.linearize() @ v, operator @ v) < 1e-6
+
+
+@pytest.mark.parametrize("axes", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
+def test_on_a_mesh_residuals_are_cut_and_announced_to_the_byte(axes):
+    mesh = make_mesh(axes)
+    model = scaled_up(initialize(dataclasses.replace(SMALL, **NO_REMAT), jax.random.key(0), mesh))
+    batch = TokenBatch(jnp.asarray(tokens(16, 12, 101).reshape(2, 8, 13)), jnp.ones((2, 8, 12)))
+    batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
+    exact = Hessian(model.loss(1024), model.params, Microbatches(batch))
+    linearized = exact.linearize()
+    announced = residual_bytes(exact)
+    assert 0 < linearized.residual_bytes <= announced < 1.01 * linearized.residual_bytes
+    whole = sum(x.nbytes for x in jax.tree.leaves(linearized.residuals))
+    assert linearized.residual_bytes < whole / 4  # tensor parallelism repeats the residual stream on its two devices
+    v = random_probe(jax.random.key(1), exact.shape_dtype)
+    assert relative(linearized @ v, exact @ v) < 1e-6
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
+def test_weights_are_not_kept_once_for_each_microbatch(compute_dtype):
+    """A network of one sample a batch, whose weights dwarf its activations; in float64 they are also cast copies."""
+
+    def loss(params, x):
+        def layer(h, w):
+            return jnp.tanh(h @ w.astype(compute_dtype)), None
+
+        h, _ = jax.lax.scan(layer, x.astype(compute_dtype), params)
+        return jnp.sum(h**2)
+
+    with jax.enable_x64(True):
+        params = jnp.asarray(np.random.default_rng(0).normal(size=(3, 256, 256)), jnp.float32)
+        batches = [jnp.asarray(np.random.default_rng(k).normal(size=(1, 256))) for k in range(4)]
+        exact = Hessian(loss, params, batches)
+        linearized = exact.linearize()
+        assert linearized.residual_bytes < 0.5 * params.nbytes
+        v = random_probe(jax.random.key(1), exact.shape_dtype)
+        assert relative(linearized @ v, exact @ v) < 1e-6
+
+
+def test_what_does_not_fit_the_budget_is_refused_with_the_numbers():
+    operator = language_operator(**NO_REMAT)
+    needed = residual_bytes(operator)
+    with pytest.raises(ValueError, match=rf"2 microbatches would keep {needed / 1e9:.3g} GB.*1e-05 GB are allowed"):
+        operator.linearize(budget=1e4)
+    assert operator.linearize(budget=needed).residual_bytes <= needed

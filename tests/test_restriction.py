@@ -1,0 +1,133 @@
+"""A restricted operator is the diagonal block of the whole one, for every operator of a loss."""
+
+import dataclasses
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import SMALL, TINY, batch_of, language_operator, relative, scaled_up, tokens
+
+from jaxhess import (
+    EmpiricalFisher,
+    FiniteDifferenceHessian,
+    GaussNewton,
+    Hessian,
+    Microbatches,
+    make_mesh,
+    random_probe,
+    spectrum,
+)
+from jaxhess.losses import TokenBatch
+from jaxhess.mesh import batch_sharding
+from jaxhess.models import abstract_params, initialize
+from jaxhess.operators.restriction import restriction
+
+
+def chosen(pattern, layers=None) -> dict[str, int]:
+    """Leaf names and layer counts of a selection on the small model."""
+    params = abstract_params(TINY)
+    taken = restriction(params, pattern, layers).take(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape[0]
+        for path, leaf in jax.tree.flatten_with_path(taken)[0]
+    }
+
+
+def test_names_select_what_they_say():
+    assert set(chosen(["embed"])) == {"embed/kernel"}
+    assert set(chosen(["layers/mlp/*"])) == {f"layers/mlp/{x}/kernel" for x in ("gate", "up", "down")}
+    assert set(chosen(["mlp"])) == set(chosen(["layers/mlp/*"]))
+    norms = {"final_norm", "layers/attention_norm", "layers/mlp_norm"}
+    norms |= {"layers/attention/query_norm", "layers/attention/key_norm"}
+    assert set(chosen(["norm"])) == {f"{name}/scale" for name in norms}
+    assert set(chosen(["embed", "head"])) == {"embed/kernel", "head/kernel"}
+    assert len(chosen([])) == len(jax.tree.leaves(abstract_params(TINY)))
+    one = chosen(["attention"], layers=[-1])
+    assert set(one) == set(chosen(["attention"]))
+    assert set(one.values()) == {1}
+    assert "embed/kernel" not in chosen([], layers=[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "layers", "sentence"),
+    [
+        (["atention"], None, r"No parameter matches 'atention'; the names are .*layers/attention/query/kernel"),
+        ([], [2], "the model has layers 0 to 1"),
+        (["embed"], [0], "none of these is in a layer"),
+        ([], [], "name at least one"),
+    ],
+)
+def test_a_restriction_to_nothing_is_refused_in_a_sentence(patterns, layers, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        restriction(abstract_params(TINY), patterns, layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks"),
+    [(Hessian, [(("mlp",), [1]), (("norm", "head"), None)]), (EmpiricalFisher, [(("embed", "value"), None)])],
+)
+def test_a_restricted_operator_is_the_diagonal_block(kind, blocks):
+    with jax.enable_x64(True):
+        config = dataclasses.replace(TINY, dtype="float64")
+        model = scaled_up(initialize(config, jax.random.key(0)))
+        operator = kind(model.loss(6), model.params, [batch_of(tokens(2, 7, config.vocab_size))])
+        whole = np.asarray(operator.to_matrix())
+        numbers = jax.flatten_util.ravel_pytree(model.params)[1](jnp.arange(whole.shape[0], dtype=jnp.float64))
+        for patterns, layers in blocks:
+            block = operator.restrict(*patterns, layers=layers)
+            rows = np.asarray(jax.flatten_util.ravel_pytree(block.restriction.take(numbers))[0], int)
+            assert block.dim == rows.size < whole.shape[0]
+            expected = whole[np.ix_(rows, rows)]
+            np.testing.assert_allclose(block.to_matrix(), expected, atol=1e-12 * np.abs(expected).max())
+
+
+def test_other_operators_restrict_alike():
+    exact = language_operator(remat=False)
+    batch = [jax.tree.map(lambda x: x[0], exact.batches[0].stacked)]
+    exact = Hessian(exact.loss, exact.params, batch).restrict("attention", layers=[0])
+    v = random_probe(jax.random.key(1), exact.shape_dtype)
+    product = exact @ v
+    assert relative(exact.linearize() @ v, product) < 1e-6
+    with jax.enable_x64(True):  # where the step's error is below everything
+        wide = FiniteDifferenceHessian(exact.loss, exact.params, batch, step=1e-5, per="coordinate").in_dtype("float64")
+        wide = wide.restrict("attention", layers=[0])
+        assert relative(wide @ jax.tree.map(lambda x: x.astype("float64"), v), product) < 1e-5
+    block = GaussNewton(exact.loss, exact.params, batch).restrict("attention", layers=[0])
+    result = spectrum(block, steps=4, probes=1)
+    assert result.info["operator"]["restriction"] == "attention in layers 0"
+    assert result.dim == exact.dim
+    assert result.ritz_values.min() > -1e-6 * result.ritz_values.max()
+    with pytest.raises(ValueError, match="Restricted to attention in layers 0 already"):
+        block.restrict("mlp")
+
+
+def test_a_restricted_spectrum_does_not_depend_on_the_mesh():
+    ids = tokens(8, 12, 101)[None]
+    results = []
+    for mesh in (None, make_mesh("fsdp=4,tensor=2")):
+        model = scaled_up(initialize(SMALL, jax.random.key(0), mesh))
+        batch = TokenBatch(jnp.asarray(ids), jnp.ones((1, 8, 12)))
+        if mesh is not None:
+            batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
+        block = Hessian(model.loss(64), model.params, Microbatches(batch)).restrict("mlp", "head", layers=[1])
+        if mesh is not None:
+            specs = [leaf.sharding.spec for leaf in jax.tree.leaves(block.shape_dtype)]
+            assert all("fsdp" in spec or "tensor" in spec for spec in specs)
+        results.append(spectrum(block, steps=6, probes=1))
+    alone, sharded = (r.ritz_values[:, [0, -1]] for r in results)
+    np.testing.assert_allclose(sharded, alone, rtol=1e-4)
+
+
+def test_what_is_fixed_is_not_differentiated():
+    """The block of the output matrix needs no backward pass through the layers."""
+
+    def flops(operator):
+        v = random_probe(jax.random.key(0), operator.shape_dtype)
+        return jax.jit(lambda op, x: op.mv(x)).lower(operator, v).compile().cost_analysis()["flops"]
+
+    exact = language_operator(remat=False, num_layers=1)
+    batch = [jax.tree.map(lambda x: x[0], exact.batches[0].stacked)]
+    exact = Hessian(exact.loss, exact.params, batch)
+    assert flops(exact.restrict("head")) < 0.5 * flops(exact)
