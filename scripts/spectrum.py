@@ -28,6 +28,7 @@ from jaxhess.models import abstract_params
 from jaxhess.noise import audit
 from jaxhess.operators.restriction import restriction
 from jaxhess.report import remove_report, write_report
+from jaxhess.slq import check_basis_fits
 from jaxhess.spectra import refuse_unusable
 
 TINY = Path(__file__).parent / "tiny"
@@ -145,6 +146,8 @@ def run(options: Options) -> jaxhess.Spectrum:
     )
 
     operator = build_operator(options, model, batches)
+    if options.reorthogonalize == "full":
+        check_basis_fits(operator.shape_dtype, options.steps, options.vector_dtype)
     clock["operator"] = time.perf_counter()
     noise = audit(operator, seed=options.seed) if options.audit else None
     clock["audit"] = time.perf_counter()

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convert
 from jaxhess import Spectrum
 from jaxhess.command import one_sentence
+from jaxhess.losses import TokenBatch
 from scripts import spectrum as script
 
 TINY = Path(script.TINY)
@@ -72,6 +75,11 @@ def test_record_tells_how_the_numbers_were_made(finished):
     assert info["count"] == 4 * 16
     assert {"jax", "jaxlib", "python"} <= set(info["versions"])
     assert info["program"]["bytes_per_device"]["arguments"] > 0
+    assert info["operator"]["kind"] == "Hessian"
+    assert info["operator"]["dtypes"] == ["float32"]
+    assert info["noise"]["reference"] == "Hessian in float64"
+    assert 0 < info["noise"]["relative_error"]["random"] < 1e-5
+    assert "Noise of the products" in (finished / "report.html").read_text()
 
 
 def test_a_finished_run_is_not_overwritten_unless_told_to(finished, capsys):
@@ -150,6 +158,15 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(tmp_path, capsys, change
         (["--data", "nowhere.txt"], ["nowhere.txt"]),
         (["--steps", "10000000"], ["re-orthogonalisation", "GB"]),
         (["--data", "hub:"], ["hub:"]),
+        (["--restrict", "atention"], ["atention", "layers/attention/query/kernel"]),
+        (["--layers", "4"], ["layers 0 to 3"]),
+        (["--layers", "one"], ["list of layers"]),
+        (["--layers", "2-9"], ["layers 0 to 3"]),
+        (["--restrict", "embed", "--layers", "0"], ["none of these is in a layer"]),
+        (["--operator", "gauss-newton", "--hvp", "linearized"], ["--hvp linearized", "--operator gauss-newton"]),
+        (["--hvp", "finite-difference", "--step", "nan"], ["--step nan", "positive"]),
+        (["--operator", "monte-carlo-fisher", "--fisher-samples", "0"], ["fisher-samples", "at least 1"]),
+        (["--hvp", "linearized", "--residual-gb", "0.001"], ["would keep", "0.001 GB are allowed"]),
         (["--token-chunk", "0"], ["token_chunk", "at least 1"]),
         (["--data", "random", "--seed", "-1"], ["seed", "negative"]),
     ],
@@ -165,10 +182,45 @@ def test_text_shorter_than_one_block_is_refused_in_one_sentence(tmp_path, capsys
     refused(capsys, tmp_path, words, "--data", str(tmp_path / "text.txt"))
 
 
+def test_a_block_by_linearised_products_is_the_block_by_exact_ones(tmp_path):
+    block = ["--restrict", "attention", "--layers", "0,-1", "--no-audit"]
+    run(*QUICK, *block, "--out", str(tmp_path / "exact"))
+    run(*QUICK, *block, "--hvp", "linearized", "--out", str(tmp_path / "linearized"))
+    exact, linearized = (Spectrum.load(tmp_path / name) for name in ("exact", "linearized"))
+    assert exact.dim == 2 * (4 * 128 * 128 + 4 * 128)  # of two layers the attention's matrices and biases
+    assert linearized.matrix_name == "loss Hessian, block attention in layers 0,3"
+    assert linearized.info["operator"]["residual_bytes_per_device"] > 0
+    assert "noise" not in exact.info
+    np.testing.assert_allclose(linearized.ritz_values, exact.ritz_values, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "fields"),
+    [
+        ({"operator": "gauss-newton"}, "GaussNewton", {}),
+        ({"operator": "empirical-fisher", "restrict": ("norm",)}, "EmpiricalFisher", {"restriction": "norm"}),
+        ({"operator": "monte-carlo-fisher", "fisher_samples": 2}, "MonteCarloFisher", {}),
+        ({"hvp": "finite-difference", "step": 1e-2, "step_per": "unit"}, "FiniteDifferenceHessian", {}),
+        ({"compute_dtype": "bfloat16"}, "Hessian", {"dtypes": ["bfloat16", "float32"]}),
+    ],
+)
+def test_options_choose_the_operator(options, kind, fields):
+    options = script.Options(**options)
+    model = convert.load(TINY).configured(dtype=options.compute_dtype or "float32")
+    batch = TokenBatch(jnp.ones((2, 5), jnp.int32), jnp.ones((2, 4)))
+    operator = script.build_operator(options, model, [batch])
+    described = operator.describe()
+    assert {"kind": kind, **fields}.items() <= described.items()
+    if kind == "FiniteDifferenceHessian":
+        assert (operator.step, operator.per) == (1e-2, "unit")
+    if kind == "MonteCarloFisher":
+        assert operator.drawn[0].stacked.shape == (1, 2, 4, 2)
+
+
 def refused(capsys, folder: Path, words: list[str], *arguments: str) -> None:
     out = folder / "out"
     with pytest.raises(SystemExit) as caught:
-        run(*QUICK, *arguments, "--out", str(out))
+        run(*QUICK, *arguments, "--no-audit", "--out", str(out))
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

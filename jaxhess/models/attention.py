@@ -38,39 +38,45 @@ class Attention(nnx.Module):
             cos, sin = rotary_tables(self.config, x.shape[1], x.dtype)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         groups = self.config.num_heads // self.config.num_kv_heads
-        query = query.reshape(*query.shape[:2], self.config.num_kv_heads, groups, self.config.head_dim)
+        # Heads before positions, once: the products below are then batches of matrices as they lie.
+        query, key, value = (jnp.swapaxes(y, 1, 2) for y in (query, key, value))
+        query = query.reshape(query.shape[0], self.config.num_kv_heads, groups, *query.shape[2:])
         attended = causal_attention(query, key, value, window=window, chunk=self.config.query_chunk)
-        return self.out(attended.reshape(*attended.shape[:2], self.config.num_heads, self.config.head_dim))
+        attended = attended.reshape(attended.shape[0], self.config.num_heads, *attended.shape[3:])
+        return self.out(jnp.swapaxes(attended, 1, 2))
 
 
 def causal_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *, window: jax.Array | None, chunk: int
 ) -> jax.Array:
-    """Softmax attention [B, T, K, G, h] of queries [B, T, K, G, h] on keys and values [B, T, K, h].
+    """Softmax attention [B, K, G, T, h] of queries [B, K, G, T, h] on keys and values [B, K, T, h].
 
     Scores exist for `chunk` queries at a time and are recomputed in the backward pass, so memory is linear in T.
     Softmax runs in at least float32.
     """
-    length = query.shape[1]
+    length = query.shape[3]
     if length <= chunk:
         return _attend(query, key, value, jnp.arange(length), window)
     chunks = -(-length // chunk)
-    padded = jnp.pad(query, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0), (0, 0)))
-    blocks = jnp.moveaxis(padded.reshape(query.shape[0], chunks, chunk, *query.shape[2:]), 1, 0)
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, chunks * chunk - length), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(*query.shape[:3], chunks, chunk, query.shape[4]), 3, 0)
     positions = jnp.arange(chunks * chunk).reshape(chunks, chunk)
     attend = jax.checkpoint(lambda q, p: _attend(q, key, value, p, window), prevent_cse=False)
     _, attended = jax.lax.scan(lambda _, block: (None, attend(*block)), None, (blocks, positions))
-    return jnp.moveaxis(attended, 0, 1).reshape(padded.shape)[:, :length]
+    return jnp.moveaxis(attended, 0, 3).reshape(padded.shape)[:, :, :, :length]
 
 
 def _attend(
     query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, window: jax.Array | None
 ) -> jax.Array:
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("bckgh,bskh->bkgcs", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
-    distance = positions[:, None] - jnp.arange(key.shape[1])[None, :]
+    batch, kv_heads, groups, queries, width = query.shape
+    rows = query.reshape(batch, kv_heads, groups * queries, width)  # the queries of all heads that share a key head
+    scores = jnp.einsum("bkqh,bksh->bkqs", rows, key, preferred_element_type=wide) * width**-0.5
+    distance = positions[:, None] - jnp.arange(key.shape[2])[None, :]
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    scores = jnp.where(visible, scores, -jnp.inf)
+    scores = jnp.where(visible, scores.reshape(batch, kv_heads, groups, queries, -1), -jnp.inf)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.einsum("bkgcs,bskh->bckgh", weights.astype(value.dtype), value)
+    weights = weights.astype(value.dtype).reshape(*rows.shape[:3], -1)
+    return jnp.matmul(weights, value).reshape(query.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -34,7 +35,12 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.tensordot(x, kernel, axes=self.contracted)
+        outputs = kernel.shape[self.contracted :]
+        # As a product of matrices. With the tokens on two axes the kernel's gradient would contract both, and XLA
+        # writes out transposed copies of the activations for that.
+        rows = x.reshape(-1, math.prod(kernel.shape[: self.contracted]))
+        y = jnp.matmul(rows, kernel.reshape(rows.shape[1], -1))
+        y = y.reshape(*x.shape[: x.ndim - self.contracted], *outputs)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
