@@ -16,6 +16,7 @@ from jaxhess.operators import (
     MatrixOperator,
     Microbatches,
     MonteCarloFisher,
+    residual_bytes,
 )
 from jaxhess.output_curvature import SoftmaxCrossEntropy
 from jaxhess.slq import Progress, spectrum
@@ -48,6 +49,7 @@ __all__ = [
     "lanczos_segment",
     "make_mesh",
     "random_probe",
+    "residual_bytes",
     "spectrum",
     "start_lanczos",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxhess.vectors import named_sharding
 
@@ -21,7 +22,7 @@ def devices_of(leaves: Sequence[Any]) -> list[jax.Device]:
 
 def bytes_per_device(leaves: Sequence[Any], itemsize: int | None = None) -> int:
     """Bytes that the arrays take on one device, in their own dtypes or in one of `itemsize` bytes."""
-    return sum(_shard_size(x) * (itemsize or x.dtype.itemsize) for x in leaves)
+    return sum(_shard_size(x) * (itemsize or jnp.result_type(x).itemsize) for x in leaves)
 
 
 def total_bytes(devices: Sequence[jax.Device]) -> float:
@@ -42,7 +43,8 @@ def available_bytes(leaves: Sequence[Any]) -> float:
 
 def _shard_size(leaf: Any) -> int:
     sharding = named_sharding(leaf)
-    return math.prod(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+    shape = jnp.shape(leaf)
+    return math.prod(shape if sharding is None else sharding.shard_shape(shape))
 
 
 def _free_on_host() -> float:

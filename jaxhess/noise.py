@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxhess.memory import available_bytes, devices_of
+from jaxhess.memory import available_bytes
 from jaxhess.operators.base import LinearOperator
 from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_probe, scale, widen
 
@@ -17,21 +18,23 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
     """Measured noise of an operator, as a dictionary for the record of a run.
 
     Two normal probes u, v are taken, and q = Hv / |Hv|, which like a Lanczos vector has localised on the directions of
-    large curvature. Four products of the operator, three of the reference.
+    large curvature. Four products of the operator, two of the reference; at most four vectors at once beside those of
+    the reference.
 
     Returns:
         asymmetry: |u'Hv - v'Hu| / |Hv|: of the order of the products' relative error where that is not symmetric.
         nonlinearity: |H(u - 2v) - (Hu - 2Hv)| / |H(u - 2v)|.
         reference: What is taken for exact: the operator that this one approximates, in the dtype named here: float64
             for an operator that computes in float32, float32 for a narrower one. Or why there is none.
-        relative_error: |Hx - H_ref x| / |H_ref x| for x the probes ("random", the larger of two) and q ("leading").
-        floor: |Hx - H_ref x| / |x|, likewise: in units of eigenvalues. A typical eigenvalue of the error has the size
-            of the "random" one; Ritz values below it are noise. Without a reference neither is there.
+        relative_error: |Hx - H_ref x| / |H_ref x| for x = v ("random") and x = q ("leading").
+        floor: |Hx - H_ref x| / |x|, likewise: in units of eigenvalues. The random one estimates the root mean square of
+            the singular values of H - H_ref. Without a reference neither is there.
 
     Args:
+        operator: Any.
         seed: Of the probes; other than those of a run with the same seed.
-        reference: Whether to compute the reference, which needs a second copy of the parameters in a wider dtype. It is
-            left out, and that is said, where memory does not allow it.
+        reference: Whether to compute the reference, which needs a copy of the parameters in a wider dtype and two
+            vectors in it. It is left out, and that is said, where memory does not allow it.
 
     Raises:
         FloatingPointError: The loss or a product is not finite.
@@ -39,79 +42,116 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
     operator.validate()
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0x0A0D17)
     like = operator.shape_dtype
-    u, v = (random_probe(jax.random.fold_in(key, k), like) for k in range(2))
+
+    def probe(k: int) -> Vector:
+        return _widened(random_probe(jax.random.fold_in(key, k), like))
+
+    u, v = probe(0), probe(1)
     hu, hv = operator @ u, operator @ v
-    size_u, size_v = float(norm(hu)), float(norm(hv))
-    for x, size in ((u, size_u), (v, size_v)):
-        if not math.isfinite(size):
-            raise FloatingPointError(
-                f"The product with a random probe is not finite: {operator.explain_non_finite(x)}."
-            )
+    size = float(_norm(hv))
+    for x, hx in ((u, hu), (v, hv)):
+        if not math.isfinite(float(_norm(hx))):
+            where = operator.explain_non_finite(x)
+            raise FloatingPointError(f"The product with a random probe is not finite{f': {where}' if where else ''}.")
+    asymmetry = abs(float(_dot(u, hv)) - float(_dot(v, hu)))
     mixed = _mixed(u, v)
+    del u, v, x, hx
     h_mixed = operator @ mixed
+    del mixed
     facts: dict[str, Any] = {
-        "asymmetry": _ratio(abs(float(dot(u, hv)) - float(dot(v, hu))), size_v),
-        "nonlinearity": _ratio(_distance(h_mixed, _mixed(hu, hv)), float(norm(h_mixed))),
+        "asymmetry": _ratio(asymmetry, size),
+        "nonlinearity": _ratio(float(_bend(h_mixed, hu, hv)), float(_norm(h_mixed))),
     }
+    del h_mixed, hu
+    if not reference:
+        return {**facts, "reference": "none: not asked for"}
     dtype = _reference_dtype(operator)
-    exact, reason = (None, "not asked for") if not reference else _reference(operator, dtype)
+    exact, reason = _reference(operator, dtype)
     if exact is None:
         return {**facts, "reference": f"none: {reason}"}
-    q = cast(scale(jnp.float32(1 / size_v if size_v else 0), widen(hv)), like)
-    products = {"random": [(u, hu), (v, hv)], "leading": [(q, operator @ q)]}
-    error: dict[str, float] = {}
-    floor: dict[str, float] = {}
-    with _in_64_bits(dtype):
-        for name, pairs in products.items():
-            compared = [_compared(exact, x, hx, dtype) for x, hx in pairs]
-            error[name] = max(_ratio(away, size) for away, size, _ in compared)
-            floor[name] = max(_ratio(away, length) for away, _, length in compared)
-    return {**facts, "reference": f"{type(exact).__name__} in {dtype}", "relative_error": error, "floor": floor}
+    found = {"random": _compared(exact, probe(1), hv, dtype)}
+    q = _scaled(hv, 1 / size if size else 0.0)
+    del hv
+    found["leading"] = _compared(exact, q, operator @ q, dtype)
+    return {
+        **facts,
+        "reference": f"{type(exact).__name__} in {dtype}",
+        "relative_error": {name: _ratio(away, whole) for name, (away, whole, _) in found.items()},
+        "floor": {name: _ratio(away, length) for name, (away, _, length) in found.items()},
+    }
 
 
 def _reference_dtype(operator: LinearOperator) -> str:
     """The dtype that shows the operator's own rounding."""
     widths = [jnp.finfo(dtype).bits for dtype in operator.dtypes]
-    return "float32" if max(widths, default=32) <= 32 and min(widths, default=32) < 32 else "float64"
+    return "float32" if max(widths) <= 32 and min(widths) < 32 else "float64"
 
 
 def _reference(operator: LinearOperator, dtype: str) -> tuple[LinearOperator | None, str]:
     """The exact operator in a wider dtype, or None and why there is none."""
-    if all(jnp.finfo(own).bits == 64 for own in operator.dtypes):
-        return None, "the operator computes in float64"
+    vectors = jax.tree.leaves(operator.shape_dtype)
+    itemsize = jnp.dtype(dtype).itemsize
     with _in_64_bits(dtype):
-        held = jax.tree.leaves(jax.eval_shape(lambda op: (op.exact(dtype), 3 * [op.shape_dtype]), operator))
-        leaves = jax.tree.leaves(operator)
-        needed = sum(x.size * x.dtype.itemsize for x in held) / len(devices_of(leaves))
-        left = available_bytes(leaves)
-        if needed > left:
-            return None, f"it would take {needed / 1e9:.3g} GB on each device, and {left / 1e9:.3g} GB are left"
-        exact = operator.exact(dtype)
-    return exact, "there is no wider form of this operator"
+        abstract = jax.eval_shape(lambda op: op.exact(dtype), operator)
+        if abstract is None:
+            return None, "there is no wider form of this operator"
+        if type(abstract) is type(operator) and all(own == dtype for own in operator.dtypes):
+            return None, f"the operator computes in {dtype}"
+        needed, left = operator.wide_bytes(itemsize), available_bytes(vectors)
+        if needed < left:
+            exact = operator.exact(dtype)
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), operator.shape_dtype
+            )
+            memory = _mv.lower(exact, like).compile().memory_analysis()
+            # The vector itself comes on top of the product and what the program needs to make it.
+            needed = memory.temp_size_in_bytes + 2 * memory.output_size_in_bytes if memory else 0
+            left = available_bytes(vectors)
+            if needed < left:
+                return exact, ""
+    return None, f"it would take {needed / 1e9:.3g} GB more on each device, and {left / 1e9:.3g} GB are left"
 
 
 def _in_64_bits(dtype: str) -> Any:
     return jax.enable_x64(dtype == "float64" or jax.config.read("jax_enable_x64"))
 
 
-def _compared(exact: LinearOperator, x: Vector, hx: Vector, dtype: str) -> tuple[float, float, float]:
+def _compared(exact: LinearOperator | None, x: Vector, hx: Vector, dtype: str) -> tuple[float, float, float]:
     """|Hx - H_ref x|, |H_ref x| and |x|."""
-    wide = cast(x, jnp.dtype(dtype))
-    product = exact @ wide
-    return _distance(cast(hx, jnp.dtype(dtype)), product), float(norm(product)), float(norm(wide))
+    with _in_64_bits(dtype):
+        product = _mv(exact, _cast(x, dtype))
+        return float(_distance(hx, product)), float(_norm(product)), float(_norm(x))
 
 
+@jax.jit
+def _mv(operator: LinearOperator, v: Vector) -> Vector:
+    return operator.mv(v)
+
+
+_widened = jax.jit(widen, donate_argnums=0)
+_norm = jax.jit(norm)
+_dot = jax.jit(dot)
+_cast = functools.partial(jax.jit, static_argnums=1)(lambda x, dtype: cast(x, jnp.dtype(dtype)))
+
+
+@jax.jit
 def _mixed(u: Vector, v: Vector) -> Vector:
     return add_scaled(u, jnp.float32(-2), v)
 
 
 @jax.jit
-def _difference_norm(x: Vector, y: Vector) -> jax.Array:
-    return norm(add_scaled(widen(x), jnp.float32(-1), y))
+def _bend(h_mixed: Vector, hu: Vector, hv: Vector) -> jax.Array:
+    return norm(add_scaled(h_mixed, jnp.float32(-1), add_scaled(hu, jnp.float32(-2), hv)))
 
 
-def _distance(x: Vector, y: Vector) -> float:
-    return float(_difference_norm(x, y))
+@jax.jit
+def _distance(x: Vector, y: Vector) -> jax.Array:
+    return norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, x, y))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scaled(x: Vector, factor: float) -> Vector:
+    return scale(jnp.asarray(factor), x)
 
 
 def _ratio(a: float, b: float) -> float:

@@ -80,10 +80,10 @@ def head_curvature(
 def draw_labels(logits: jax.Array, keys: jax.Array, samples: int) -> jax.Array:
     """Labels [B, ..., S] (int32) drawn from softmax(logits [B, ..., V]), each row with its own of the keys [B]."""
 
-    def row(logits: jax.Array, key: jax.Array) -> jax.Array:
-        return jax.random.categorical(key, logits, axis=-1, shape=(samples, *logits.shape[:-1]))
+    def sample(s: jax.Array) -> jax.Array:  # one after the other: each draws as many numbers as there are logits
+        return jax.vmap(lambda x, key: jax.random.categorical(jax.random.fold_in(key, s), x))(logits, keys)
 
-    return jnp.moveaxis(jax.vmap(row)(logits, keys), 1, -1).astype(jnp.int32)
+    return jnp.moveaxis(jax.lax.map(sample, jnp.arange(samples)), 0, -1).astype(jnp.int32)
 
 
 def draw_tokens(hidden: jax.Array, kernel: jax.Array, keys: jax.Array, samples: int, token_chunk: int) -> jax.Array:
@@ -111,10 +111,10 @@ def draw_tokens(hidden: jax.Array, kernel: jax.Array, keys: jax.Array, samples: 
 class SoftmaxCrossEntropy:
     """`loss(params, batch) -> (sum, count)` of any classifier, for operators that need its logits.
 
-    A batch is (inputs, labels) or (inputs, labels, weights), labels [...] integers, weights [...].
+    A batch is (inputs, labels) or (inputs, labels, weights), labels [B, ...] integers, weights [B, ...].
 
     Attributes:
-        logits: `logits(params, inputs)` -> [..., V]. Static: reuse the same function object.
+        logits: `logits(params, inputs)` -> [B, ..., V]. Static: reuse the same function object.
     """
 
     logits: Callable[[Any, Any], jax.Array]

@@ -207,7 +207,7 @@ def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any)
     elif options.operator == "empirical-fisher":
         operator = jaxhess.EmpiricalFisher(*arguments, accumulation_dtype=accumulation)
     elif options.operator == "monte-carlo-fisher":
-        key = jax.random.fold_in(jax.random.key(options.seed), 1)
+        key = jax.random.fold_in(jax.random.key(options.seed, impl="threefry2x32"), 1)
         operator = jaxhess.MonteCarloFisher.draw(
             *arguments, key=key, samples=options.fisher_samples, accumulation_dtype=accumulation
         )
@@ -225,7 +225,8 @@ def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any)
     if options.restrict or layers is not None:
         operator = operator.restrict(*options.restrict, layers=layers)
     if options.hvp == "linearized" and isinstance(operator, jaxhess.Hessian):
-        return operator.linearize(None if options.residual_gb is None else 1e9 * options.residual_gb)
+        budget = None if options.residual_gb is None else 1e9 * options.residual_gb
+        return operator.linearize(budget, lambda n: print(f"Linearising keeps {n / 1e9:.3g} GB on each device."))
     return operator
 
 
@@ -238,6 +239,8 @@ def _check_options(options: Options) -> None:
         raise ValueError(
             f"--hvp {options.hvp} is a way to make Hessian products; --operator {options.operator} has one."
         )
+    if options.residual_gb is not None and not 0 < options.residual_gb < math.inf:
+        raise ValueError(f"--residual-gb {options.residual_gb} must be a positive number.")
     if isinstance(options.step, float) and not 0 < options.step < math.inf:
         raise ValueError(f"--step {options.step} must be a positive number, or auto.")
 
@@ -252,8 +255,8 @@ def _layers(text: str | None, count: int) -> list[int] | None:
         if match is None:
             raise ValueError(f"--layers {text!r} is not a list of layers and ranges, like 0-3,-1.")
         first, last = int(match[1]), int(match[2] or match[1])
-        if match[2] and not first <= last < count:
-            raise ValueError(f"--layers {text!r}: the model has layers 0 to {count - 1}.")
+        if match[2] and not 0 <= first <= last < count:
+            raise ValueError(f"--layers {text!r}: ranges go up, and the model has layers 0 to {count - 1}.")
         found.extend(range(first, last + 1))
     return found
 

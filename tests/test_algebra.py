@@ -65,6 +65,8 @@ def test_what_does_not_add_is_refused_in_a_sentence():
         a + 1
     with pytest.raises(ValueError, match=r"shape \(3,\); it must be \(7,\)"):
         a + MatrixOperator(jnp.eye(3))
+    with pytest.raises(TypeError, match="not multiplied with each other"):
+        a * a
     with pytest.raises(ValueError, match="scaled by a scalar"):
         a * jnp.ones(7)
     with pytest.raises(ValueError, match="stops at 32,768"):

@@ -188,5 +188,7 @@ def test_monte_carlo_fisher_without_targets_is_refused():
     params, batch = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, (jnp.ones((1, 2)), jnp.zeros(1, int))
     with pytest.raises(ValueError, match=r"MonteCarloFisher\.draw"):
         spectrum(MonteCarloFisher(loss, params, [batch]), steps=1)
+    with pytest.raises(ValueError, match="generator is rbg"):
+        MonteCarloFisher.draw(loss, params, [batch], key=jax.random.key(0, impl="rbg"))
     with pytest.raises(ValueError, match="samples is 0"):
         MonteCarloFisher.draw(loss, params, [batch], key=jax.random.key(0), samples=0)

@@ -79,4 +79,8 @@ def test_what_does_not_fit_the_budget_is_refused_with_the_numbers():
     needed = residual_bytes(operator)
     with pytest.raises(ValueError, match=rf"2 microbatches would keep {needed / 1e9:.3g} GB.*1e-05 GB are allowed"):
         operator.linearize(budget=1e4)
-    assert operator.linearize(budget=needed).residual_bytes <= needed
+    announced = []
+    assert operator.linearize(budget=needed, announce=announced.append).residual_bytes <= needed
+    assert announced == [needed]
+    with pytest.raises(ValueError, match="budget is nan"):
+        operator.linearize(budget=float("nan"))

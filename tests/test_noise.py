@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from small_models import language_operator
 
-from jaxhess import LinearOperator, MatrixOperator, audit
+from jaxhess import FiniteDifferenceHessian, LinearOperator, MatrixOperator, audit
 from jaxhess import noise as noise_module
-from jaxhess.operators.loss import LossOperator
 
 N = 400
 RNG = np.random.default_rng(0)
@@ -93,5 +92,18 @@ def test_a_product_that_is_not_finite_is_an_error():
         audit(Broken())
 
 
-def test_every_operator_of_a_loss_has_a_wider_form():
-    assert LossOperator.exact is not LinearOperator.exact
+def test_finite_differences_are_compared_with_the_exact_product():
+    exact = language_operator(num_layers=1)
+    batch = [jax.tree.map(lambda x: x[0], exact.batches[0].stacked)]
+    crude = FiniteDifferenceHessian(exact.loss, exact.params, batch, step=0.1)
+    facts = audit(crude)
+    assert facts["reference"] == "Hessian in float64"
+    assert facts["relative_error"]["random"] > 0.1  # a step of twice the weights' size
+    assert facts["nonlinearity"] > 0.01
+
+
+def test_a_matrix_stored_narrow_is_not_blamed_for_its_vectors_rounding():
+    operator = MatrixOperator(jnp.asarray(np.diag(np.arange(1, 9)), jnp.bfloat16))
+    facts = audit(operator)
+    assert facts["nonlinearity"] < 1e-6
+    assert facts["relative_error"]["random"] < 1e-6

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_python_examples_run(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     code = [block.replace('"scripts/tiny', f'"{ROOT}/scripts/tiny') for block in blocks]
     monkeypatch.chdir(tmp_path)
     space: dict = {}
@@ -21,6 +21,8 @@ def test_python_examples_run(tmp_path, monkeypatch):
     np.testing.assert_array_equal(space["same"].ritz_values, space["result"].ritz_values)
     assert len(space["figure"].axes) >= 1
     exec(code[1], space)
+    assert space["first_mlp"].dim == 2 * 128 * 512 + 128 + 512
+    exec(code[2], space)
     # The softmax is blind to a shift of all logits: of 15 parameters' directions, 5 are flat.
     result = jaxhess.spectrum(space["H"], steps=15, probes=1)
     assert np.sum(result.ritz_values[0] > 1e-4) == 10

@@ -7,6 +7,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small_models import SMALL, TINY, batch_of, language_operator, relative, scaled_up, tokens
 
 from jaxhess import (
@@ -56,6 +57,7 @@ def test_names_select_what_they_say():
         (["atention"], None, r"No parameter matches 'atention'; the names are .*layers/attention/query/kernel"),
         ([], [2], "the model has layers 0 to 1"),
         (["embed"], [0], "none of these is in a layer"),
+        (["mlp", "head"], [0], "'head': none of these is in a layer"),
         ([], [], "name at least one"),
     ],
 )
@@ -81,6 +83,18 @@ def test_a_restricted_operator_is_the_diagonal_block(kind, blocks):
             assert block.dim == rows.size < whole.shape[0]
             expected = whole[np.ix_(rows, rows)]
             np.testing.assert_allclose(block.to_matrix(), expected, atol=1e-12 * np.abs(expected).max())
+
+
+def test_layers_may_be_a_list():
+    params = {"layers": [{"w": jnp.ones((2, 2))}, {"w": jnp.ones((4, 4))}], "head": jnp.ones(3)}
+    taken = restriction(params, [], [-1]).take(params)
+    assert [x.shape for x in jax.tree.leaves(taken)] == [(4, 4)]
+    with pytest.raises(ValueError, match="layers 0 to 1"):
+        restriction(params, [], [2])
+    with pytest.raises(ValueError, match="layers/b has 3 rows and the model 5 layers"):
+        restriction({"layers": {"a": jnp.ones((5, 2)), "b": jnp.ones(3)}}, [], [0])
+    graph = nnx.split(nnx.Dict(layers=nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))] * 1)), nnx.Param)[1]
+    assert len(jax.tree.leaves(restriction(graph, ["layers/*/kernel"], [0]).take(graph))) == 1
 
 
 def test_other_operators_restrict_alike():
@@ -111,7 +125,7 @@ def test_a_restricted_spectrum_does_not_depend_on_the_mesh():
         batch = TokenBatch(jnp.asarray(ids), jnp.ones((1, 8, 12)))
         if mesh is not None:
             batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
-        block = Hessian(model.loss(64), model.params, Microbatches(batch)).restrict("mlp", "head", layers=[1])
+        block = Hessian(model.loss(64), model.params, Microbatches(batch)).restrict("mlp", "value", layers=[1])
         if mesh is not None:
             specs = [leaf.sharding.spec for leaf in jax.tree.leaves(block.shape_dtype)]
             assert all("fsdp" in spec or "tensor" in spec for spec in specs)

@@ -161,6 +161,8 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(tmp_path, capsys, change
         (["--restrict", "atention"], ["atention", "layers/attention/query/kernel"]),
         (["--layers", "4"], ["layers 0 to 3"]),
         (["--layers", "one"], ["list of layers"]),
+        (["--layers", "-3-2"], ["ranges go up"]),
+        (["--hvp", "linearized", "--residual-gb", "nan"], ["--residual-gb nan", "positive"]),
         (["--layers", "2-9"], ["layers 0 to 3"]),
         (["--restrict", "embed", "--layers", "0"], ["none of these is in a layer"]),
         (["--operator", "gauss-newton", "--hvp", "linearized"], ["--hvp linearized", "--operator gauss-newton"]),

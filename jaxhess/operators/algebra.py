@@ -20,9 +20,10 @@ class SumOperator(LinearOperator):
     terms: tuple[LinearOperator, ...]
 
     def mv(self, v: Vector) -> Vector:
-        total = widen(self.terms[0].mv(v))
+        wide = widen(v)
+        total = self.terms[0].mv(wide)
         for term in self.terms[1:]:
-            total = add_scaled(total, jnp.float32(1), term.mv(v))
+            total = add_scaled(total, jnp.float32(1), term.mv(wide))
         return cast(total, v)
 
     @property
@@ -36,6 +37,9 @@ class SumOperator(LinearOperator):
     def exact(self, dtype: str) -> LinearOperator | None:
         terms = [term.exact(dtype) for term in self.terms]
         return None if None in terms else SumOperator(tuple(t for t in terms if t is not None))
+
+    def wide_bytes(self, itemsize: int) -> int:
+        return sum(term.wide_bytes(itemsize) for term in self.terms)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "terms": [term.describe() for term in self.terms]}
@@ -76,6 +80,9 @@ class ScaledOperator(LinearOperator):
         exact = self.operator.exact(dtype)
         return None if exact is None else ScaledOperator(exact, self.factor)
 
+    def wide_bytes(self, itemsize: int) -> int:
+        return self.operator.wide_bytes(itemsize)
+
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "factor": float(self.factor), "operator": self.operator.describe()}
 
@@ -108,6 +115,9 @@ class ShiftedOperator(LinearOperator):
     def exact(self, dtype: str) -> LinearOperator | None:
         exact = self.operator.exact(dtype)
         return None if exact is None else ShiftedOperator(exact, self.shift)
+
+    def wide_bytes(self, itemsize: int) -> int:
+        return self.operator.wide_bytes(itemsize)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "shift": float(self.shift), "operator": self.operator.describe()}

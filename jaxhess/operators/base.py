@@ -11,6 +11,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
+from jaxhess.memory import bytes_per_device
 from jaxhess.vectors import Vector
 
 
@@ -58,6 +59,8 @@ class LinearOperator(abc.ABC):
     def __mul__(self, factor: float | jax.Array) -> LinearOperator:
         from jaxhess.operators.algebra import ScaledOperator
 
+        if isinstance(factor, LinearOperator):
+            raise TypeError("Operators are not multiplied with each other: apply one after the other.")
         if jnp.shape(factor) != ():
             raise ValueError(f"An operator is scaled by a scalar, not by an array of shape {jnp.shape(factor)}.")
         return ScaledOperator(self, factor)
@@ -91,6 +94,11 @@ class LinearOperator(abc.ABC):
     def exact(self, dtype: str) -> LinearOperator | None:
         """The operator that this one approximates, computed in `dtype`; None where there is no such thing."""
         return None
+
+    def wide_bytes(self, itemsize: int) -> int:
+        """Bytes per device of what `exact` copies, its floating-point arrays in a dtype of so many bytes."""
+        leaves = jax.tree.leaves(self)
+        return bytes_per_device([x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)], itemsize)
 
     def describe(self) -> dict[str, Any]:
         """What the operator is, for a record."""

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import LossOperator, divided
 from jaxhess.operators.microbatches import Microbatches
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.operators.step_size import balanced_length
+from jaxhess.operators.step_size import add_gradient, balanced_length
 from jaxhess.vectors import Vector, norm, random_probe, size
 
 Per = Literal["coordinate", "unit"]
@@ -32,9 +34,10 @@ class FiniteDifferenceHessian(LossOperator):
     neither error at 8/6 of the matrix products. See `LossOperator` for the other fields.
 
     Attributes:
-        step: The size of the shift; "auto": measured for every vector on the first microbatch, which costs three
-            products' worth of its gradients and float32 copies of two vectors (`step_size.balanced_length`). Stored
-            as None. `calibrated` measures once.
+        step: The size of the shift; "auto": measured for every vector on the first microbatch, which costs ten
+            of its gradients beside the two of every microbatch (`step_size.balanced_length`), in float32, and one
+            more buffer: with few microbatches dearer than the exact product. Stored as None. `calibrated` measures
+            once.
         per: What a number in `step` is the size of. "coordinate" (as in the paper): of the root mean square entry,
             e = step * sqrt(n) for n parameters. "unit": of the whole shift, e = step.
         shift: In what precision parameters are shifted. "realised": their own; the difference is divided by the part
@@ -54,10 +57,10 @@ class FiniteDifferenceHessian(LossOperator):
     def __post_init__(self) -> None:
         if isinstance(self.step, str) and self.step == "auto":
             object.__setattr__(self, "step", None)  # no leaf: a step that is a number is data, and not compiled in
+        if isinstance(self.step, bool | str) or (_is_number(self.step) and not 0 < float(self.step) < math.inf):
+            raise ValueError(f"The finite-difference step is {self.step}; it is a positive number, or 'auto'.")
         if self.shardings is not None:  # rebuilt from its leaves by JAX, which may be anything
             return
-        if isinstance(self.step, str) or (isinstance(self.step, int | float) and not 0 < self.step < math.inf):
-            raise ValueError(f"The finite-difference step is {self.step}; it is a positive number, or 'auto'.")
         if self.per not in ("coordinate", "unit"):
             raise ValueError(f"The step is per {self.per!r}; it is per 'coordinate' or per 'unit' vector.")
         if self.shift not in ("realised", "float32"):
@@ -77,7 +80,7 @@ class FiniteDifferenceHessian(LossOperator):
         """e, the length of the shift made along v: a scalar."""
         if self.step is None:
             with jax.default_matmul_precision("highest"):
-                return balanced_length(self._wide(), v, self._shifted().free)
+                return balanced_length(self._wide(), v, self._shifted().dtypes)
         return jnp.asarray(self.step * math.sqrt(size(v)) if self.per == "coordinate" else self.step)
 
     def calibrated(self, v: Vector) -> FiniteDifferenceHessian:
@@ -88,6 +91,24 @@ class FiniteDifferenceHessian(LossOperator):
         automatic = dataclasses.replace(self, step=None)
         return dataclasses.replace(self, step=float(_shift_length(automatic, v)), per="unit")
 
+    def exact(self, dtype: str) -> Hessian:
+        return Hessian(
+            self.loss,
+            self.params,
+            self.batches,
+            accumulation_dtype=self.accumulation_dtype,
+            restriction=self.restriction,
+            shardings=self.shardings,
+        ).in_dtype(dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **super().describe(),
+            "step": "auto" if self.step is None else float(self.step),
+            "per": "unit" if self.step is None else self.per,
+            "shift": self.shift,
+        }
+
     def vanished(self, v: Vector) -> dict[str, float]:
         """For every leaf the share of the entries of v, zeros apart, along which the parameters do not move at all."""
         names = [leaf_name(path) for path, _ in jax.tree.flatten_with_path(self.shape_dtype)[0]]
@@ -95,16 +116,11 @@ class FiniteDifferenceHessian(LossOperator):
         return {name: float(lost) / max(float(asked), 1.0) for name, (lost, asked) in zip(names, counts, strict=True)}
 
     def validate(self) -> dict[str, Any]:
-        """Also the step, its convention, the shift a random direction gets, and what that loses to rounding."""
+        """Also the shift that a random direction gets, and for every leaf what that loses to rounding."""
         facts = super().validate()
-        probe = random_probe(jax.random.key(0), self.shape_dtype)
-        described = {
-            "step": "auto" if self.step is None else float(self.step),
-            "per": "unit" if self.step is None else self.per,
-            "shift": self.shift,
-            "random_vector": {"shift_length": float(_shift_length(self, probe)), "vanished": self.vanished(probe)},
-        }
-        return {**facts, "finite_difference": described}
+        probe = random_probe(jax.random.key(0, impl="threefry2x32"), self.shape_dtype)
+        length = float(_shift_length(self, probe))
+        return {**facts, "shift_of_a_random_vector": {"length": length, "vanished": self.vanished(probe)}}
 
     def explain_non_finite(self, v: Vector) -> str:
         lost, asked = _vanished(self, v)
@@ -128,20 +144,8 @@ class FiniteDifferenceHessian(LossOperator):
                 base.free,
                 v,
             )
-
-            def add(carry: Any, batch: Any) -> tuple[Any, None]:
-                total, count = carry
-                gradient, n = jax.grad(base.sum_and_count, has_aux=True)(shifted, batch)
-                gradient = base.pin(gradient)
-                total = jax.tree.map(lambda t, g: t + sign.astype(t.dtype) * g.astype(t.dtype), total, gradient)
-                return (total, count + n / 2), None
-
-            for group in groups:
-                if len(group) == 1:
-                    (total, count), _ = add((total, count), jax.tree.map(lambda x: x[0], group.stacked))
-                else:
-                    (total, count), _ = jax.lax.scan(add, (total, count), group.stacked)
-            return (total, moved + sum(jax.tree.leaves(parts)).astype(moved.dtype), count), None
+            total, count = add_gradient(base, total, count, sign, shifted, groups)
+            return (total, moved + sum(jax.tree.leaves(parts), start=jnp.zeros_like(moved)), count), None
 
         one = jax.tree.map(lambda x: x[0], groups[0].stacked)
         _, count = jax.eval_shape(base.sum_and_count, base.free, one)
@@ -152,17 +156,16 @@ class FiniteDifferenceHessian(LossOperator):
         # A loop over the two sides: neither begins before the other's shifted parameters and gradient are gone.
         (total, moved, count), _ = jax.lax.scan(one_side, start, jnp.array([1, -1], length.dtype))
         factor = jnp.where(length > 0, length / moved, 0)
-        return jax.tree.map(lambda t: factor.astype(t.dtype) * t, total), count
+        return jax.tree.map(lambda t: factor.astype(t.dtype) * t, total), count / 2  # counted on both sides
 
     def _shifted(self) -> FiniteDifferenceHessian:
         """The operator in the precision in which parameters are shifted and gradients computed."""
         return self if self.shift == "realised" else self._wide()
 
     def _wide(self) -> FiniteDifferenceHessian:
-        """The operator in at least float32."""
-        dtypes = [x.dtype for x in jax.tree.leaves(self.params)]
-        wide = functools.reduce(jnp.promote_types, dtypes, jnp.dtype("float32"))
-        return self if all(dtype == wide for dtype in dtypes) else self.in_dtype(str(wide))
+        """The operator stored and computed in at least float32."""
+        wide = functools.reduce(jnp.promote_types, self.dtypes, jnp.dtype("float32"))
+        return self if self.dtypes == (str(wide),) else self.in_dtype(str(wide))
 
 
 @jax.jit
@@ -184,9 +187,14 @@ def _vanished(operator: FiniteDifferenceHessian, v: Vector) -> tuple[list[jax.Ar
 
 
 def _moved(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """x + shift, rounded once to the dtype of x."""
-    wide = jnp.promote_types(shift.dtype, x.dtype)
-    return (x.astype(wide) + shift.astype(wide)).astype(x.dtype)
+    """x + shift, rounded once to the dtype of x: for good, whatever excess precision XLA allows itself."""
+    wide, own = jnp.promote_types(shift.dtype, x.dtype), jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x.astype(wide) + shift.astype(wide), own.nexp, own.nmant).astype(x.dtype)
+
+
+def _is_number(step: Any) -> bool:
+    """Whether the step is known now; inside a transformation it is a tracer, or anything."""
+    return isinstance(step, int | float | np.ndarray | np.generic | jax.Array) and not isinstance(step, jax.core.Tracer)
 
 
 def _wide(x: jax.Array) -> jax.Array:

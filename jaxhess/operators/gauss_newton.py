@@ -109,8 +109,13 @@ class MonteCarloFisher(GaussNewton):
         depend on the mesh, nor on how these are cut into microbatches.
 
         Raises:
-            ValueError: `samples` below 1, or the loss is not a `LikelihoodLoss`.
+            ValueError: `samples` below 1, a key of a generator whose draws depend on the mesh, or the loss is not a
+                `LikelihoodLoss`.
         """
+        if str(jax.random.key_impl(key)) != "threefry2x32":
+            raise ValueError(
+                f"The key is of {jax.random.key_impl(key)}: use jax.random.key(seed, impl='threefry2x32')."
+            )
         if samples < 1:
             raise ValueError(f"samples is {samples}; at least 1 target per prediction is needed.")
         operator = cls(loss, params, batches, **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -29,15 +30,20 @@ class Hessian(LossOperator):
         _, tangent, count = jax.jvp(gradient, (self.free,), (v,), has_aux=True)
         return tangent, count
 
-    def linearize(self, budget: float | None = None) -> LinearizedHessian:
+    def linearize(
+        self, budget: float | None = None, announce: Callable[[int], None] | None = None
+    ) -> LinearizedHessian:
         """The same operator with the primal pass done once and kept: see `LinearizedHessian`.
 
         Args:
-            budget: Bytes per device that the kept arrays may take; None: what the device has left.
+            budget: Bytes per device that the kept arrays may take; None: what the device has left beside what a Lanczos
+                run needs.
+            announce: Called with those bytes before any is taken.
 
         Raises:
-            ValueError: They would take more; the message gives both numbers, and nothing has been computed.
+            ValueError: They would take more: the message gives both numbers, and nothing has been computed. The budget
+                is not a positive number.
         """
         from jaxhess.operators.linearized import linearized  # it holds a Hessian
 
-        return linearized(self, budget)
+        return linearized(self, budget, announce)

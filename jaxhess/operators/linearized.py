@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxhess.memory import available_bytes
+from jaxhess.memory import available_bytes, bytes_per_device
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import divided
@@ -23,9 +25,9 @@ class LinearizedHessian(LinearOperator):
     """The exact Hessian from `jax.linearize` of the gradient, made by `Hessian.linearize`.
 
     The same product as the Hessian's, without its primal pass: 6/3 of a gradient's matrix products instead of 8/3. The
-    price is memory: every microbatch's intermediate values stay on the devices, in proportion to tokens; about 14 times
-    the parameters for a model of 6.8M at 512 tokens. Where the loss rematerialises, so does every product, and nothing
-    is gained: turn `remat` off.
+    price is memory: every microbatch's intermediate values stay on the devices, in proportion to tokens; 8.3 times the
+    parameters for a model of 6.8M at 512 tokens. Where the loss rematerialises whole layers, so does every product, and
+    little is gained: turn `remat` off.
 
     Attributes:
         hessian: What was linearised.
@@ -62,6 +64,9 @@ class LinearizedHessian(LinearOperator):
     def exact(self, dtype: str) -> LinearOperator:
         return self.hessian.in_dtype(dtype)
 
+    def wide_bytes(self, itemsize: int) -> int:
+        return self.hessian.wide_bytes(itemsize)
+
     def describe(self) -> dict[str, Any]:
         return {**self.hessian.describe(), **super().describe(), "residual_bytes_per_device": self.residual_bytes}
 
@@ -86,16 +91,27 @@ def residual_bytes(hessian: Hessian) -> int:
     return sum(map(_output_bytes, _programs(hessian)))
 
 
-def linearized(hessian: Hessian, budget: float | None = None) -> LinearizedHessian:
+def linearized(
+    hessian: Hessian, budget: float | None = None, announce: Callable[[int], None] | None = None
+) -> LinearizedHessian:
     """See `Hessian.linearize`."""
+    if budget is not None and not 0 < budget < math.inf:
+        raise ValueError(f"The budget is {budget}; it is a positive number of bytes per device.")
     programs = _programs(hessian)
     needed = sum(map(_output_bytes, programs))
-    allowed = available_bytes(jax.tree.leaves(hessian.params)) if budget is None else budget
+    if announce is not None:
+        announce(needed)
+    if budget is None:  # a Lanczos run needs about four vectors, and a product no more than this pass
+        vectors = jax.tree.leaves(hessian.shape_dtype)
+        working = 4 * bytes_per_device(vectors, 4) + max(map(_temporary_bytes, programs))
+        allowed, words = available_bytes(jax.tree.leaves(hessian.params)) - working, "left beside a run's own"
+    else:
+        allowed, words = budget, "allowed"
     if needed > allowed:
         raise ValueError(
             f"Linearising {sum(map(len, hessian.batches))} microbatches would keep {needed / 1e9:.3g} GB on each "
-            f"device, and {allowed / 1e9:.3g} GB are {'left' if budget is None else 'allowed'}: take fewer or shorter "
-            "sequences, more devices, or the exact operator, which keeps nothing."
+            f"device, and {allowed / 1e9:.3g} GB are {words}: take fewer or shorter sequences, more devices, or the "
+            "exact operator, which keeps nothing."
         )
     residuals, count = [], jnp.float32(0)
     for program, group in zip(programs, hessian.batches, strict=True):
@@ -148,22 +164,39 @@ def _dependent(jaxpr: Any, inputs: list[bool]) -> list[bool]:
 
 
 def _equation_dependent(equation: Any, given: list[bool]) -> list[bool]:
-    if not any(given):
-        return [False] * len(equation.outvars)
+    """The same for one equation. What is not understood counts as dependent: it is then kept, which is never wrong."""
+    unknown = [any(given)] * len(equation.outvars)
     inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
     inner = getattr(inner, "jaxpr", inner)
+    fits = inner is not None and len(inner.invars) == len(given) and len(inner.outvars) == len(unknown)
+    if not any(given) or not fits:
+        return unknown
     if equation.primitive.name == "scan":
-        first = equation.params["num_consts"]
-        carried = slice(first, first + equation.params["num_carry"])
+        layout = _scan_layout(equation.params)
+        if layout is None or sum(layout) > len(given):
+            return unknown
+        first, carries = layout
+        carried = slice(first, first + carries)
         while True:  # a carry that depends after one iteration does so before the next
             outputs = _dependent(inner, given)
-            grown = [a or b for a, b in zip(given[carried], outputs[: equation.params["num_carry"]], strict=True)]
+            grown = [a or b for a, b in zip(given[carried], outputs[:carries], strict=True)]
             if grown == given[carried]:
                 return outputs
             given = [*given[:first], *grown, *given[carried.stop :]]
     if equation.primitive.name in ("jit", "pjit", "remat2", "checkpoint", "custom_jvp_call", "closed_call"):
         return _dependent(inner, given)
-    return [True] * len(equation.outvars)
+    return unknown
+
+
+def _scan_layout(params: dict[str, Any]) -> tuple[int, int] | None:
+    """How many constants and carries a scan has; JAX 0.10 and 0.11 write it down differently."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    try:
+        constants, carries, _ = params["ft_in"].unpack()
+        return len(list(constants.vals)), len(list(carries.vals))
+    except (KeyError, AttributeError, TypeError, ValueError):
+        return None
 
 
 def _programs(hessian: Hessian) -> list[jax.stages.Compiled]:
@@ -181,6 +214,12 @@ def _programs(hessian: Hessian) -> list[jax.stages.Compiled]:
             return jax.lax.map(lambda batch: linear(params, batch), stacked)
 
     return [jax.jit(program).lower(hessian.params, group.stacked).compile() for group in hessian.batches]
+
+
+def _temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 def _output_bytes(compiled: jax.stages.Compiled) -> int:

@@ -103,7 +103,8 @@ class LossOperator(LinearOperator):
         """The operator's diagonal block on some of the parameters, the others held fixed.
 
         Vectors are then trees like the parameters with None where a leaf is held fixed, and with the chosen layers only
-        in stacked leaves. What is fixed is not differentiated: a block costs less than the whole.
+        in stacked leaves. Leaves held fixed are not differentiated, which saves their matrix products; of stacked
+        leaves all layers are, so that a choice of layers costs as much as all of them.
 
         Args:
             patterns: Shell patterns for names like `layers/attention/query/kernel`, or bare words for their components:

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxhess.vectors import named_sharding
 
 STACKED = "layers"
-"""Leaves with this name in their path have all layers stacked along their leading axis."""
+"""Leaves with this name in their path are a layer's: `layers/3/...` of that one, others of all, stacked along their
+leading axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +56,10 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
         patterns: With `*`, `?` or `/`: a shell pattern for the whole name, `layers/mlp/*`. A bare word matches a
             component of the name, or the end of one after an underscore: `attention`, `mlp`, `embed`, `head`, and
             `norm` for all of `attention_norm`, `mlp_norm`, `final_norm`. No pattern: every leaf.
-        layers: Indices of layers, negative from the end; leaves outside the stack (named `layers`) are then held fixed.
+        layers: Indices of layers, negative from the end; leaves outside `layers` are then held fixed.
 
     Raises:
-        ValueError: A pattern matches nothing (the message lists the names), or there is no such layer.
+        ValueError: A pattern matches nothing (the message lists the names), or nothing in a layer; no such layer.
     """
     patterns = tuple(patterns)
     named = [(leaf_name(path), leaf) for path, leaf in jax.tree.flatten_with_path(params)[0]]
@@ -67,24 +68,37 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
             names = ", ".join(name for name, _ in named)
             raise ValueError(f"No parameter matches {pattern!r}; the names are {names}.")
     wanted = [not patterns or any(_matches(name, pattern) for pattern in patterns) for name, _ in named]
-    selection: list[bool | tuple[int, ...]] = list(wanted)
-    if layers is not None:
-        stacked = [STACKED in name.split("/") for name, _ in named]
-        chosen = [keep and inside for keep, inside in zip(wanted, stacked, strict=True)]
-        if not any(chosen):
-            raise ValueError(f"Layers {list(layers)} of {patterns or 'all parameters'}: none of these is in a layer.")
-        count = next(leaf.shape[0] for (_, leaf), keep in zip(named, chosen, strict=True) if keep)
-        indices = _normalised(layers, count)
-        selection = [indices if keep else False for keep in chosen]
-        described = f"{' '.join(patterns) or '*'} in layers {','.join(map(str, indices))}"
-    else:
-        described = " ".join(patterns) or "*"
-    return Restriction(tuple(selection), described)
+    if layers is None:
+        return Restriction(tuple(wanted), " ".join(patterns) or "*")
+    listed = {name: number for name, _ in named if (number := _layer_number(name)) is not None}
+    stacked = {name: leaf.shape[0] for name, leaf in named if STACKED in name.split("/") and name not in listed}
+    for pattern in patterns or ("*",):
+        if not any(_matches(name, pattern) for name in (*listed, *stacked)):
+            raise ValueError(f"Layers {list(layers)} of {pattern!r}: none of these is in a layer.")
+    count = max([number + 1 for number in listed.values()] + list(stacked.values()))
+    odd = next((name for name, layer_count in stacked.items() if layer_count != count), None)
+    if odd is not None:
+        raise ValueError(f"{odd} has {stacked[odd]} rows and the model {count} layers: it is not a stack of them.")
+    indices = _normalised(layers, count)
+    selection = [
+        keep and (indices if name in stacked else name in listed and listed[name] in indices)
+        for (name, _), keep in zip(named, wanted, strict=True)
+    ]
+    return Restriction(tuple(selection), f"{' '.join(patterns) or '*'} in layers {','.join(map(str, indices))}")
 
 
 def leaf_name(path: tuple) -> str:
     """A leaf's path as a name: `layers/attention/query/kernel`."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # of an `nnx.Variable`
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _layer_number(name: str) -> int | None:
+    """Which layer of a list a leaf belongs to, `layers/3/mlp/kernel`; None for a stacked leaf, and outside layers."""
+    parts = name.split("/")
+    following = parts[parts.index(STACKED) + 1 :] if STACKED in parts else []
+    return int(following[0]) if following and following[0].isdigit() else None
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -1,0 +1,316 @@
+"""Facts read off a compiled program: floating-point operations of its matrix products, bytes moved, memory.
+
+`compiled.cost_analysis()` counts the body of a loop once however often it runs, so it says nothing about scanned
+layers or microbatches. Here the optimised HLO is read instead, and what a loop's body costs is multiplied by its trip
+count, which XLA writes beside every loop whose length it knows (all `scan`s, and `fori_loop`s of constant bounds).
+Programs over several devices are those of one device: so are all counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO: `%name = type opcode(operands), attributes`; `operands` are names, without `%`."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(dtype, shape) of every array in the result: one, or those of a tuple."""
+        return arrays_of(self.type)
+
+    def attribute(self, pattern: str) -> str | None:
+        """First group of the regular expression in the attributes, None where it does not occur."""
+        found = re.search(pattern, self.attributes)
+        return found.group(1) if found else None
+
+    def dimensions(self, key: str) -> list[int]:
+        """Numbers of `key={0,1}`; empty where the attribute is missing."""
+        return [int(n) for n in (self.attribute(rf"\b{key}={{([\d,]*)}}") or "").split(",") if n]
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """Instructions by name, in order; a fusion, a loop's body and the entry are computations of their own."""
+
+    name: str
+    instructions: dict[str, Instruction]
+
+    def operands(self, instruction: Instruction) -> Iterator[Instruction]:
+        """The instructions that compute the operands."""
+        return (self.instructions[name] for name in instruction.operands)
+
+
+Cost = Callable[[Instruction, Computation], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The computations of an HLO module, and sums over everything it executes."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    @classmethod
+    def read(cls, text: str) -> Program:
+        """The program in HLO text, as `compiled.as_text()` prints it.
+
+        Raises:
+            ValueError: There is no entry computation in the text: it is not HLO.
+        """
+        computations: dict[str, Computation] = {}
+        entry: str | None = None
+        lines: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if header := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+                name, lines = header.group(2), {}
+                computations[name] = Computation(name, lines)
+                entry = name if header.group(1) else entry
+            elif instruction := _instruction(line):
+                lines[instruction.name] = instruction
+        if entry is None:
+            raise ValueError("No ENTRY computation in the text: this is not an HLO module.")
+        return cls(computations, entry)
+
+    def total(self, cost: Cost, *, inside_fusions: bool = True, unknown_trips: int | None = None) -> float:
+        """The sum of `cost(instruction, its computation)` over all executed instructions.
+
+        What is inside a loop counts as often as the loop runs; of a conditional's branches the dearest counts.
+
+        Args:
+            cost: Of one instruction, without the computations it calls.
+            inside_fusions: Whether the instructions of a fusion are looked at, beside the fusion itself.
+            unknown_trips: How often loops run whose trip count is not in the program, where the caller knows it: the
+                steps of a Lanczos segment.
+
+        Raises:
+            ValueError: A loop that costs something has no known trip count, and `unknown_trips` does not give it.
+        """
+
+        @functools.cache
+        def of(name: str) -> float:
+            computation = self.computations[name]
+            return sum(cost(i, computation) + called(i) for i in computation.instructions.values())
+
+        def called(instruction: Instruction) -> float:
+            names = [name for name in _called(instruction) if name in self.computations]
+            if instruction.opcode == "conditional":
+                return max((of(name) for name in names), default=0.0)
+            if instruction.opcode == "fusion" and not inside_fusions:
+                return 0.0
+            once = sum(of(name) for name in names)
+            if instruction.opcode != "while" or once == 0:
+                return once
+            trips = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+            if trips is None and unknown_trips is None:
+                raise ValueError(
+                    f"Loop {instruction.name} has no known trip count, so what it costs cannot be counted: "
+                    "its bounds must be constants when the program is compiled."
+                )
+            return (unknown_trips or 0) * once if trips is None else int(trips) * once
+
+        return of(self.entry)
+
+
+def matmul_flops(compiled: jax.stages.Compiled | Program, unknown_trips: int | None = None) -> float:
+    """Floating-point operations of all matrix products in one run of the program, on each device: 2 m n k a product.
+
+    Plain dots wherever they are (fusions, calls, loops times their trip counts, the dearest branch of a conditional)
+    and, on GPUs, cuBLAS calls. `unknown_trips`: see `Program.total`.
+
+    Raises:
+        ValueError: A loop around a product has no known trip count, or there is a product of a kind that is not
+            counted: a convolution, a ragged or scaled dot, a library call other than cuBLAS.
+    """
+    return read_program(compiled).total(_matmul_flops, unknown_trips=unknown_trips)
+
+
+def bytes_accessed(compiled: jax.stages.Compiled | Program, unknown_trips: int | None = None) -> float:
+    """Bytes that the kernels of one run read and write on each device, if no cache held anything between two of them.
+
+    Every kernel counts its operands and its result; a fusion that reads a slice of an operand, or updates one in place,
+    counts that slice. `unknown_trips`: see `Program.total`.
+
+    Raises:
+        ValueError: A loop has no known trip count.
+    """
+    program = read_program(compiled)
+    cost = functools.partial(_bytes_accessed, program)
+    return program.total(cost, inside_fusions=False, unknown_trips=unknown_trips)
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Peak memory per device beside arguments and results, in bytes."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise ValueError("This backend does not say how much memory a compiled program takes.")
+    return memory.temp_size_in_bytes
+
+
+def read_program(compiled: jax.stages.Compiled | Program) -> Program:
+    """The program itself, read from the optimised HLO unless it has been already."""
+    if isinstance(compiled, Program):
+        return compiled
+    text = compiled.as_text()
+    if text is None:
+        raise ValueError("This backend does not give the text of a compiled program.")
+    return Program.read(text)
+
+
+def arrays_of(type_text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every array in an HLO type: `(f32[2,3]{1,0}, s32[])` has two."""
+    found = re.findall(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]", type_text)
+    return [(dtype, tuple(int(n.strip("<=")) for n in shape.split(",") if n)) for dtype, shape in found]
+
+
+def bytes_of(type_text: str) -> int:
+    """Bytes of all arrays in an HLO type."""
+    return sum(math.ceil(_bits(dtype) / 8 * math.prod(shape)) for dtype, shape in arrays_of(type_text))
+
+
+def _bits(dtype: str) -> int:
+    if dtype == "pred":
+        return 8
+    if dtype == "token":
+        return 0
+    width = re.match(r"[a-z]+(\d+)", dtype)
+    assert width is not None, dtype
+    return int(width.group(1))
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line)
+    if head is None:
+        return None
+    type_text, rest = _split_type(line[head.end() :])
+    opcode, _, rest = rest.partition("(")
+    inside, attributes = _closing(rest)
+    operands = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.-]+)", inside))
+    return Instruction(head.group(1), type_text, opcode.strip(), operands, attributes)
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    if not text.startswith("("):
+        first, _, rest = text.partition(" ")
+        return first, rest
+    inside, rest = _closing(text[1:])
+    return f"({inside})", rest.lstrip()
+
+
+def _closing(text: str) -> tuple[str, str]:
+    """What comes before and after the parenthesis that closes one just opened."""
+    depth = 1
+    for found in re.finditer(r"[()]", text):
+        depth += 1 if found.group() == "(" else -1
+        if depth == 0:
+            return text[: found.start()], text[found.end() :]
+    return text, ""
+
+
+def _called(instruction: Instruction) -> list[str]:
+    single = r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
+    several = r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}"
+    names = re.findall(single, instruction.attributes)
+    for group in re.findall(several, instruction.attributes):
+        names += [name.strip().lstrip("%") for name in group.split(",")]
+    return names
+
+
+def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
+    if instruction.opcode == "dot":
+        left = next(computation.operands(instruction)).arrays[0][1]
+        contracted = math.prod(left[d] for d in instruction.dimensions("lhs_contracting_dims"))
+        return 2.0 * math.prod(instruction.arrays[0][1]) * contracted
+    if instruction.opcode in ("convolution", "ragged-dot", "scaled-dot"):
+        raise ValueError(f"{instruction.name} is a {instruction.opcode}; only plain matrix products are counted.")
+    if instruction.opcode == "custom-call":
+        target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
+        if target.startswith(("__cublas$gemm", "__cublas$lt$matmul")):
+            return _cublas_flops(instruction, computation)
+        if re.search(r"matmul|gemm|conv|fmha|dot", target, re.IGNORECASE):
+            raise ValueError(f"{instruction.name} is a call of {target}, whose operations are not counted.")
+    return 0.0
+
+
+def _cublas_flops(instruction: Instruction, computation: Computation) -> float:
+    start = instruction.attributes.index("backend_config=") + len("backend_config=")
+    config = json.JSONDecoder().raw_decode(instruction.attributes[start:])[0]
+    numbers = config.get("gemm_backend_config", config)["dot_dimension_numbers"]
+    left, right = (operand.arrays[0][1] for operand in list(computation.operands(instruction))[:2])
+    shared = {int(n) for key in ("rhs_contracting_dimensions", "rhs_batch_dimensions") for n in numbers.get(key, [])}
+    return 2.0 * math.prod(left) * math.prod(n for d, n in enumerate(right) if d not in shared)
+
+
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "partition-id",
+        "replica-id",
+    ]
+)
+
+
+def _bytes_accessed(program: Program, instruction: Instruction, computation: Computation) -> float:
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        return 0.0
+    operands = list(computation.operands(instruction))
+    if instruction.opcode == "fusion":
+        inner = program.computations[_called(instruction)[0]]
+        return _fusion_bytes(inner, instruction)
+    if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+        return 2.0 * bytes_of(instruction.type)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * bytes_of(operands[1].type)
+    return float(bytes_of(instruction.type) + sum(bytes_of(operand.type) for operand in operands))
+
+
+def _fusion_bytes(inner: Computation, fusion: Instruction) -> float:
+    """Parameters (only the slices read, where nothing else reads them) and the result (only the slices written)."""
+    users: dict[str, list[Instruction]] = {}
+    for instruction in inner.instructions.values():
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+    read, updated = 0, 0
+    for parameter in inner.instructions.values():
+        if parameter.opcode != "parameter":
+            continue
+        readers = _through_bitcasts(parameter.name, users)
+        if readers and all(r.opcode in ("dynamic-slice", "gather") for r, _ in readers):
+            read += sum(bytes_of(r.type) for r, _ in readers)
+        elif readers and all(r.opcode == "dynamic-update-slice" and r.operands[0] == by for r, by in readers):
+            updated += sum(
+                bytes_of(parameter.type) - bytes_of(inner.instructions[r.operands[1]].type) for r, _ in readers
+            )
+        else:
+            read += bytes_of(parameter.type)
+    return float(read + bytes_of(fusion.type) - updated)
+
+
+def _through_bitcasts(name: str, users: dict[str, list[Instruction]]) -> list[tuple[Instruction, str]]:
+    """Instructions that read `name`, each with the name under which it does: bitcasts move nothing."""
+    found = []
+    for user in users.get(name, []):
+        found += _through_bitcasts(user.name, users) if user.opcode == "bitcast" else [(user, name)]
+    return found

@@ -1,0 +1,431 @@
+"""Times of Hessian products and Lanczos runs against the gradient, and with --peers against PyTorch, in one process.
+
+With no options: a random Llama of 6.8M parameters, 4 sequences of 128 tokens for products and 8 for Lanczos runs. The
+rounds are interleaved: every row is run once before any is run again, so that a busy machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import convert
+import jaxhess
+from jaxhess.command import one_sentence
+from jaxhess.krylov import compile_segment
+from jaxhess.krylov.quadrature import quadrature
+from jaxhess.losses import TokenBatch
+from jaxhess.mesh import batch_sharding, data_shards
+from jaxhess.models import LanguageModel, initialize
+from jaxhess.operators.microbatches import sum_over_microbatches
+from jaxhess.peaks import peak_matmul_flops
+from jaxhess.program import bytes_accessed, matmul_flops, read_program, temporary_bytes
+from jaxhess.vectors import Vector
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is timed, and how often."""
+
+    model: str | None = None
+    """Hugging Face checkpoint directory, directory made by `python -m convert`, or hub id; by default a random Llama of
+    the sizes below."""
+    vocab_size: int = 4096
+    """Of the random model."""
+    embed_dim: int = 256
+    """Of the random model."""
+    num_layers: int = 6
+    """Of the random model."""
+    num_heads: int = 4
+    """Of the random model."""
+    num_kv_heads: int = 4
+    """Of the random model."""
+    mlp_dim: int = 688
+    """Of the random model."""
+    sequences: int = 4
+    """Sequences of random tokens for the gradient and the products."""
+    lanczos_sequences: int = 8
+    """Sequences of random tokens for the Lanczos runs."""
+    seq_len: int = 128
+    """Predicted tokens per sequence."""
+    microbatch: int | None = None
+    """Sequences whose activations exist at once; by default all."""
+    steps: int = 20
+    """Of the Lanczos runs, without re-orthogonalisation."""
+    rounds: int = 5
+    """How often every row is timed; the table has medians and quartiles."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of weights, products and vectors; by default the checkpoint's, float32 for the random model."""
+    remat: bool = False
+    """Recompute every layer in the backward pass: less memory, more time. The linearised operator is always without."""
+    fd_step: float = 1e-3
+    """Of the finite differences, per coordinate: the step of the papers."""
+    mesh: str | None = None
+    """Device mesh, for example fsdp=8; by default fsdp over all devices."""
+    reference: bool = True
+    """Compute the errors: every row against the same in float64."""
+    peers: bool = False
+    """Also time PyTorch: gradient, double backward, and hessian-eigenthings (pip install 'jaxhess[peers]')."""
+    seed: int = 0
+    """Of weights, tokens and vectors."""
+    out: Path | None = None
+    """File for everything measured, as JSON."""
+    overwrite: bool = False
+    """Replace that file."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One thing that is timed: `run` returns when its result is there; `error` compares that with float64."""
+
+    name: str
+    run: Callable[[], Any]
+    error: Callable[[Any], float] | None = None
+    compiled: jax.stages.Compiled | None = None
+    trips: int | None = None
+    times: list[float] = dataclasses.field(default_factory=list)
+    processor_times: list[float] = dataclasses.field(default_factory=list)
+    result: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Everything measured: facts about the run and a list of rows, as it is written to `--out`."""
+    mesh = jaxhess.make_mesh(options.mesh)
+    _check(options, mesh)
+    model = _model(options, mesh)
+    hessian, lanczos_hessian = (_hessian(options, model, n) for n in (options.sequences, options.lanczos_sequences))
+    vector = jaxhess.random_probe(jax.random.key(options.seed), hessian.shape_dtype)
+    references = _references(options, hessian, lanczos_hessian, vector) if options.reference else {}
+    rows = _rows(options, hessian, lanczos_hessian, vector, references)
+    if options.peers:
+        rows += _peer_rows(options, model, hessian, lanczos_hessian, vector, references)
+    for row in rows:
+        answer = row.run()  # compiles what is not yet, and warms up
+        if row.error is not None:
+            row.result["error"] = row.error(answer)
+        del answer
+    for _ in range(options.rounds):
+        for row in rows:
+            began, worked = time.perf_counter(), time.process_time()
+            row.run()
+            row.times.append(time.perf_counter() - began)
+            row.processor_times.append(time.process_time() - worked)
+    device = mesh.devices.flat[0].device_kind
+    _summarise(rows, peak_matmul_flops(device, model.config.dtype))
+    seconds = {row.name: row.result["seconds"] for row in rows}
+    exact, vectors_only = (seconds[f"Lanczos, {options.steps} steps, {name}"] for name in ("exact", "vectors only"))
+    packages = ("jaxhess", "jax", "jaxlib", "flax", *(("torch", "hessian-eigenthings") if options.peers else ()))
+    facts = {
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
+        "parameters": model.num_params,
+        "dtype": model.config.dtype,
+        "device": {"kind": device, "count": mesh.size, "cores": os.cpu_count()},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "vector_work_share": vectors_only / exact,
+        "rows": [{"name": row.name, **row.result} for row in rows],
+    }
+    if options.out is not None:
+        options.out.write_text(json.dumps(facts, indent=1) + "\n")
+    _print(Console(), facts)
+    return facts
+
+
+def _check(options: Options, mesh: jax.sharding.Mesh) -> None:
+    if options.out is not None:
+        if options.out.exists() and not options.overwrite:
+            raise FileExistsError(f"{options.out} exists; choose another file or pass --overwrite.")
+        if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+            raise ValueError(f"--out {options.out}: give a file in a directory that exists.")
+    for name in ("sequences", "lanczos_sequences", "seq_len", "steps", "rounds"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+    size = options.microbatch
+    if size is not None and (size < 1 or options.sequences % size or options.lanczos_sequences % size):
+        raise ValueError(
+            f"--microbatch {size} must divide --sequences {options.sequences} and --lanczos-sequences "
+            f"{options.lanczos_sequences}."
+        )
+    if options.model is None and options.embed_dim % options.num_heads:
+        raise ValueError(f"--embed-dim {options.embed_dim} is not a multiple of --num-heads {options.num_heads}.")
+    if options.peers:
+        if options.microbatch is not None or mesh.size > 1:
+            raise ValueError("--peers compares on one device, all sequences at once: drop --microbatch and the mesh.")
+        try:
+            import hessian_eigenthings  # noqa: F401
+        except ImportError:
+            raise ImportError("--peers needs hessian-eigenthings: pip install 'jaxhess[peers]'.") from None
+
+
+def _model(options: Options, mesh: jax.sharding.Mesh) -> LanguageModel:
+    if options.model is not None:
+        model = convert.load(options.model, mesh=mesh, dtype=options.dtype)
+        return model.configured(remat=options.remat)
+    config = jaxhess.DecoderConfig(
+        vocab_size=options.vocab_size,
+        embed_dim=options.embed_dim,
+        num_layers=options.num_layers,
+        num_heads=options.num_heads,
+        num_kv_heads=options.num_kv_heads,
+        head_dim=options.embed_dim // options.num_heads,
+        mlp_dim=options.mlp_dim,
+        max_positions=max(options.seq_len, 2048),
+        dtype=options.dtype or "float32",
+        remat=options.remat,
+    )
+    return initialize(config, jax.random.key(options.seed), mesh)
+
+
+def _hessian(options: Options, model: LanguageModel, sequences: int) -> jaxhess.Hessian:
+    """The Hessian over random tokens."""
+    assert model.mesh is not None
+    size = options.microbatch or sequences
+    ids = np.random.default_rng(options.seed).integers(0, model.config.vocab_size, (sequences, options.seq_len + 1))
+    tokens = jnp.asarray(ids.reshape(-1, size, options.seq_len + 1), jnp.int32)
+    batch = TokenBatch(tokens, jnp.ones((sequences // size, size, options.seq_len), jnp.float32))
+    if size % data_shards(model.mesh):
+        raise ValueError(f"{size} sequences at once cannot be cut over the mesh: take a multiple of its devices.")
+    placed = jax.device_put(batch, batch_sharding(model.mesh, axis=1))
+    return jaxhess.Hessian(model.loss(), model.params, jaxhess.Microbatches(placed))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _VectorsOnly(jaxhess.LinearOperator):
+    """Multiplies by one entry for each of the vector's: a Lanczos run over it is nothing but work on vectors."""
+
+    diagonal: Vector
+
+    def mv(self, v: Vector) -> Vector:
+        return jax.tree.map(jnp.multiply, self.diagonal, v)
+
+    @property
+    def shape_dtype(self) -> Vector:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.diagonal)
+
+
+def _gradient(hessian: jaxhess.Hessian) -> Vector:
+    """The gradient of the same mean loss, summed over microbatches as the operator sums its products."""
+    with jax.default_matmul_precision("highest"):
+        gradient = jax.grad(hessian.sum_and_count, has_aux=True)
+        total, count = sum_over_microbatches(lambda batch: gradient(hessian.free, batch), hessian.batches)
+        return hessian.pin(jax.tree.map(lambda t, x: (t / count).astype(x.dtype), total, hessian.free))
+
+
+def _rows(options: Options, hessian: Any, lanczos: Any, vector: Vector, references: dict[str, Any]) -> list[Row]:
+    stored, lanczos_stored = (_without_remat(h).linearize() for h in (hessian, lanczos))
+    loss, params, batches = hessian.loss, hessian.params, hessian.batches
+    difference = jaxhess.FiniteDifferenceHessian(loss, params, batches, step=options.fd_step, per="coordinate")
+    four = jax.tree.map(lambda x: jnp.stack([x, -x, 2 * x, 0.5 * x]), vector)
+
+    def program(name: str, f: Callable, *arguments: Any, expected: str = "product", first: bool = False) -> Row:
+        compiled = jax.jit(f).lower(*arguments).compile()
+        reference = references.get(expected)
+
+        def error(answer: Vector) -> float:
+            return _relative(jax.tree.map(lambda x: x[0], answer) if first else answer, reference)
+
+        def work() -> Any:
+            return jax.block_until_ready(compiled(*arguments))
+
+        return Row(name, work, None if reference is None else error, compiled)
+
+    def lanczos_row(name: str, operator: Any, expected: str = "ritz value") -> Row:
+        def steps() -> jaxhess.LanczosState:
+            state = jaxhess.start_lanczos(vector, options.steps)
+            return jax.block_until_ready(jaxhess.lanczos_segment(operator, state, options.steps))
+
+        compiled = compile_segment(operator, jaxhess.start_lanczos(vector, options.steps))
+        reference = references.get(expected)
+        error = None if reference is None else lambda s: _relative(_largest(s.alphas, s.betas), reference)
+        return Row(f"Lanczos, {options.steps} steps, {name}", steps, error, compiled, options.steps)
+
+    def product(operator: Any, v: Vector) -> Vector:
+        return operator.mv(v)
+
+    newton = jaxhess.GaussNewton(loss, params, batches)
+    return [
+        program("gradient", _gradient, hessian, expected="gradient"),
+        program("exact product", product, hessian, vector),
+        program("linearised product", product, stored, vector),
+        program("finite-difference product", product, difference, vector),
+        program("Gauss-Newton product", product, newton, vector, expected="gauss-newton"),
+        program("four exact products at once", lambda op, vs: jax.vmap(op.mv)(vs), hessian, four, first=True),
+        lanczos_row("exact", lanczos),
+        lanczos_row("linearised", lanczos_stored),
+        lanczos_row("vectors only", _VectorsOnly(vector), expected="nothing"),
+    ]
+
+
+def _without_remat(hessian: jaxhess.Hessian) -> jaxhess.Hessian:
+    config = dataclasses.replace(hessian.loss.config, remat=False)  # type: ignore[attr-defined]
+    return dataclasses.replace(hessian, loss=dataclasses.replace(hessian.loss, config=config))  # type: ignore[type-var]
+
+
+def _references(options: Options, hessian: Any, lanczos: Any, vector: Vector) -> dict[str, Any]:
+    """What the rows compute, in float64 at the same weights, on the host."""
+    with jax.enable_x64(True):
+        wide, wide_lanczos = hessian.in_dtype("float64"), lanczos.in_dtype("float64")
+        direction = jax.tree.map(lambda x: x.astype("float64"), vector)
+        curvature = jaxhess.GaussNewton(wide.loss, wide.params, wide.batches)
+        state = jaxhess.start_lanczos(direction, options.steps, accumulation_dtype="float64")
+        state = jaxhess.lanczos_segment(wide_lanczos, state, options.steps)
+        trees = {
+            "gradient": jax.jit(_gradient)(wide),
+            "product": wide @ direction,
+            "gauss-newton": curvature @ direction,
+        }
+        return {**jax.device_get(trees), "ritz value": _largest(state.alphas, state.betas)}
+
+
+def _largest(alphas: Any, betas: Any) -> float:
+    """The largest eigenvalue of T, in float64."""
+    return float(quadrature(np.asarray(alphas, np.float64), np.asarray(betas, np.float64)).ritz_values[-1])
+
+
+def _relative(found: Any, reference: Any) -> float:
+    """|found - reference| / |reference|, in float64 on the host."""
+    pairs = zip(jax.tree.leaves(jax.device_get(found)), jax.tree.leaves(reference), strict=True)
+    squares = [(np.sum((np.asarray(x, np.float64) - y) ** 2), np.sum(np.square(y))) for x, y in pairs]
+    return float(np.sqrt(sum(a for a, _ in squares) / sum(b for _, b in squares)))
+
+
+def _peer_rows(
+    options: Options, model: LanguageModel, hessian: Any, lanczos: Any, vector: Vector, references: dict[str, Any]
+) -> list[Row]:
+    """The same weights, tokens, vector, loss and steps in PyTorch; its vectors are flat, in the order of its model."""
+    import torch
+    from hessian_eigenthings import HessianOperator, lanczos_tridiagonal
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+    def torch_model(params: Any) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            convert.export(LanguageModel(model.config, params), Path(folder) / "model")
+            options = {"attn_implementation": "eager", "dtype": getattr(torch, model.config.dtype)}
+            return AutoModelForCausalLM.from_pretrained(Path(folder) / "model", **options)
+
+    def flat(tree: Vector) -> Any:
+        like = jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype), tree, model.params)
+        return torch.cat([p.detach().reshape(-1) for p in torch_model(like).parameters()])
+
+    def loss_of(network: Any, batch: Any) -> Any:
+        logits = network(input_ids=batch[:, :-1], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+    network = torch_model(model.params).eval()
+    weights = list(network.parameters())
+    tokens, lanczos_tokens = (
+        torch.tensor(np.asarray(h.batches[0].stacked.tokens[0]), dtype=torch.long) for h in (hessian, lanczos)
+    )
+    probe = flat(vector)
+    unit = probe / probe.norm()
+
+    def gradient() -> Any:
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss_of(network, tokens), weights)])
+
+    def row(name: str, run: Callable[[], Any], expected: str) -> Row:
+        if expected not in references:
+            return Row(name, run)
+        reference = flat(references[expected]).double().numpy()
+        return Row(name, run, lambda answer: _relative(answer.double().numpy(), reference))
+
+    def lanczos_row(name: str, method: Any) -> Row:
+        operator = HessianOperator(network, [lanczos_tokens], loss_of, method=method)
+
+        def steps() -> Any:
+            return lanczos_tridiagonal(operator, unit, options.steps, reorthogonalize=False)
+
+        def error(run: Any) -> float:
+            return _relative(_largest(run.alphas, [*run.betas, run.last_beta]), references["ritz value"])
+
+        return Row(f"hessian-eigenthings, {options.steps} steps, {name}", steps, error if references else None)
+
+    double_backward = HessianOperator(network, [tokens], loss_of)
+    return [
+        row("PyTorch gradient", gradient, "gradient"),
+        row("PyTorch double-backward product", lambda: double_backward.matvec(probe), "product"),
+        lanczos_row("exact", "autograd"),
+        lanczos_row("finite differences", "finite_difference"),
+    ]
+
+
+def _summarise(rows: list[Row], peak: float | None) -> None:
+    """Fills every row's result with its times and with what its program says, per device."""
+    for row in rows:
+        quartiles = np.percentile(row.times, [25, 75])
+        row.result["seconds"] = statistics.median(row.times)
+        row.result["quartiles"] = [float(q) for q in quartiles]
+        row.result["times"] = row.times
+        row.result["processor_seconds"] = statistics.median(row.processor_times)
+        row.result["per_gradient"] = row.result["seconds"] / rows[0].result["seconds"]
+        if row.compiled is None:
+            continue
+        program = read_program(row.compiled)
+        row.result["matmul_flops"] = flops = matmul_flops(program, unknown_trips=row.trips)
+        row.result["flops_per_gradient"] = flops / rows[0].result["matmul_flops"]
+        row.result["bytes_accessed"] = bytes_accessed(program, unknown_trips=row.trips)
+        row.result["temporary_bytes"] = temporary_bytes(row.compiled)
+        if peak is not None:
+            row.result["share_of_peak"] = flops / row.result["seconds"] / peak
+
+
+COLUMNS: tuple[tuple[str, str, str, float], ...] = (
+    ("seconds", "seconds", "{:.4g}", 1.0),
+    ("processor", "processor_seconds", "{:.4g}", 1.0),
+    ("÷ gradient", "per_gradient", "{:.2f}", 1.0),
+    ("matmul GFLOP", "matmul_flops", "{:.2f}", 1e9),
+    ("÷ gradient", "flops_per_gradient", "{:.2f}", 1.0),
+    ("GB moved", "bytes_accessed", "{:.2f}", 1e9),
+    ("temporary MB", "temporary_bytes", "{:.1f}", 1e6),
+    ("of peak", "share_of_peak", "{:.1%}", 1.0),
+    ("error", "error", "{:.1e}", 1.0),
+)
+"""Heading, key of a row, format, unit."""
+
+
+def _print(console: Console, facts: dict[str, Any]) -> None:
+    device = facts["device"]
+    what = f"{facts['parameters']:,} parameters in {facts['dtype']} on {device['count']} {device['kind']}"
+    table = Table("", "quartiles", title=what)
+    shown = [column for column in COLUMNS if any(column[1] in row for row in facts["rows"])]
+    for heading, *_ in shown:
+        table.add_column(heading, justify="right")
+    for row in facts["rows"]:
+        quartiles = "{:.4g} to {:.4g}".format(*row["quartiles"])
+        cells = [form.format(row[key] / unit) if key in row else "" for _, key, form, unit in shown]
+        table.add_row(row["name"], quartiles, *cells)
+    console.print(table)
+    console.print(
+        f"Medians and quartiles in seconds of {facts['options']['rounds']} interleaved rounds; processor seconds are "
+        "of all cores. Operations, bytes and memory are one device's, read off the compiled programs. Errors are "
+        "relative to the same in float64: of the vector, or of a Lanczos run's largest Ritz value."
+    )
+    console.print(f"Work on vectors in the exact Lanczos run: {facts['vector_work_share']:.1%} of its time.")
+
+
+def main() -> None:
+    """Reads the options and runs."""
+    options = tyro.cli(Options, description=__doc__)
+    with one_sentence():
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

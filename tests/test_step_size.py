@@ -1,0 +1,73 @@
+"""The step-size study: a folder with the table and the plot, and one sentence for every bad input."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import step_size as script
+
+QUICK = "--seq-len 8 --sequences 8 --microbatch 8 --dtypes float32 --reference float32 --smallest 1e-6 --largest 1e-3"
+QUICK += " --per-decade 1 --lanczos 2 --ritz-steps 2 --mesh fsdp=8"
+
+
+def run(arguments: str, *more: str) -> None:
+    previous, sys.argv = sys.argv, ["step_size.py", *arguments.split(), *more]
+    try:
+        script.main()
+    finally:
+        sys.argv = previous
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("study") / "out"
+    run(QUICK, "--out", str(out))
+    return out
+
+
+def test_the_folder_holds_a_plot_and_a_record_in_which_the_step_matters(finished):
+    assert {p.name for p in finished.iterdir()} == {script.RECORD, script.PLOT}
+    assert (finished / script.PLOT).read_bytes().startswith(b"\x89PNG")
+    record = json.loads((finished / script.RECORD).read_text())
+    (study,) = record["studies"]
+    assert [round(s, 9) for s in study["steps"]] == [1e-6, 1e-5, 1e-4, 1e-3]
+    rows = {row["vector"]: row for row in study["vectors"]}
+    assert set(rows) == {"random", "Lanczos 2", "one norm gain", "one embedding", "largest MLP weight"}
+    assert all(row["exact_error"] == 0 for row in rows.values())  # the reference is the same product
+    # The papers' step suits a random vector and not the one after it.
+    assert rows["random"]["errors"][-1] < 0.1 < rows["Lanczos 2"]["errors"][-1]
+    assert all(row["automatic"]["error"] < 3 * row["best"]["error"] for row in rows.values())
+    assert study["ritz"]["automatic"]["largest"] < 1e-2 < study["ritz"]["fixed"][-1]["largest"]
+
+
+def test_a_finished_folder_is_kept(finished, capsys):
+    before = (finished / script.RECORD).read_bytes()
+    with pytest.raises(SystemExit):
+        run(QUICK, "--out", str(finished))
+    assert "already holds a finished study" in capsys.readouterr().err
+    assert (finished / script.RECORD).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--smallest 0", "0 < smallest < largest"),
+        ("--smallest 1e-2 --largest 1e-3", "0 < smallest < largest"),
+        ("--per-decade 0", "must be at least 1"),
+        ("--ritz-steps 0", "must be at least 1"),
+        ("--lanczos 1", "the first Lanczos vector is the random one"),
+        ("--model nowhere/none", "nowhere/none"),
+        ("--data nowhere.txt", "nowhere.txt"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(f"{QUICK} {arguments}", "--out", str(tmp_path / "out"))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sentence in error
+    assert not (tmp_path / "out").exists()
