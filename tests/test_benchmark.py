@@ -16,7 +16,7 @@ from scripts import benchmark as script
 TINY = {
     "vocab_size": 64,
     "embed_dim": 32,
-    "num_layers": 1,
+    "num_layers": 2,
     "num_heads": 2,
     "num_kv_heads": 2,
     "mlp_dim": 64,
@@ -34,7 +34,7 @@ def rows(tmp_path_factory) -> dict[str, dict]:
         patch.setattr(script.jaxhess, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[:1]))
         script.run(script.Options(**TINY, out=out))
     written = json.loads(out.read_text())
-    assert written["parameters"] == 64 * 32 * 2 + 32 * 3 + 32 * 32 * 4 + 32 * 64 * 3
+    assert written["parameters"] == 2 * 64 * 32 + 5 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
     assert written["vector_work_share"] > 0
     return {row["name"]: row for row in written["rows"]}
 
