@@ -178,8 +178,8 @@ def _noise(noise: Any) -> Iterator[str]:
     yield _table(("measured on the operator of this run", "value"), rows)
     yield (
         '<p class="note">The floor is in units of eigenvalues. The error of the products acts like a matrix added to '
-        "the true one; the random floor is the root mean square of that matrix's eigenvalues, so Ritz values nearer to "
-        "zero than it are noise. The other floor is how far the error reaches where curvature is large.</p>"
+        "the true one; the random floor estimates the root mean square of its singular values, so Ritz values nearer "
+        "to zero than it cannot be told from noise. The other floor is the error where curvature is large.</p>"
     )
 
 

@@ -355,14 +355,14 @@ def _peer_rows(
         def error(run: Any) -> float:
             return _relative(_largest(run.alphas, [*run.betas, run.last_beta]), references["ritz value"])
 
-        return Row(f"hessian-eigenthings, {options.steps} steps, {name}", steps, error if references else None)
+        return Row(f"hessian-eigenthings, {name}", steps, error if references else None)
 
     double_backward = HessianOperator(network, [tokens], loss_of)
     return [
         row("PyTorch gradient", gradient, "gradient"),
         row("PyTorch double-backward product", lambda: double_backward.matvec(probe), "product"),
         lanczos_row("exact", "autograd"),
-        lanczos_row("finite differences", "finite_difference"),
+        lanczos_row("differences", "finite_difference"),
     ]
 
 
@@ -387,15 +387,13 @@ def _summarise(rows: list[Row], peak: float | None) -> None:
 
 
 COLUMNS: tuple[tuple[str, str, str, float], ...] = (
-    ("seconds", "seconds", "{:.4g}", 1.0),
-    ("processor", "processor_seconds", "{:.4g}", 1.0),
-    ("÷ gradient", "per_gradient", "{:.2f}", 1.0),
-    ("matmul GFLOP", "matmul_flops", "{:.2f}", 1e9),
-    ("÷ gradient", "flops_per_gradient", "{:.2f}", 1.0),
-    ("GB moved", "bytes_accessed", "{:.2f}", 1e9),
-    ("temporary MB", "temporary_bytes", "{:.1f}", 1e6),
+    ("seconds", "seconds", "{:.3g}", 1.0),
+    ("÷ first", "per_gradient", "{:.2f}", 1.0),
+    ("GFLOP", "matmul_flops", "{:.0f}", 1e9),
+    ("÷ first", "flops_per_gradient", "{:.2f}", 1.0),
+    ("MB", "temporary_bytes", "{:.0f}", 1e6),
     ("of peak", "share_of_peak", "{:.1%}", 1.0),
-    ("error", "error", "{:.1e}", 1.0),
+    ("error", "error", "{:.0e}", 1.0),
 )
 """Heading, key of a row, format, unit."""
 
@@ -403,19 +401,18 @@ COLUMNS: tuple[tuple[str, str, str, float], ...] = (
 def _print(console: Console, facts: dict[str, Any]) -> None:
     device = facts["device"]
     what = f"{facts['parameters']:,} parameters in {facts['dtype']} on {device['count']} {device['kind']}"
-    table = Table("", "quartiles", title=what)
+    table = Table("", title=what, padding=(0, 0, 0, 1), box=None)
     shown = [column for column in COLUMNS if any(column[1] in row for row in facts["rows"])]
     for heading, *_ in shown:
         table.add_column(heading, justify="right")
     for row in facts["rows"]:
-        quartiles = "{:.4g} to {:.4g}".format(*row["quartiles"])
         cells = [form.format(row[key] / unit) if key in row else "" for _, key, form, unit in shown]
-        table.add_row(row["name"], quartiles, *cells)
+        table.add_row(row["name"], *cells)
     console.print(table)
     console.print(
-        f"Medians and quartiles in seconds of {facts['options']['rounds']} interleaved rounds; processor seconds are "
-        "of all cores. Operations, bytes and memory are one device's, read off the compiled programs. Errors are "
-        "relative to the same in float64: of the vector, or of a Lanczos run's largest Ritz value."
+        f"Seconds are medians of {facts['options']['rounds']} interleaved rounds, GFLOP those of matrix products, MB "
+        "temporary memory of the compiled program, both on one device. Errors are relative to the same in float64: of "
+        f"the vector, or of the largest Ritz value after {facts['options']['steps']} Lanczos steps."
     )
     console.print(f"Work on vectors in the exact Lanczos run: {facts['vector_work_share']:.1%} of its time.")
 

@@ -171,7 +171,8 @@ def test_bfloat16_stays_within_its_rounding_of_float32():
     v = random_probe(jax.random.key(1), narrow.shape_dtype)
     operator = GaussNewton(narrow.loss, narrow.params, [first(narrow)])
     exact = operator.in_dtype("float32") @ jax.tree.map(lambda x: x.astype("float32"), v)
-    assert relative(jax.tree.map(lambda x: x.astype("float32"), operator @ v), exact) < 0.06
+    # Some thirty roundings lie one after the other, each of them to 8 bits.
+    assert relative(jax.tree.map(lambda x: x.astype("float32"), operator @ v), exact) < 30 * 2**-9
 
 
 @pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher, MonteCarloFisher])

@@ -39,6 +39,20 @@ def test_every_matrix_product_in_float32_asks_for_float32(kind):
     assert all(re.search(r"precision = \[HIGHEST, HIGHEST\]", line) for line in products)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_products_in_float32_on_a_gpu_are_float32(kind):
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU here")
+    base = language_operator()
+    operator = kind(base.loss, base.params, base.batches)
+    v = random_probe(jax.random.key(0), operator.shape_dtype)
+    product = operator @ v
+    with jax.enable_x64(True):
+        wide = operator.in_dtype("float64") @ jax.tree.map(lambda x: x.astype("float64"), v)
+        assert relative(product, wide) < 1e-5  # TF32 would err by 1e-3
+
+
 def test_weights_stored_narrow_and_computed_wide_give_the_wide_product():
     stored = language_operator("bfloat16", num_layers=1)
     mixed = dataclasses.replace(stored, loss=stored.loss.in_dtype("float32"))
