@@ -58,7 +58,7 @@ def test_a_bent_operator_is_seen():
     assert facts["nonlinearity"] > 0.01
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32"])
 def test_the_reference_is_the_same_operator_in_a_wider_dtype(dtype):
     operator = language_operator(dtype, num_layers=1)
     facts = audit(operator)
@@ -106,5 +106,6 @@ def test_finite_differences_are_compared_with_the_exact_product():
 def test_a_matrix_stored_narrow_is_not_blamed_for_its_vectors_rounding():
     operator = MatrixOperator(jnp.asarray(np.diag(np.arange(1, 9)), jnp.bfloat16))
     facts = audit(operator)
+    assert facts["reference"] == "MatrixOperator in float32"
     assert facts["nonlinearity"] < 1e-6
     assert facts["relative_error"]["random"] < 1e-6

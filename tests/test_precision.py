@@ -61,7 +61,6 @@ def test_weights_stored_narrow_and_computed_wide_give_the_wide_product():
     wide = stored.in_dtype("float32") @ v
     # Each microbatch's product leaves in the parameters' dtype: rounded once, to 8 bits.
     assert relative(mixed @ v, wide) < 2**-8
-    assert relative(stored @ v, wide) > 2 * relative(mixed @ v, wide)
 
 
 def test_a_model_computed_otherwise_is_saved_as_it_is(tmp_path):

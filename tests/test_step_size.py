@@ -27,6 +27,7 @@ def finished(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_folder_holds_a_plot_and_a_record_in_which_the_step_matters(finished):
     assert {p.name for p in finished.iterdir()} == {script.RECORD, script.PLOT}
     assert (finished / script.PLOT).read_bytes().startswith(b"\x89PNG")
@@ -42,6 +43,7 @@ def test_the_folder_holds_a_plot_and_a_record_in_which_the_step_matters(finished
     assert study["ritz"]["automatic"]["largest"] < 1e-2 < study["ritz"]["fixed"][-1]["largest"]
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_kept(finished, capsys):
     before = (finished / script.RECORD).read_bytes()
     with pytest.raises(SystemExit):
