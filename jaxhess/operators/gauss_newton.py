@@ -114,7 +114,7 @@ class MonteCarloFisher(GaussNewton):
         """
         if str(jax.random.key_impl(key)) != "threefry2x32":
             raise ValueError(
-                f"The key is of {jax.random.key_impl(key)}: use jax.random.key(seed, impl='threefry2x32')."
+                f"The key's generator is {jax.random.key_impl(key)}: use jax.random.key(seed, impl='threefry2x32')."
             )
         if samples < 1:
             raise ValueError(f"samples is {samples}; at least 1 target per prediction is needed.")
