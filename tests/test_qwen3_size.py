@@ -36,7 +36,17 @@ def test_qwen3_of_600_million_parameters_completes_three_steps(tmp_path):
 
     run("-c", MAKE, str(tmp_path / "model"))
     options = ["--data", "random", "--seq-len", "32", "--sequences", "2", "--microbatch", "1"]
-    options += ["--steps", "3", "--probes", "1", "--reorthogonalize", "none", "--out", str(tmp_path / "out")]
+    options += [
+        "--steps",
+        "3",
+        "--probes",
+        "1",
+        "--reorthogonalize",
+        "none",
+        "--no-audit",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     run("scripts/spectrum.py", "--model", str(tmp_path / "model"), *options)
     record = json.loads((tmp_path / "out" / "spectrum.json").read_text())
     print(json.dumps({**record["info"]["program"], **record["info"]["timings"], "seconds": record["info"]["seconds"]}))
