@@ -38,6 +38,7 @@ def rows(tmp_path_factory) -> dict[str, dict]:
     return {row["name"]: row for row in written["rows"]}
 
 
+@pytest.mark.study
 def test_every_row_is_timed_in_every_round_and_counted(rows):
     assert len(rows) == 9
     for row in rows.values():
@@ -48,6 +49,7 @@ def test_every_row_is_timed_in_every_round_and_counted(rows):
         assert "share_of_peak" not in row  # nobody says what a CPU's peak is
 
 
+@pytest.mark.study
 def test_errors_are_those_of_float32(rows):
     for name, row in rows.items():
         if "vectors only" in name:
@@ -56,6 +58,7 @@ def test_errors_are_those_of_float32(rows):
             assert 0 < row["error"] < (0.1 if "finite" in name else 1e-5), name
 
 
+@pytest.mark.study
 def test_products_take_the_operations_that_their_mathematics_needs(rows):
     # In forward passes, the gradient being 3: 8, 2 + 6k for k at once, 6 from a stored primal pass, 2 gradients, and
     # for Gauss-Newton the states, their tangents and the transposed pass. XLA drops what does not depend on parameters.

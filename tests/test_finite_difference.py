@@ -211,7 +211,7 @@ def test_the_automatic_step_errs_at_most_three_times_as_much_as_the_best(dtype):
     check_the_automatic_step(bigram(dtype), {"gain": (3,), "embed": (1, 5), "up": "largest"}, lanczos=(5,))
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize(("dtype", "trained"), [("bfloat16", True), ("bfloat16", False)])
 def test_the_automatic_step_of_a_language_model_errs_at_most_three_times_as_much_as_the_best(dtype, trained):
     config = convert.load_config(str(TINY), dtype)
