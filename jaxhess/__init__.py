@@ -1,6 +1,8 @@
 """Exact Hessian spectra of language models, sharded, with error bars."""
 
+from jaxhess.checkpoint import Checkpoint, Interrupted
 from jaxhess.data import TokenBlocks
+from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
 from jaxhess.krylov.lanczos import LanczosState, lanczos_segment, start_lanczos
 from jaxhess.mesh import make_mesh
 from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig
@@ -26,12 +28,15 @@ from jaxhess.vectors import random_probe
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoint",
     "DecoderConfig",
+    "Eigenpairs",
     "EmpiricalFisher",
     "Estimate",
     "FiniteDifferenceHessian",
     "GaussNewton",
     "Hessian",
+    "Interrupted",
     "LanczosState",
     "LanguageModel",
     "LinearOperator",
@@ -47,6 +52,7 @@ __all__ = [
     "TokenBlocks",
     "audit",
     "lanczos_segment",
+    "leading_eigenpairs",
     "make_mesh",
     "random_probe",
     "residual_bytes",

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import jax
 
+from jaxhess.checkpoint import Interrupted
+
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 """What the library raises at the door. Set `JAXHESS_TRACEBACK=1` to see where."""
 
@@ -33,6 +35,9 @@ def one_sentence() -> Iterator[None]:
             raise
         sys.stderr.write(f"error: {text}\n")
         raise SystemExit(2) from None
+    except Interrupted as stopped:
+        sys.stderr.write(f"{stopped}; go on with --resume\n")
+        raise SystemExit(143) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None

@@ -38,7 +38,10 @@ class Density:
 
     @property
     def standard_error(self) -> Array:
-        """[points] of the mean, across probes; NaN for a single probe."""
+        """[points] of the mean, std(ddof=1)/sqrt(probes) across probes; NaN for a single probe.
+
+        Plain, without Student's factor: two of them hold a normal variable's mean in 86% of runs of 4 probes.
+        """
         probes = len(self.mass)
         return self.mass.std(0, ddof=1) / np.sqrt(probes) if probes > 1 else np.full(self.mass.shape[1], np.nan)
 
@@ -47,6 +50,11 @@ class Density:
         """[points] eigenvalues in the middle of each bin, in the axis' coordinate."""
         edges = _to_axis(self.edges, self.linthresh)
         return _from_axis((edges[1:] + edges[:-1]) / 2, self.linthresh)
+
+    def along(self, count: int) -> Array:
+        """[count] eigenvalues from end to end of the grid, equally far apart in the axis' coordinate."""
+        low, high = _to_axis(self.edges[[0, -1]], self.linthresh)
+        return _from_axis(np.linspace(low, high, count), self.linthresh)
 
     @property
     def density(self) -> Array:

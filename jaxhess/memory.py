@@ -28,8 +28,13 @@ def bytes_per_device(leaves: Sequence[Any], itemsize: int | None = None) -> int:
 def total_bytes(devices: Sequence[jax.Device]) -> float:
     """Memory of one of the devices; infinite where the backend does not say. CPU devices share the machine's."""
     if devices[0].platform == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
+        return host_bytes() / len(devices)
     return (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def host_bytes() -> float:
+    """Memory of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_bytes(leaves: Sequence[Any]) -> float:
@@ -54,4 +59,4 @@ def _free_on_host() -> float:
             lines = dict(line.split(":") for line in file)
         return 1024 * float(lines["MemAvailable"].split()[0])
     except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return host_bytes()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess.memory import available_bytes
-from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.base import LinearOperator, compiled_mv
 from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_probe, scale, widen
 
 
@@ -48,19 +48,19 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
 
     u, v = probe(0), probe(1)
     hu, hv = operator @ u, operator @ v
-    size = float(_norm(hv))
+    size = float(norm(hv))
     for x, hx in ((u, hu), (v, hv)):
-        if not math.isfinite(float(_norm(hx))):
+        if not math.isfinite(float(norm(hx))):
             where = operator.explain_non_finite(x)
             raise FloatingPointError(f"The product with a random probe is not finite{f': {where}' if where else ''}.")
-    asymmetry = abs(float(_dot(u, hv)) - float(_dot(v, hu)))
+    asymmetry = abs(float(dot(u, hv)) - float(dot(v, hu)))
     mixed = _mixed(u, v)
     del u, v, x, hx
     h_mixed = operator @ mixed
     del mixed
     facts: dict[str, Any] = {
         "asymmetry": _ratio(asymmetry, size),
-        "nonlinearity": _ratio(float(_bend(h_mixed, hu, hv)), float(_norm(h_mixed))),
+        "nonlinearity": _ratio(float(_bend(h_mixed, hu, hv)), float(norm(h_mixed))),
     }
     del h_mixed, hu
     if not reference:
@@ -103,7 +103,7 @@ def _reference(operator: LinearOperator, dtype: str) -> tuple[LinearOperator | N
             like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), operator.shape_dtype
             )
-            memory = _mv.lower(exact, like).compile().memory_analysis()
+            memory = compiled_mv.lower(exact, like).compile().memory_analysis()
             # The vector itself comes on top of the product and what the program needs to make it.
             needed = memory.temp_size_in_bytes + 2 * memory.output_size_in_bytes if memory else 0
             left = available_bytes(vectors)
@@ -116,21 +116,14 @@ def _in_64_bits(dtype: str) -> Any:
     return jax.enable_x64(dtype == "float64" or jax.config.read("jax_enable_x64"))
 
 
-def _compared(exact: LinearOperator | None, x: Vector, hx: Vector, dtype: str) -> tuple[float, float, float]:
+def _compared(exact: LinearOperator, x: Vector, hx: Vector, dtype: str) -> tuple[float, float, float]:
     """|Hx - H_ref x|, |H_ref x| and |x|."""
     with _in_64_bits(dtype):
-        product = _mv(exact, _cast(x, dtype))
-        return float(_distance(hx, product)), float(_norm(product)), float(_norm(x))
-
-
-@jax.jit
-def _mv(operator: LinearOperator, v: Vector) -> Vector:
-    return operator.mv(v)
+        product = compiled_mv(exact, _cast(x, dtype))
+        return float(_distance(hx, product)), float(norm(product)), float(norm(x))
 
 
 _widened = jax.jit(widen, donate_argnums=0)
-_norm = jax.jit(norm)
-_dot = jax.jit(dot)
 _cast = functools.partial(jax.jit, static_argnums=1)(lambda x, dtype: cast(x, jnp.dtype(dtype)))
 
 

@@ -23,6 +23,12 @@ INK, ACCENT, RUG = "#1b2a41", "#2f6fb3", "#c8553d"
 CENTRAL_MASS = 0.99
 """Ritz values outside the central part of this mass are outliers: they are ticked under the density."""
 
+CURVE_POINTS = 1500
+"""Of a distribution function: more than the pixels that a figure is wide."""
+
+PLAIN_SHARE = 3
+"""Digits up to which a share is written out."""
+
 
 class NotebookFigure(Figure):
     """A Figure which a notebook shows as PNG, although pyplot (which registers the usual formatter) is not imported."""
@@ -69,8 +75,43 @@ def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
     return figure
 
 
+def distribution_figure(spectrum: Spectrum) -> Figure:
+    """The share of eigenvalues at or below x on the density's axis: the probes' mean, and the bounds that are certain.
+
+    The band is the mean over probes of the Chebyshev-Markov-Stieltjes bounds, so that it bounds the mean of the probes'
+    own distribution functions. Shares are on a logit axis that ends at a tenth of one eigenvalue, from 0 and from 1.
+    """
+    density = spectrum.density()
+    figure, axes = _figure()
+    taken = np.isfinite(spectrum.ritz_values)
+    order = np.argsort(spectrum.ritz_values[taken])
+    nodes = spectrum.ritz_values[taken][order]
+    upto = np.append(0.0, np.cumsum(spectrum.weights[taken][order])) / spectrum.num_probes
+    x = np.sort(np.append(density.along(CURVE_POINTS), nodes))
+    mean = upto[np.searchsorted(nodes, x, side="right")]
+    lower, upper = (bound.mean(0) for bound in spectrum.distribution_bounds(x))
+    floor = max(0.1 / spectrum.dim, 1e-14)  # One minus a tenth of it must not be one.
+    mean, lower, upper = (np.clip(share, floor / 10, 1 - floor / 10) for share in (mean, lower, upper))
+    band = "bounds, certain for these probes"
+    axes.fill_between(x, lower, upper, color=ACCENT, alpha=0.2, linewidth=0, step="post", label=band)
+    axes.plot(x, mean, color=ACCENT, linewidth=1.6, drawstyle="steps-post", label="mean over probes")
+    axes.set_yscale("logit")
+    axes.set_ylim(floor, 1 - floor)
+    _logit_ticks(axes, floor)
+    _eigenvalue_axis(axes, density)
+    axes.set_xlabel("eigenvalue")
+    axes.set_ylabel("share of all eigenvalues at or below")
+    title = f"Distribution of the eigenvalues of the {spectrum.matrix_name}\n{_provenance(spectrum)}"
+    axes.set_title(title, fontsize=11, color=INK)
+    axes.legend(loc="lower right", fontsize=9, framealpha=0.9, edgecolor="none")
+    return figure
+
+
 def stem_figure(spectrum: Spectrum) -> Figure:
-    """Ritz values against quadrature weights, one colour per probe, and the share 1/dim of a single eigenvalue."""
+    """Ritz values against quadrature weights, one colour per probe, and the share 1/dim of a single eigenvalue.
+
+    Ghosts are hollow.
+    """
     density = spectrum.density()
     figure, axes = _figure()
     share = 1 / spectrum.dim
@@ -85,6 +126,11 @@ def stem_figure(spectrum: Spectrum) -> Figure:
         axes.vlines(theta, bottom, w, color=colors[probe], alpha=0.35, linewidth=1)
         label = f"probe {probe + 1}" if listed else None
         axes.plot(theta, w, "o", markersize=4, color=colors[probe], alpha=0.85, label=label)
+    for probe, flags in enumerate(spectrum.ghosts):  # Over the dots, so that those are still one line per probe.
+        theta, w = spectrum.ritz_values[probe, flags], spectrum.weights[probe, flags]
+        axes.plot(theta, w, "o", markersize=4, markerfacecolor="white", markeredgecolor=colors[probe], linestyle="none")
+    if spectrum.ghosts.any():
+        axes.plot([], [], "o", markersize=4, markerfacecolor="white", markeredgecolor=INK, label="hollow: ghosts")
     axes.axhline(share, color=RUG, linestyle="--", linewidth=1.2, label=f"one eigenvalue: 1/{spectrum.dim:,}")
     axes.set_yscale("log")
     axes.set_ylim(bottom, max(weights.max(), share) * 30)
@@ -130,13 +176,14 @@ def _density_floor(spectrum: Spectrum, density: Density) -> float:
 
 
 def _outliers(spectrum: Spectrum) -> Array:
+    """Ritz values outside the central part of the mass, without ghosts: a tick is to stand for an eigenvalue."""
     taken = np.isfinite(spectrum.ritz_values)
     theta, weights = spectrum.ritz_values[taken], spectrum.weights[taken]
     order = np.argsort(theta)
-    theta, weights = theta[order], weights[order]
+    theta, weights, ghosts = theta[order], weights[order], spectrum.ghosts[taken][order]
     upto = np.cumsum(weights) / weights.sum()
     tail = (1 - CENTRAL_MASS) / 2
-    return theta[(upto < tail) | (upto - weights / weights.sum() > 1 - tail)]
+    return theta[((upto < tail) | (upto - weights / weights.sum() > 1 - tail)) & ~ghosts]
 
 
 def _eigenvalue_axis(axes: Axes, density: Density) -> None:
@@ -178,6 +225,20 @@ def _asinh_ticks(low: float, high: float, linthresh: float, most: int = 13) -> l
 def _log_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _logit_ticks(axes: Axes, floor: float, most: int = 5) -> None:
+    """Ticks at powers of ten from either end, at most so many on a side, and at one half."""
+    deepest = int(np.floor(-np.log10(floor)))
+    powers = range(1, deepest + 1, -(-deepest // most))
+    ticks = [10.0**-k for k in powers]
+    axes.yaxis.set_major_locator(FixedLocator([*ticks, 0.5, *(1 - tick for tick in ticks)]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    low = [f"{tick:g}" if k <= PLAIN_SHARE else f"$10^{{-{k}}}$" for k, tick in zip(powers, ticks, strict=True)]
+    high = [
+        f"{1 - tick:g}" if k <= PLAIN_SHARE else f"1 − $10^{{-{k}}}$" for k, tick in zip(powers, ticks, strict=True)
+    ]
+    axes.yaxis.set_ticklabels([*low, "0.5", *high])
 
 
 def _power(x: float) -> str:

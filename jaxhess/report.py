@@ -8,13 +8,15 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from jaxhess.plotting import density_figure, stem_figure
+from jaxhess.krylov.ghosts import relative_tolerance
+from jaxhess.plotting import CENTRAL_MASS, density_figure, distribution_figure, stem_figure
 from jaxhess.spectra import Estimate, Extreme, Spectrum
 
 STYLE = """
@@ -37,19 +39,45 @@ reaches the bottom the probes do not agree on the density there. Red ticks mark 
 eigenvalues) outside the central 99% of the mass. Dips between neighbouring Ritz values in the bulk can be gaps of the
 method rather than of the spectrum: more Lanczos steps fill them."""
 
+DISTRIBUTION_CAPTION = """How to read it: the curve is the share of all eigenvalues at or below a value, as the random
+probes see it; where it is steep there are many eigenvalues, where it is flat few or none. The vertical axis is
+stretched towards 0 and 1, so that a share of a few eigenvalues shows at either end: at 0.999 one eigenvalue in a
+thousand is larger. The band holds, without any assumption and up to rounding, what these same probes would show after
+endlessly many Lanczos steps. Where it is narrow, the share is known; where it spans the figure, the steps taken say
+nothing about how eigenvalues are spread in there, and the shape of the density above is a guess. More steps narrow it.
+That other probes would give another curve is not in the band; with many parameters this matters only for shares of a
+few eigenvalues."""
+
 STEM_CAPTION = """How to read it: each dot is one Ritz value of one probe; its height estimates the share of all
 eigenvalues near it. The dashed line is the share of a single eigenvalue, 1/dim. A dot near the line, at the same
 place for every probe, is a single isolated eigenvalue: its height scatters by the chance overlap of the probe with
 its direction. Dots far above the line stand for many eigenvalues; dots far below it carry less than one eigenvalue's
-share and deserve no interpretation, except as a probe that happened to miss an eigenvalue other probes see."""
+share and deserve no interpretation, except as a probe that happened to miss an eigenvalue other probes see. Hollow
+dots are ghosts: copies of an eigenvalue that has its dot already, or values that belong to no eigenvalue."""
+
+GHOSTS_NOTE = """Rounding makes Lanczos without re-orthogonalisation find the same eigenvalue again (a copy), on the way
+to which a value can appear where no eigenvalue is (spurious). Copies count once: of values within {tolerance} of their
+neighbour the one of largest weight is left. Eigenvalues that close to each other cannot be told from copies; a bulk can
+be closer. The weights of copies add up, so that densities and traces are not touched by any of this."""
+
+NO_GHOSTS_NOTE = """No Ritz value is taken for a copy of another or for spurious."""
+
+MOST_OUTLIERS = 40
+"""Rows of the table of outliers."""
+
+FIGURES: dict[str, Callable[[Spectrum], Figure]] = {
+    "density": density_figure,
+    "distribution": distribution_figure,
+    "stem": stem_figure,
+}
 
 
 def write_report(folder: str | os.PathLike[str], spectrum: Spectrum) -> None:
-    """Writes `report.html` (nothing external: plots are embedded), `density.png` and `stem.png` into the folder."""
+    """Writes `report.html` (nothing external: plots are embedded) and the three figures as PNG into the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_report(folder)
-    images = {"density": _png(density_figure(spectrum)), "stem": _png(stem_figure(spectrum))}
+    images = {name: _png(draw(spectrum)) for name, draw in FIGURES.items()}
     for name, image in images.items():
         (folder / f"{name}.png").write_bytes(image)
     (folder / "report.html").write_text(_page(spectrum, images), encoding="utf-8")
@@ -57,7 +85,7 @@ def write_report(folder: str | os.PathLike[str], spectrum: Spectrum) -> None:
 
 def remove_report(folder: str | os.PathLike[str]) -> None:
     """Removes what `write_report` wrote, so that an old picture never stands beside new numbers."""
-    for name in ("density.png", "stem.png", "report.html"):
+    for name in (*(f"{figure}.png" for figure in FIGURES), "report.html"):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
@@ -69,12 +97,17 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         _table(("quantity", "value", "how sure"), _headline(spectrum)),
         "<h2>Density of eigenvalues</h2>",
         _image(images["density"], "Density of eigenvalues", DENSITY_CAPTION.format(matrix=spectrum.matrix_name)),
+        "<h2>Distribution of eigenvalues</h2>",
+        _image(images["distribution"], "Distribution of eigenvalues", DISTRIBUTION_CAPTION),
         "<h2>Ritz values and weights</h2>",
         _image(images["stem"], "Ritz values and their weights", STEM_CAPTION),
         "<h2>Every probe</h2>",
         _table(
             ("probe", "steps", "smallest", "residual bound", "largest", "residual bound", "trace"), _probes(spectrum)
         ),
+        "<h2>Ghosts</h2>",
+        *_ghosts(spectrum),
+        *_eigenpairs(spectrum.info.get("eigenpairs")),
         "<h2>Checks</h2>",
         _table(("identity", "largest violation over probes"), _checks(spectrum)),
         '<p class="note">Identities that hold exactly without rounding; violations far above 1e-6 mean that something '
@@ -146,6 +179,75 @@ def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:
         steps = f"{size} (broke down)" if broke else str(size)
         smallest, largest = ((_number(theta[i], 6), _number(bounds[i], 2)) for i in (0, size - 1))
         yield str(probe + 1), steps, *smallest, *largest, _number(spectrum.dim * alphas[0], 4)
+
+
+def _ghosts(spectrum: Spectrum) -> Iterator[str]:
+    found = spectrum.ghosts.any()
+    lanczos = spectrum.info.get("lanczos")
+    lost = lanczos.get("orthogonality") if isinstance(lanczos, dict) else None
+    lost = lost if isinstance(lost, list) and len(lost) == spectrum.num_probes else None
+    head = ["probe", "Ritz values", "copies", "spurious", "left"]
+    yield _table(
+        head + ["loss of orthogonality, largest |Q'Q − I|"] * (lost is not None),
+        [
+            [*row, "not measured" if lost[i] is None else _number(lost[i], 2)] if lost else row
+            for i, row in enumerate(_ghost_counts(spectrum))
+        ],
+    )
+    theta = spectrum.ritz_values[np.isfinite(spectrum.ritz_values)]
+    tolerance = 2 * relative_tolerance(spectrum.num_steps, spectrum.rounding) * float(np.abs(theta).max())
+    note = GHOSTS_NOTE.format(tolerance=_number(tolerance, 2)) if found else NO_GHOSTS_NOTE
+    yield f'<p class="note">{html.escape(note)}</p>'
+    if found:
+        yield "<h3>Outliers with their copies merged</h3>"
+        rows = sorted(_outliers(spectrum), key=lambda row: (-float(f"{abs(row[1]):.4g}"), row[0]))
+        yield _table(
+            ("probe", "value", "Ritz values merged", "residual bound", "weight × parameters"),
+            [(str(p), _number(v, 6), str(n), _number(b, 2), _number(w, 2)) for p, v, n, b, w in rows[:MOST_OUTLIERS]],
+        )
+        left = len(rows) - MOST_OUTLIERS
+        yield (
+            f'<p class="note">Outside the central {CENTRAL_MASS:.0%} of a probe\'s mass{_more(left)}. The last column '
+            "is of order one for a lone eigenvalue: chi-squared with one degree of freedom.</p>"
+        )
+
+
+def _ghost_counts(spectrum: Spectrum) -> Iterator[list[str]]:
+    for probe, size in enumerate(spectrum.sizes):
+        flagged, spurious = int(spectrum.ghosts[probe].sum()), int(spectrum.clusters(probe).spurious.sum())
+        yield [str(n) for n in (probe + 1, size, flagged - spurious, spurious, size - flagged)]
+
+
+def _outliers(spectrum: Spectrum) -> Iterator[tuple[int, float, int, float, float]]:
+    """Probe, value, copies, residual bound and dim times weight of every cluster that is an outlier of its probe."""
+    for probe in range(spectrum.num_probes):
+        clusters = spectrum.clusters(probe)
+        upto = np.cumsum(clusters.weights)
+        tail = (1 - CENTRAL_MASS) / 2
+        outside = ((upto < tail) | (upto - clusters.weights > 1 - tail)) & ~clusters.spurious
+        for i in np.flatnonzero(outside):
+            value, weight, copies, bound, _ = (field[i] for field in clusters)
+            yield probe + 1, float(value), int(copies), float(bound), float(spectrum.dim * weight)
+
+
+def _more(left: int) -> str:
+    return f"; the {MOST_OUTLIERS} farthest from zero, {left} more are not shown" if left > 0 else ""
+
+
+def _eigenpairs(pairs: Any) -> Iterator[str]:
+    """Values and residuals of eigenvectors that the run computed, if it did."""
+    if not isinstance(pairs, dict) or not all(isinstance(pairs.get(n), list) for n in ("values", "residuals")):
+        return
+    yield "<h2>Eigenvectors</h2>"
+    rows = zip(pairs["values"], pairs["residuals"], strict=False)
+    yield _table(
+        ("", "eigenvalue", "residual |Hv − value v| / |v|"),
+        [
+            (str(i), *("–" if x is None else _number(x, d) for x, d in zip(row, (6, 2), strict=True)))
+            for i, row in enumerate(rows, 1)
+        ],
+    )
+    yield '<p class="note">An eigenvalue lies within the residual of each value.</p>'
 
 
 def _checks(spectrum: Spectrum) -> Iterator[Sequence[str]]:

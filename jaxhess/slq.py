@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhess.krylov.lanczos import LanczosState, Reorthogonalize, compile_segment, lanczos_segment, start_lanczos
-from jaxhess.memory import bytes_per_device, devices_of, total_bytes
+from jaxhess.checkpoint import Checkpoint, Interrupted, Saver, termination
+from jaxhess.krylov.basis import BasisMemory
+from jaxhess.krylov.lanczos import (
+    LanczosState,
+    Reorthogonalize,
+    abstract_lanczos,
+    check_lanczos_options,
+    compile_segment,
+    lanczos_segment,
+    orthogonality_loss,
+    start_batch,
+    start_lanczos,
+)
+from jaxhess.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.operators.base import LinearOperator
 from jaxhess.spectra import Spectrum
-from jaxhess.vectors import Distribution, Vector, cast, check_accumulation_dtype, random_probe
+from jaxhess.vectors import Distribution, Vector, cast, random_probe
 
 SEGMENT_SECONDS = 1.0
 """Length of a compiled segment, roughly: how long the host waits between two looks at the run."""
 
 
 class Progress(NamedTuple):
-    """What a run has done so far: `alphas` and `betas` are those of the current probe, [step] each."""
+    """What a run has done so far.
+
+    Attributes:
+        probe: The first of the probes that advance together now, counted from 0.
+        together: How many these are.
+        probes: Of the whole run.
+        step, steps: Of these probes: done, and asked for.
+        alphas, betas: Of each of them, [size] each.
+        seconds: Since the run started, or was taken up again.
+    """
 
     probe: int
+    together: int
     probes: int
     step: int
     steps: int
-    alphas: np.ndarray
-    betas: np.ndarray
+    alphas: list[np.ndarray]
+    betas: list[np.ndarray]
     seconds: float
 
 
@@ -41,7 +65,11 @@ def spectrum(
     reorthogonalize: Reorthogonalize = "full",
     vector_dtype: Any = None,
     accumulation_dtype: str = "float32",
+    basis_dtype: Any = None,
+    basis_memory: BasisMemory = "device",
+    batch_size: int | None = None,
     distribution: Distribution = "normal",
+    checkpoint: Checkpoint | None = None,
     callback: Callable[[Progress], None] | None = None,
     info: dict[str, Any] | None = None,
 ) -> Spectrum:
@@ -53,95 +81,305 @@ def spectrum(
             2 steps - 1.
         probes: Independent random probes; two or more give standard errors across them.
         seed: Of the probes. The same seed gives the same probes bit for bit on any mesh.
-        reorthogonalize: "full" keeps every Lanczos vector (steps vectors of memory): no ghosts. "none" keeps two.
+        reorthogonalize: "none", "full", "selective", or a window of so many vectors; see `jaxhess.krylov`.
         vector_dtype: Storage of the Lanczos vectors; None: the operator's own.
         accumulation_dtype: Of inner products, norms, alphas and betas: "float32" or "float64", never narrower than the
             vectors.
+        basis_dtype: Storage of the vectors kept for re-orthogonalisation; None: as `vector_dtype`.
+        basis_memory: Where these are: "device", or "host", in pinned memory; then one probe advances at a time.
+        batch_size: Probes that advance together, sharing primal passes and weight gathers. None: as many as fit into
+            what memory is left, in batches of equal size; one where the operator has nothing to share.
         distribution: Of the probes' entries.
+        checkpoint: Where the unfinished run is kept, and whether to take it up.
         callback: Called on the host after each compiled segment.
         info: Anything to keep with the result; facts about the run are added.
 
     Raises:
-        ValueError: `steps` or `probes` below 1, or an option that is not known.
+        ValueError: An option is out of range or not known; the checkpoint is of another run.
+        FileExistsError: There is an unfinished run, and `checkpoint.resume` is False.
         FloatingPointError: The loss or a product is not finite; says which microbatch, probe and step.
+        Interrupted: SIGTERM came; the state is saved (only with `checkpoint`).
     """
     if probes < 1:
         raise ValueError(f"probes is {probes}; at least 1 is needed.")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; a Lanczos run takes at least 1.")
-    like = operator.shape_dtype
-    if vector_dtype is not None:
-        _check_vector_dtype(vector_dtype)
-    if reorthogonalize == "full":
-        check_basis_fits(like, steps, vector_dtype)
-    check_accumulation_dtype(accumulation_dtype)
-    facts = {"operator": operator.describe(), **operator.validate()}
-    key = jax.random.key(seed, impl="threefry2x32")
-    alphas, betas = np.full((probes, steps), np.nan), np.full((probes, steps), np.nan)
-    sizes = np.zeros(probes, np.int64)
-    began = time.perf_counter()
-    length = 1
-    for p in range(probes):
-        probe = random_probe(jax.random.fold_in(key, p), like, distribution)
-        if vector_dtype is not None:
-            probe = cast(probe, vector_dtype)
-        state = start_lanczos(probe, steps, reorthogonalize, accumulation_dtype)
-        del probe
-        if p == 0:
-            program = _described(operator, state)
-        done = 0
-        while done < steps:
-            segment_began = time.perf_counter()
-            end = min(done + length, steps)
-            state = lanczos_segment(operator, state, end)
-            sizes[p] = int(state.size)
-            alphas[p, : sizes[p]] = np.asarray(state.alphas, np.float64)[: sizes[p]]
-            betas[p, : sizes[p]] = np.asarray(state.betas, np.float64)[: sizes[p]]
-            _check_finite(operator, state, alphas[p], betas[p], p)
-            done = steps if bool(state.broken) else end
-            now = time.perf_counter()
-            length = _next_length(length, now - segment_began)
-            if callback is not None:
-                run = Progress(p, probes, done, steps, alphas[p, : sizes[p]], betas[p, : sizes[p]], now - began)
-                callback(run)
-        state_dtype = state.alphas.dtype
-        del state
-    described = {
-        "probes": {"count": probes, "distribution": distribution, "seed": seed},
-        "lanczos": {
-            "steps": steps,
-            "reorthogonalize": reorthogonalize,
-            "vector_dtype": _dtypes(like, vector_dtype),
-            "accumulation_dtype": str(np.dtype(state_dtype)),
-        },
-        **facts,
-        "program": program,
-        "seconds": time.perf_counter() - began,
+    like = vectors_like(operator, vector_dtype)
+    check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+    if batch_size is not None and (batch_size < 1 or (basis_memory == "host" and batch_size > 1)):
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1, and 1 for a basis in the host's memory.")
+    options: dict[str, Any] = {
+        "reorthogonalize": reorthogonalize,
+        "accumulation_dtype": accumulation_dtype,
+        "basis_dtype": None if basis_dtype is None else str(jnp.dtype(basis_dtype)),
+        "basis_memory": basis_memory,
     }
-    return Spectrum(alphas=alphas, betas=betas, sizes=sizes, dim=operator.dim, info={**described, **(info or {})})
+    check_basis_fits(like, steps, **options)
+    if checkpoint is not None:
+        checkpoint.check()
+    facts = {"operator": operator.describe(), **operator.validate()}
+    described: dict[str, Any] = {
+        "probes": {"count": probes, "distribution": distribution, "seed": seed},
+        "lanczos": {"steps": steps, "vector_dtype": _dtypes(like), **options},
+    }
+    saver = None
+    if checkpoint is not None:
+        saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": operator.checksum()})
+    key = jax.random.key(seed, impl="threefry2x32")
+
+    def draw(p: int) -> Vector:
+        probe = random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
+        return probe if vector_dtype is None else cast(probe, vector_dtype)
+
+    run = _Run(operator, like, steps, probes, draw, options, callback)
+    if saver is None:
+        run.advance(batch_size)
+    else:
+        with contextlib.closing(saver), termination() as asked_to_stop:
+            run.advance(batch_size, saver, asked_to_stop.is_set)
+    described["lanczos"] |= {
+        "accumulation_dtype": str(run.template(None).alphas.dtype),
+        "batch_size": run.batch_size,
+        "orthogonality": None if np.isnan(run.orthogonality).all() else run.orthogonality,
+    }
+    return Spectrum(
+        alphas=run.alphas,
+        betas=run.betas,
+        sizes=run.sizes,
+        dim=operator.dim,
+        rounding=unit_roundoff(operator, like),
+        info={**described, **facts, "program": run.program, "seconds": run.seconds, **(info or {})},
+    )
 
 
-def check_basis_fits(like: Vector, steps: int, vector_dtype: Any = None) -> None:
-    """Raises ValueError when `steps` Lanczos vectors cannot fit the devices' memory, before any of them is made."""
-    leaves = jax.tree.leaves(like)
+@dataclasses.dataclass
+class _Run:
+    """The probes of one call of `spectrum`, a batch of them after the other."""
+
+    operator: LinearOperator
+    like: Vector
+    steps: int
+    probes: int
+    draw: Callable[[int], Vector]
+    options: dict[str, Any]
+    callback: Callable[[Progress], None] | None
+
+    def __post_init__(self) -> None:
+        self.alphas, self.betas = (np.full((self.probes, self.steps), np.nan) for _ in range(2))
+        self.sizes = np.zeros(self.probes, np.int64)
+        self.orthogonality = np.full(self.probes, np.nan)
+        self.seconds = 0.0
+        self.batch_size = 0
+        self.program: dict[str, Any] = {}
+
+    def template(self, runs: int | None) -> LanczosState:
+        """The abstract state of so many probes together."""
+        return abstract_lanczos(self.like, self.steps, runs=runs, **self.options)
+
+    def advance(
+        self, batch_size: int | None, saver: Saver | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        """All probes to their end, from where the last save left them."""
+        record = None if saver is None else saver.latest()
+        first, begun = 0, None
+        if record is not None:
+            assert saver is not None
+            first = self._take_up(record)
+            batch_size = self.batch_size
+            if record["step"] > 0:
+                begun = saver.restore(self.template(self._runs(min(batch_size, self.probes - first))))
+        began = time.perf_counter() - self.seconds
+        self.batch_size = batch_size or choose_batch_size(self.operator, self.template, self.probes, self.options)
+        while first < self.probes:
+            together = min(self.batch_size, self.probes - first)
+            if begun is None:
+                begun = self._start(first, together)
+            if not self.program:
+                self.program = _described(self.operator, begun)
+            chosen = slice(first, first + together)
+            for state in self._segments(begun, saver.every if saver else None):
+                self._read(state, chosen)
+                self.seconds = time.perf_counter() - began
+                if self.callback is not None:
+                    self.callback(self._progress(state, chosen))
+                step = int(state.step)
+                due = saver is not None and (step % saver.every == 0 or step == self.steps)
+                if saver is not None and (due or stop()):
+                    ended = step == self.steps
+                    if ended:
+                        self._finish(state, chosen)
+                    self._save(saver, first + together if ended else first, None if ended else state)
+                    if stop():
+                        raise Interrupted(
+                            f"stopped by SIGTERM after step {step} of probe {first + 1}; what was done is saved"
+                        )
+            self._finish(state, chosen)
+            begun = None
+            first += together
+
+    def _runs(self, together: int) -> int | None:
+        """One probe alone needs no axis over runs."""
+        return None if self.batch_size == 1 and together == 1 else together
+
+    def _start(self, first: int, together: int) -> LanczosState:
+        drawn = [self.draw(p) for p in range(first, first + together)]
+        if self._runs(together) is None:
+            return start_lanczos(drawn[0], self.steps, **self.options)
+        return start_batch(drawn, self.steps, **self.options)
+
+    def _segments(self, state: LanczosState, every: int | None) -> Iterator[LanczosState]:
+        """The state after each segment, which end at multiples of `every` too; a second or so each."""
+        length, done = 1, int(state.step)
+        while done < self.steps:
+            began = time.perf_counter()
+            end = min(done + length, self.steps)
+            if every is not None:
+                end = min(end, done - done % every + every)
+            state = lanczos_segment(self.operator, state, end)
+            ended = bool(np.all(state.broken))
+            if ended:  # further steps only count
+                state = dataclasses.replace(state, step=jax.device_put(jnp.int32(self.steps), state.step.sharding))
+            seconds = time.perf_counter() - began
+            length = _next_length(length, end - done, seconds)
+            done = self.steps if ended else end
+            yield state
+
+    def _read(self, state: LanczosState, chosen: slice) -> None:
+        sizes, alphas, betas = (np.asarray(x) for x in (state.size, state.alphas, state.betas))
+        self.sizes[chosen] = sizes
+        beyond = np.arange(self.steps) >= self.sizes[chosen, None]
+        self.alphas[chosen] = np.where(beyond, np.nan, alphas)
+        self.betas[chosen] = np.where(beyond, np.nan, betas)
+        bad = ~beyond & ~np.isfinite(self.alphas[chosen] + self.betas[chosen])
+        if bad.any():
+            probe, step = np.argwhere(bad)[0]
+            vector = state.previous if not state.is_batch else jax.tree.map(lambda x: x[probe], state.previous)
+            where = self.operator.explain_non_finite(vector)
+            message = f"The product at step {step + 1} of probe {chosen.start + probe + 1} is not finite"
+            raise FloatingPointError(f"{message}: {where}." if where else f"{message}.")
+
+    def _finish(self, state: LanczosState, chosen: slice) -> None:
+        if np.isnan(self.orthogonality[chosen]).all():
+            self.orthogonality[chosen] = orthogonality_loss(state)
+
+    def _progress(self, state: LanczosState, chosen: slice) -> Progress:
+        sizes = self.sizes[chosen]
+        alphas, betas = ([row[:m] for row, m in zip(x[chosen], sizes, strict=True)] for x in (self.alphas, self.betas))
+        step = int(state.step)
+        return Progress(chosen.start, len(sizes), self.probes, step, self.steps, alphas, betas, self.seconds)
+
+    def _save(self, saver: Saver, probe: int, state: LanczosState | None) -> None:
+        """Saves what the probes before this one gave, and the state of those that advance now."""
+        step = 0 if state is None else int(state.step)
+        record = {
+            "probe": probe,
+            "step": step,
+            "batch_size": self.batch_size,
+            "seconds": self.seconds,
+            "program": self.program,
+            "sizes": self.sizes[:probe].tolist(),
+            **{
+                name: [[float(x).hex() for x in row] for row in values[:probe]]
+                for name, values in (("alphas", self.alphas), ("betas", self.betas))
+            },
+            "orthogonality": [float(x).hex() for x in self.orthogonality[:probe]],
+        }
+        saver.save(probe * self.steps + step, record, state)
+
+    def _take_up(self, record: dict[str, Any]) -> int:
+        """What a save holds of the probes that had ended; returns the first that had not."""
+        probe = record["probe"]
+        self.batch_size, self.seconds, self.program = (record[k] for k in ("batch_size", "seconds", "program"))
+        self.sizes[:probe] = record["sizes"]
+        for name in ("alphas", "betas"):
+            getattr(self, name)[:probe] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
+        self.orthogonality[:probe] = [float.fromhex(x) for x in record["orthogonality"]]
+        return probe
+
+
+def choose_batch_size(
+    operator: LinearOperator, template: Callable[[int | None], LanczosState], probes: int, options: dict[str, Any]
+) -> int:
+    """How many probes advance together: all, or as many as fit into nine tenths of the memory left, evenly divided.
+
+    Compiles the program for as many as are tried: usually the one that then runs.
+    """
+    if not operator.shares_work or options["basis_memory"] == "host":
+        return 1
+    size = probes
+    while size > 1:
+        state = template(size)
+        memory = compile_segment(operator, state).memory_analysis()
+        if memory is None:
+            return 1
+        extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needed = extra + bytes_per_device(jax.tree.leaves(state))
+        left = 0.9 * available_bytes(jax.tree.leaves(operator.shape_dtype))
+        if needed <= left:
+            return size
+        fitting = max(1, min(size - 1, int(size * left / needed)))
+        size = -(-probes // -(-probes // fitting))
+    return 1
+
+
+def vectors_like(operator: LinearOperator, vector_dtype: Any = None) -> Vector:
+    """`jax.ShapeDtypeStruct`s of the operator's vectors as they are stored in this dtype; None: its own.
+
+    Raises:
+        ValueError: It is no floating-point dtype, or one that JAX would narrow.
+    """
+    if vector_dtype is None:
+        return operator.shape_dtype
+    dtype = jnp.dtype(vector_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"vector_dtype is {dtype}; Lanczos vectors are floating point.")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"vector_dtype {dtype} needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), operator.shape_dtype)
+
+
+def check_basis_fits(
+    like: Vector,
+    steps: int,
+    reorthogonalize: Reorthogonalize = "full",
+    accumulation_dtype: str = "float32",
+    basis_dtype: Any = None,
+    basis_memory: BasisMemory = "device",
+) -> None:
+    """Raises ValueError when the basis cannot fit the memory that it is to be in, before any of it is made."""
+    state = abstract_lanczos(like, steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+    if state.basis is None:
+        return
+    leaves = jax.tree.leaves(state.basis)
     devices = devices_of(leaves)
-    width = None if vector_dtype is None else jnp.dtype(vector_dtype).itemsize
-    needed = steps * bytes_per_device(leaves, width) * len(devices)
-    present = total_bytes(devices) * len(devices)
+    needed = bytes_per_device(leaves) * len(devices)
+    on_host = basis_memory == "host"
+    present = host_bytes() if on_host else total_bytes(devices) * len(devices)
     if needed > present:
+        rows = leaves[0].shape[0] - on_host
+        name = (
+            "A window" if isinstance(reorthogonalize, int) else f"{reorthogonalize.capitalize()} re-orthogonalisation"
+        )
+        place = "the host has" if on_host else "the devices here have"
         raise ValueError(
-            f"Full re-orthogonalisation keeps {steps} vectors, {needed / 1e9:.1f} GB, and the devices here have "
-            f"{present / 1e9:.1f} GB in all: take fewer steps, a narrower vector dtype, or reorthogonalize='none'."
+            f"{name} keeps {rows} vectors, {needed / 1e9:.1f} GB, and {place} {present / 1e9:.1f} GB in all: take "
+            "fewer steps, a narrower basis dtype, basis_memory='host', a window, or reorthogonalize='none'."
         )
 
 
-def _check_finite(operator: LinearOperator, state: LanczosState, alphas: np.ndarray, betas: np.ndarray, p: int) -> None:
-    size = int(state.size)
-    bad = np.flatnonzero(~np.isfinite(alphas[:size] + betas[:size]))
-    if bad.size:
-        where = operator.explain_non_finite(state.previous)
-        message = f"The product at step {bad[0] + 1} of probe {p + 1} is not finite"
-        raise FloatingPointError(f"{message}: {where}." if where else f"{message}.")
+def _identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """What of the facts about an operator does not depend on the mesh."""
+    if isinstance(facts, dict):
+        return {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device")}
+    return facts
+
+
+def unit_roundoff(operator: LinearOperator, like: Vector) -> float:
+    """How far rounding moves eigenvalues in one step, relative to the largest: of the products, or of the vectors.
+
+    Rounding entries of a vector, by eps each and independently, moves it by eps / sqrt(n) along any one eigenvector.
+    """
+    products = max(float(jnp.finfo(dtype).eps) for dtype in operator.dtypes)
+    vectors = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(like))
+    return max(products, vectors / operator.dim**0.5)
 
 
 def _described(operator: LinearOperator, state: LanczosState) -> dict[str, Any]:
@@ -160,20 +398,10 @@ def _described(operator: LinearOperator, state: LanczosState) -> dict[str, Any]:
     return described
 
 
-def _next_length(length: int, seconds: float) -> int:
+def _next_length(length: int, done: int, seconds: float) -> int:
     """Steps of the next segment; it may at most double, because the first one also compiled."""
-    return max(1, min(2 * length, int(length * SEGMENT_SECONDS / max(seconds, 1e-6))))
+    return max(1, min(2 * length, int(done * SEGMENT_SECONDS / max(seconds, 1e-6))))
 
 
-def _check_vector_dtype(vector_dtype: Any) -> None:
-    dtype = jnp.dtype(vector_dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"vector_dtype is {dtype}; Lanczos vectors are floating point.")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"vector_dtype {dtype} needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
-
-
-def _dtypes(like: Any, vector_dtype: Any) -> str:
-    if vector_dtype is not None:
-        return str(jnp.dtype(vector_dtype))
+def _dtypes(like: Any) -> str:
     return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(like)}))

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
-import json
 import os
-import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,13 +13,24 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxhess.density import Axis, Density, smoothed
+from jaxhess.krylov.bounds import distribution_bounds
+from jaxhess.krylov.ghosts import (
+    FLOAT32_ROUNDING,
+    Clusters,
+    Ghosts,
+    classify,
+    independent,
+    relative_tolerance,
+    unflagged,
+)
 from jaxhess.krylov.quadrature import Quadrature, quadrature
+from jaxhess.run_folder import ARRAYS, json_ready, read_run, refuse_unusable, write_run
+from jaxhess.standard_errors import Estimate, Spread, across_probes, on_the_sphere
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = "jaxhess-spectrum-1"
-ARRAYS, RECORD = "spectrum.npz", "spectrum.json"
+__all__ = ["Estimate", "Extreme", "Extremes", "Spectrum", "json_ready", "refuse_unusable"]
 
 MATRIX_NAMES = {
     "Hessian": "loss Hessian",
@@ -35,13 +42,6 @@ MATRIX_NAMES = {
 }
 
 Array = npt.NDArray[np.float64]
-
-
-class Estimate(NamedTuple):
-    """A value and its standard error; the error is NaN where the data do not tell."""
-
-    value: float
-    standard_error: float
 
 
 class Extreme(NamedTuple):
@@ -69,9 +69,17 @@ class Spectrum:
         dim: Rows of the operator: the number of parameters.
         info: What produced it (options, model, data, mesh, versions, timings). Made JSON-ready on entry: tuples become
             lists, numbers that are not finite None, unknown objects their text.
+        rounding: Unit roundoff of the run: the largest eps among storage of the Lanczos vectors and products. It sets
+            what counts as a ghost, and the slack of the distribution bounds.
+
+    Standard errors are of the chance in the probes, and such that two of them mean 95% whatever the number of probes:
+    `jaxhess.standard_errors` says how, with the coverage measured. They are the sphere's where that holds; for probes
+    of random signs (info["probes"]["distribution"] is "rademacher") and for moments whose squares are beyond
+    `exact_degree` they are the probes' own scatter.
 
     Raises:
-        ValueError: Shapes disagree, a size is outside 1..steps, or an entry within it is not finite (a beta: negative).
+        ValueError: Shapes disagree, a size is outside 1..steps, an entry within it is not finite (a beta: negative), or
+            `rounding` is not between 0 and 1.
     """
 
     alphas: Array
@@ -79,6 +87,7 @@ class Spectrum:
     sizes: npt.NDArray[np.int64]
     dim: int
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rounding: float = dataclasses.field(default=FLOAT32_ROUNDING, kw_only=True)
 
     def __post_init__(self) -> None:
         alphas, betas = np.array(self.alphas, np.float64), np.array(self.betas, np.float64)
@@ -101,8 +110,10 @@ class Spectrum:
                 f"probe {probe} step {step} has alpha {alphas[probe, step]} and beta {betas[probe, step]}: "
                 "both must be finite and beta not negative"
             )
+        relative_tolerance(1, self.rounding)
         cleaned = {"alphas": alphas, "betas": betas, "sizes": sizes.astype(np.int64), "dim": int(self.dim)}
-        for name, value in {**cleaned, "info": _json_ready(self.info)}.items():
+        cleaned |= {"info": json_ready(self.info), "rounding": float(self.rounding)}
+        for name, value in cleaned.items():
             if isinstance(value, np.ndarray):
                 value.flags.writeable = False  # The cached quadrature belongs to these coefficients.
             object.__setattr__(self, name, value)
@@ -111,7 +122,7 @@ class Spectrum:
         if not isinstance(other, Spectrum):
             return NotImplemented
         same = all(np.array_equal(getattr(self, n), getattr(other, n), True) for n in ("alphas", "betas", "sizes"))
-        return same and self.dim == other.dim and self.info == other.info
+        return same and all(getattr(self, n) == getattr(other, n) for n in ("dim", "info", "rounding"))
 
     @property
     def num_probes(self) -> int:
@@ -145,6 +156,26 @@ class Spectrum:
         """[probes, steps] beta_m |s_mi|; NaN beyond a probe's size."""
         return self._padded(2, np.nan)
 
+    @functools.cached_property
+    def ghosts(self) -> npt.NDArray[np.bool_]:
+        """[probes, steps] which Ritz values are copies or spurious, see `krylov.ghosts`; False beyond a probe's size.
+
+        All False for a probe whose Lanczos vectors are known to be independent, by the record of the run
+        (info["lanczos"], see `krylov.ghosts.independent`): what is close is then to be counted as it is.
+        """
+        rows = np.zeros(self.alphas.shape, bool)
+        for row, found in zip(rows, self._ghosts, strict=True):
+            row[: found.flags.size] = found.flags
+        rows.flags.writeable = False
+        return rows
+
+    def clusters(self, probe: int) -> Clusters:
+        """The Ritz values of a probe with copies merged, [clusters] ascending; their weights sum to one.
+
+        Where no ghosts are possible (see `ghosts`) every Ritz value is a cluster of its own.
+        """
+        return self._ghosts[probe].clusters
+
     @property
     def broke_down(self) -> npt.NDArray[np.bool_]:
         """[probes] whether the Krylov space was exhausted within rounding: the quadrature is exact but for that."""
@@ -163,9 +194,7 @@ class Spectrum:
         (the squared norm of the next monic Lanczos polynomial), which is known and added. One step thus gives the
         second moment, alpha_1^2 + beta_1^2.
 
-        The standard error is std(ddof=1)/sqrt(probes). A single probe has none to compare with, but v is uniform on the
-        sphere of R^n, for which Var(v'Av) = 2/(n+2) (tr(A^2)/n - (tr(A)/n)^2); with A = H^k and both traces from the
-        same quadrature this is a plug-in estimate, NaN when degree 2k is beyond what the probe knows.
+        The standard error (see `Spectrum`) of a single probe is NaN when degree 2k is beyond what the probe knows.
 
         Raises:
             ValueError: k is not an integer >= 0, or is above `exact_degree`.
@@ -178,15 +207,8 @@ class Spectrum:
                 f"moment {k} is beyond degree {limit}, the last that {limit // 2} Lanczos steps know; "
                 f"run at least {(int(k) + 1) // 2} steps"
             )
-        values = self._probe_moments(int(k))
-        if self.num_probes > 1:
-            return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(self.num_probes)))
-        if limit is not None and 2 * k > limit:
-            return Estimate(float(values[0]), float("nan"))
-        # The variance of theta^k in the measure, as a sum of squares: no cancellation when H is near a multiple of I.
-        theta = self.ritz_values[0, : self.sizes[0]]
-        variance = self.weights[0, : self.sizes[0]] @ (theta**k - values[0]) ** 2 + self._beyond_gauss(2 * int(k))[0]
-        return Estimate(float(values[0]), float(np.sqrt(2 / (self.dim + 2) * variance)))
+        values, spread = self._moment(int(k))
+        return Estimate(float(values.mean()), spread.widened)
 
     def trace(self) -> Estimate:
         """tr(H), dim times the first moment."""
@@ -194,11 +216,80 @@ class Spectrum:
         return Estimate(self.dim * first.value, self.dim * first.standard_error)
 
     def frobenius_norm(self) -> Estimate:
-        """||H||_F = sqrt(dim * second moment); the standard error by the delta method, dF = F dM / (2 M)."""
-        second = self.moment(2)
-        norm = float(np.sqrt(self.dim) * np.sqrt(second.value))
-        slope = norm / (2 * second.value) if second.value > 0 else 0.0
-        return Estimate(norm, slope * second.standard_error)
+        """||H||_F = sqrt(dim * second moment); the standard error by the delta method, dF = F dM / (2 M).
+
+        Without Student's factor where the variance is the sphere's: under the square root its error cancels that of the
+        value. Where one eigenvalue dominates, dF / F is 1/sqrt(2 probes), whatever the probes saw of it.
+        """
+        values, spread = self._moment(2)
+        second = float(values.mean())
+        norm = float(np.sqrt(self.dim) * np.sqrt(second))
+        slope = norm / (2 * second) if second > 0 else 0.0
+        return Estimate(norm, slope * (spread.error if self._by_sphere(self._knows(4)) else spread.widened))
+
+    def trace_function(self, f: Callable[[Array], npt.ArrayLike]) -> Estimate:
+        """tr f(H), estimated by dim times the mean over probes of sum_i w_i f(theta_i) (Ubaru, Chen and Saad 2017).
+
+        The standard error is that of chance in the probes. What the quadrature lacks (nothing for polynomials of degree
+        2 steps - 1 and after a breakdown, little for functions that are smooth from the smallest to the largest
+        eigenvalue) is not in it: compare with fewer steps.
+
+        Args:
+            f: Vectorised: from an array of Ritz values to an array of the same shape.
+
+        Raises:
+            ValueError: f returns another shape, or a value that is not finite (says at which Ritz value).
+        """
+        taken = np.isfinite(self.ritz_values)
+        theta = self.ritz_values[taken]
+        with np.errstate(all="ignore"):
+            found = np.asarray(f(theta.copy()), np.float64)
+        if found.shape != theta.shape:
+            raise ValueError(f"f must be vectorised: for Ritz values of shape {theta.shape} it gave {found.shape}")
+        if not np.isfinite(found).all():
+            worst = int(np.argmin(np.isfinite(found)))
+            raise ValueError(f"f is {found[worst]} at the Ritz value {theta[worst]}: it must be finite at all of them")
+        nodes = np.zeros(self.alphas.shape)
+        nodes[taken] = found
+        values = (self.weights * nodes).sum(1)
+        spread = self._spread(values, nodes, np.zeros(self.num_probes))
+        return Estimate(self.dim * float(values.mean()), self.dim * spread.widened)
+
+    def log_determinant(self, shift: float = 0.0) -> Estimate:
+        """log det(H + shift I) = tr log(H + shift I); the standard error as that of `trace_function`.
+
+        Raises:
+            ValueError: H + shift I is not positive definite (says which shift would be right).
+        """
+        smallest = self.extreme().smallest
+        if not smallest.value + shift > 0:
+            raise ValueError(
+                f"H + shift I has no logarithm with shift {shift}: the smallest Ritz value is {smallest.value}, and an "
+                f"eigenvalue lies within {smallest.residual_bound:.3g} of it; take a shift above "
+                f"{smallest.residual_bound - smallest.value}"
+            )
+        return self.trace_function(lambda theta: np.log(theta + shift))
+
+    def distribution_bounds(self, x: npt.ArrayLike) -> tuple[Array, Array]:
+        """Lower and upper bounds, each [probes, len(x)], of the share of a probe's spectral measure at or below x.
+
+        By the Chebyshev-Markov-Stieltjes inequalities, see `krylov.bounds`, with x moved by the rounding of the run.
+        Their means over probes bound the mean of the probes' measures, which differs from the operator's distribution
+        of eigenvalues by chance. After a breakdown both are the measure's own, but for rounding.
+
+        Raises:
+            ValueError: x is not one-dimensional, or has an entry that is not a number.
+        """
+        x = np.asarray(x, np.float64)
+        if x.ndim != 1:
+            raise ValueError(f"x must be one-dimensional, got shape {x.shape}")
+        bounds = np.empty((2, self.num_probes, x.size))
+        last = self.betas[np.arange(self.num_probes), self.sizes - 1]
+        for probe, (nodes, broke) in enumerate(zip(self._quadratures, self.broke_down, strict=True)):
+            slack = relative_tolerance(self.sizes[probe], self.rounding) * np.abs(nodes.ritz_values).max()
+            slack += last[probe] if broke else 0.0  # What the breakdown took for rounding.
+            bounds[:, probe] = distribution_bounds(nodes.ritz_values, nodes.weights, x, slack, exhausted=broke)
+        return bounds[0], bounds[1]
 
     def extreme(self) -> Extremes:
         """The smallest and largest Ritz value over all probes (H's own extremes lie at or beyond them)."""
@@ -232,13 +323,15 @@ class Spectrum:
         smallest, largest = self.extreme()
         degree = self.exact_degree
         moments = {str(k): self.moment(k)._asdict() for k in range(1, 5) if degree is None or k <= degree}
-        return _json_ready(
+        return json_ready(
             {
                 "dim": self.dim,
                 "num_probes": self.num_probes,
                 "num_steps": self.num_steps,
                 "sizes": self.sizes,
                 "num_broke_down": int(self.broke_down.sum()),
+                "num_ghosts": int(self.ghosts.sum()),
+                "rounding": self.rounding,
                 "smallest": smallest._asdict(),
                 "largest": largest._asdict(),
                 "trace": self.trace()._asdict(),
@@ -258,39 +351,25 @@ class Spectrum:
             FileExistsError: The folder holds a finished run and `overwrite` is False.
         """
         refuse_unusable(folder, overwrite)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in (*Quadrature._fields, *_STORED)}
-        record = {"format": FORMAT, "info": self.info, "summary": self.summary()}
-        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
-        _publish(folder, {ARRAYS: buffer.getvalue(), RECORD: text.encode()})
+        arrays = {name: getattr(self, name) for name in (*Quadrature._fields, "ghosts", *_STORED, "rounding")}
+        write_run(folder, arrays, {"info": self.info, "summary": self.summary()})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Spectrum:
-        """The spectrum that `save` wrote; Ritz values are computed again from alphas and betas.
+        """The spectrum that `save` wrote; what follows from alphas and betas is computed again.
+
+        A folder that was written before the rounding was kept is taken for a float32 run.
 
         Raises:
             FileNotFoundError: The folder or one of its two files is missing.
             ValueError: A file is corrupt or of another format.
         """
-        for path in (Path(folder), Path(folder) / RECORD, Path(folder) / ARRAYS):
-            if not path.exists():
-                raise FileNotFoundError(f"{path} does not exist: a finished run folder holds {RECORD} and {ARRAYS}")
+        arrays, record = read_run(folder)
         try:
-            record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
-            found = record.get("format") if isinstance(record, dict) else None
-            if found != FORMAT:
-                raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
-        except ValueError as error:
-            raise ValueError(f"{Path(folder) / RECORD} is not a spectrum record: {error}") from error
-        try:
-            # From memory: numpy leaves a corrupt file open.
-            with np.load(io.BytesIO((Path(folder) / ARRAYS).read_bytes()), allow_pickle=False) as arrays:
-                fields = {name: arrays[name] for name in _STORED}
-            return cls(**{**fields, "dim": int(fields["dim"])}, info=record.get("info", {}))
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+            alphas, betas, sizes, dim = (arrays[name] for name in _STORED)
+            rounding = float(arrays.get("rounding", FLOAT32_ROUNDING))
+            return cls(alphas, betas, sizes, int(dim), record.get("info", {}), rounding=rounding)
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from error
 
     def plot(self, axis: Axis = "symlog") -> Figure:
@@ -303,6 +382,15 @@ class Spectrum:
     def _quadratures(self) -> list[Quadrature]:
         return [quadrature(a[:m], b[:m]) for a, b, m in zip(self.alphas, self.betas, self.sizes, strict=True)]
 
+    @functools.cached_property
+    def _ghosts(self) -> list[Ghosts]:
+        record = self.info.get("lanczos")
+        settled = independent(record if isinstance(record, dict) else {}, self.sizes)
+        return [
+            unflagged(nodes) if known else classify(nodes, self.rounding)
+            for nodes, known in zip(self._quadratures, settled, strict=True)
+        ]
+
     def _padded(self, field: int, fill: float) -> Array:
         rows = np.full(self.alphas.shape, fill)
         for row, found in zip(rows, self._quadratures, strict=True):
@@ -310,8 +398,31 @@ class Spectrum:
         rows.flags.writeable = False
         return rows
 
-    def _probe_moments(self, k: int) -> Array:
-        return (self.weights * np.nan_to_num(self.ritz_values) ** k).sum(1) + self._beyond_gauss(k)
+    def _knows(self, degree: int) -> bool:
+        return self.exact_degree is None or degree <= self.exact_degree
+
+    def _moment(self, k: int) -> tuple[Array, Spread]:
+        """[probes] v'H^k v, and the spread of their mean."""
+        nodes = np.nan_to_num(self.ritz_values) ** k
+        values = (self.weights * nodes).sum(1) + self._beyond_gauss(k)
+        return values, self._spread(values, nodes, self._beyond_gauss(2 * k), self._knows(2 * k))
+
+    def _spread(self, values: Array, nodes: Array, missing: Array, known: bool = True) -> Spread:
+        """Of the mean of the values [probes] of v'Av, from eigenvalues of A [probes, steps] if they know A squared.
+
+        `missing` is what the quadratures of A squared lack.
+        """
+        if not known and self.num_probes == 1:
+            return Spread(float("nan"), float("nan"))
+        if not self._by_sphere(known):
+            return across_probes(values)
+        return on_the_sphere(self.dim, values, nodes, self.weights, float(missing.mean()))
+
+    def _by_sphere(self, known: bool) -> bool:
+        """Whether the variance on the sphere is taken: for random signs only where there is no other (see there)."""
+        probes = self.info.get("probes")
+        signs = isinstance(probes, dict) and probes.get("distribution") == "rademacher"
+        return known and (self.num_probes == 1 or not signs)
 
     def _beyond_gauss(self, k: int) -> Array:
         """[probes] what v'H^k v exceeds the quadrature by: the product of the squared betas for k = 2 size, else 0."""
@@ -328,53 +439,4 @@ class Spectrum:
         return Extreme(float(values[best]), float(self.residual_bounds[best, columns[best]]), spread)
 
 
-def refuse_unusable(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raises when a run could not be saved in this folder; to be called before the long work. Leaves no trace.
-
-    Raises:
-        FileExistsError: It holds a finished run and `overwrite` is False.
-        NotADirectoryError: It, or what should contain it, is a file.
-        PermissionError: Nothing can be written there.
-    """
-    folder = Path(folder)
-    if not overwrite and (folder / RECORD).exists():
-        raise FileExistsError(
-            f"{folder} already holds a finished run ({RECORD}); choose another folder, or pass "
-            "--overwrite (overwrite=True) to replace it"
-        )
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"The run folder {folder} cannot be made: {existing} is a file.")
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise PermissionError(f"The run folder {folder} cannot be written ({error.strerror}).") from None
-
-
 _STORED = ("alphas", "betas", "sizes", "dim")
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _json_ready(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_json_ready(item) for item in value]
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _publish(folder: Path, files: dict[str, bytes]) -> None:
-    """Replaces the files in this order, all of them or (when writing fails) none."""
-    temporaries = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
-    try:
-        for name, content in files.items():
-            temporaries[name].write_bytes(content)
-        (folder / RECORD).unlink(missing_ok=True)  # Never an old record beside new arrays.
-        for name, temporary in temporaries.items():
-            os.replace(temporary, folder / name)
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ entries. Products accumulate in at least float32 whatever the storage dtype, and
 from __future__ import annotations
 
 import functools
+import hashlib
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -21,27 +22,56 @@ Vector = Any
 Distribution = Literal["normal", "rademacher"]
 
 
+# One program, also outside of `jit`: leaf by leaf, many small programs would be in flight at once, each with a
+# collective of its own, and simulated devices that share few threads can then wait for each other for ever.
+_one_program = functools.partial(jax.jit, static_argnames="dtype", inline=True)
+
+
+@_one_program
 def dot(x: Vector, y: Vector, dtype: Any = "float32") -> jax.Array:
     """Inner product of two vectors: a scalar, accumulated in at least `dtype`."""
     parts = jax.tree.map(lambda a, b: jnp.sum(_wide(a, dtype) * _wide(b, dtype)), x, y)
     return sum(jax.tree.leaves(parts), start=jnp.zeros((), dtype))
 
 
+@_one_program
 def norm(x: Vector, dtype: Any = "float32") -> jax.Array:
     """Euclidean norm: a scalar in at least `dtype`, right wherever the entries themselves are representable.
 
     Squares under- and overflow long before the entries do (those of a float32 gradient of 1e-20 vanish); only where
-    they did is the vector scaled by its largest entry and summed again.
+    they did is the vector scaled by its largest entry and summed again. Under `vmap` likewise, where one of them did.
     """
-    total = dot(x, x, dtype)
+    return _norm_in(str(jnp.dtype(dtype)))(x)
 
-    def rescaled() -> jax.Array:
+
+@functools.cache
+def _norm_in(dtype: str) -> Callable[[Vector], jax.Array]:
+    def squares(x: Vector) -> jax.Array:
+        return dot(x, x, dtype)
+
+    def rescaled(x: Vector) -> jax.Array:
         largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(_wide(e, dtype))) for e in jax.tree.leaves(x)])
         unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-        scaled = jax.tree.map(lambda e: _wide(e, dtype) / unit, x)
-        return unit * jnp.sqrt(dot(scaled, scaled, dtype))
+        return unit * jnp.sqrt(squares(jax.tree.map(lambda e: _wide(e, dtype) / unit, x)))
 
-    return jax.lax.cond((total > 1e-20) & jnp.isfinite(total), lambda: jnp.sqrt(total), rescaled)
+    def safe(total: jax.Array) -> jax.Array:
+        return jnp.all((total > 1e-20) & jnp.isfinite(total))
+
+    @jax.custom_batching.custom_vmap
+    def one(x: Vector) -> jax.Array:
+        total = squares(x)
+        return jax.lax.cond(safe(total), lambda: jnp.sqrt(total), lambda: rescaled(x))
+
+    # vmap would turn the condition into a choice between both, and sum every vector twice.
+    @one.def_vmap
+    def many(_: int, batched: list[Any], x: Vector) -> tuple[jax.Array, bool]:
+        axes = jax.tree.map(lambda b: 0 if b else None, batched[0])
+        totals = jax.vmap(squares, in_axes=(axes,))(x)
+        return jax.lax.cond(
+            safe(totals), lambda: jnp.sqrt(totals), lambda: jax.vmap(rescaled, in_axes=(axes,))(x)
+        ), True
+
+    return one
 
 
 def scale(a: jax.Array, x: Vector) -> Vector:
@@ -67,26 +97,36 @@ def widen(x: Vector) -> Vector:
 
 
 def basis_dot(basis: Vector, x: Vector) -> jax.Array:
-    """Inner products [m] of x with the m vectors stacked along the leading axis of `basis`; at least float32."""
+    """Inner products [m] of x with the m vectors stacked along the leading axis of `basis`; at least float32.
+
+    Sums of products, which XLA adds up in a tree, and not a matrix product, which on CPUs adds one entry after the
+    other: in float32 that is off by 4e-5 of |x|^2 for a million entries and by 7e-4 for ten million.
+    """
 
     def leaf(b: jax.Array, e: jax.Array) -> jax.Array:
-        axes = (tuple(range(1, b.ndim)), tuple(range(e.ndim)))
-        wide = jnp.promote_types(e.dtype, jnp.float32)
-        return jax.lax.dot_general(
-            b, e.astype(b.dtype), (axes, ((), ())), precision="highest", preferred_element_type=wide
-        )
+        return jnp.sum(_wide(b) * _wide(e), axis=tuple(range(1, b.ndim)))
 
     return sum(jax.tree.leaves(jax.tree.map(leaf, basis, x)), start=jnp.float32(0))
 
 
 def basis_sum(coefficients: jax.Array, basis: Vector) -> Vector:
-    """The linear combination of the m stacked vectors with `coefficients` [m]; leaves in at least float32."""
-    return jax.tree.map(
-        lambda b: jnp.tensordot(
-            coefficients.astype(jnp.promote_types(b.dtype, jnp.float32)), _wide(b), axes=1, precision="highest"
-        ),
-        basis,
-    )
+    """The linear combination of the m stacked vectors with `coefficients` [m]; leaves in at least float32.
+
+    A basis in a narrower dtype is read one vector at a time: a matrix product would first widen all of it.
+    """
+
+    def leaf(b: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(b.dtype, jnp.float32)
+        c = coefficients.astype(wide)
+        if b.dtype == wide:
+            return jnp.tensordot(c, b, axes=1, precision="highest")
+
+        def add(k: jax.Array, total: jax.Array) -> jax.Array:
+            return total + c[k] * jax.lax.dynamic_index_in_dim(b, k, keepdims=False).astype(wide)
+
+        return jax.lax.fori_loop(0, b.shape[0], add, jnp.zeros(b.shape[1:], wide))
+
+    return jax.tree.map(leaf, basis)
 
 
 def size(x: Vector) -> int:
@@ -120,6 +160,36 @@ def random_probe(key: jax.Array, like: Vector, distribution: Distribution = "nor
     shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype)) for _, leaf in leaves)
     shardings = tuple(named_sharding(leaf) for _, leaf in leaves)
     return jax.tree.unflatten(treedef, _drawer(paths, shapes, shardings, distribution)(key))
+
+
+def checksum(x: Any) -> str:
+    """16 hexadecimal digits that tell trees of arrays apart: names, shapes, dtypes and every bit count.
+
+    Integer sums of the bits, weighted by position: the same on one device and on many, and nothing is gathered.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.flatten_with_path(x)[0]:
+        leaf = jax.random.key_data(leaf) if jax.dtypes.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) else leaf
+        facts = (jax.tree_util.keystr(path), jnp.shape(leaf), str(jnp.result_type(leaf)), int(_bit_sum(leaf)))
+        digest.update(repr(facts).encode())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _bit_sum(x: jax.Array) -> jax.Array:
+    x = jnp.asarray(x)
+    bits = x.astype(jnp.uint8) if x.dtype == bool else x
+    unsigned = jnp.dtype(f"uint{8 * bits.dtype.itemsize}")
+    if unsigned.itemsize == 8:  # as pairs of halves
+        bits = jax.lax.bitcast_convert_type(bits, jnp.uint32)
+    elif bits.dtype != unsigned:
+        bits = jax.lax.bitcast_convert_type(bits, unsigned)
+    position, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        places = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        position = position + places * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * position + 1) ^ (position >> 7), dtype=jnp.uint32)
 
 
 def check_accumulation_dtype(dtype: str) -> None:

@@ -30,11 +30,14 @@ from jaxhess.command import one_sentence
 from jaxhess.krylov import compile_segment
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.losses import TokenBatch
+from jaxhess.memory import bytes_per_device
 from jaxhess.mesh import batch_sharding, data_shards
 from jaxhess.models import LanguageModel, initialize
+from jaxhess.operators.loss import divided
 from jaxhess.operators.microbatches import sum_over_microbatches
 from jaxhess.peaks import peak_matmul_flops
 from jaxhess.program import bytes_accessed, matmul_flops, read_program, temporary_bytes
+from jaxhess.spectra import json_ready
 from jaxhess.vectors import Vector
 
 
@@ -111,7 +114,7 @@ def run(options: Options) -> dict[str, Any]:
     hessian, lanczos_hessian = (_hessian(options, model, n) for n in (options.sequences, options.lanczos_sequences))
     vector = jaxhess.random_probe(jax.random.key(options.seed), hessian.shape_dtype)
     references = _references(options, hessian, lanczos_hessian, vector) if options.reference else {}
-    rows = _rows(options, hessian, lanczos_hessian, vector, references)
+    rows = _rows(options, model, hessian, lanczos_hessian, vector, references)
     if options.peers:
         rows += _peer_rows(options, model, hessian, lanczos_hessian, vector, references)
     for row in rows:
@@ -131,16 +134,17 @@ def run(options: Options) -> dict[str, Any]:
     exact, vectors_only = (seconds[f"Lanczos, {options.steps} steps, {name}"] for name in ("exact", "vectors only"))
     packages = ("jaxhess", "jax", "jaxlib", "flax", *(("torch", "hessian-eigenthings") if options.peers else ()))
     facts = {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
+        "options": dataclasses.asdict(options),
         "parameters": model.num_params,
         "dtype": model.config.dtype,
         "device": {"kind": device, "count": mesh.size, "cores": os.cpu_count()},
         "versions": {name: importlib.metadata.version(name) for name in packages},
+        "vector_bytes": bytes_per_device(jax.tree.leaves(hessian.shape_dtype)),
         "vector_work_share": vectors_only / exact,
         "rows": [{"name": row.name, **row.result} for row in rows],
     }
     if options.out is not None:
-        options.out.write_text(json.dumps(facts, indent=1) + "\n")
+        options.out.write_text(json.dumps(json_ready(facts), indent=1) + "\n")
     _print(Console(), facts)
     return facts
 
@@ -223,11 +227,14 @@ def _gradient(hessian: jaxhess.Hessian) -> Vector:
     with jax.default_matmul_precision("highest"):
         gradient = jax.grad(hessian.sum_and_count, has_aux=True)
         total, count = sum_over_microbatches(lambda batch: gradient(hessian.free, batch), hessian.batches)
-        return hessian.pin(jax.tree.map(lambda t, x: (t / count).astype(x.dtype), total, hessian.free))
+        return hessian.pin(divided(total, count, hessian.free))
 
 
-def _rows(options: Options, hessian: Any, lanczos: Any, vector: Vector, references: dict[str, Any]) -> list[Row]:
-    stored, lanczos_stored = (_without_remat(h).linearize() for h in (hessian, lanczos))
+def _rows(
+    options: Options, model: LanguageModel, hessian: Any, lanczos: Any, vector: Vector, references: dict[str, Any]
+) -> list[Row]:
+    no_remat = model.configured(remat=False).loss()
+    stored, lanczos_stored = (dataclasses.replace(h, loss=no_remat).linearize() for h in (hessian, lanczos))
     loss, params, batches = hessian.loss, hessian.params, hessian.batches
     difference = jaxhess.FiniteDifferenceHessian(loss, params, batches, step=options.fd_step, per="coordinate")
     four = jax.tree.map(lambda x: jnp.stack([x, -x, 2 * x, 0.5 * x]), vector)
@@ -258,10 +265,12 @@ def _rows(options: Options, hessian: Any, lanczos: Any, vector: Vector, referenc
         return operator.mv(v)
 
     newton = jaxhess.GaussNewton(loss, params, batches)
+    linearised = program("linearised product", product, stored, vector)
+    linearised.result["residual_bytes"] = stored.residual_bytes
     return [
         program("gradient", _gradient, hessian, expected="gradient"),
         program("exact product", product, hessian, vector),
-        program("linearised product", product, stored, vector),
+        linearised,
         program("finite-difference product", product, difference, vector),
         program("Gauss-Newton product", product, newton, vector, expected="gauss-newton"),
         program("four exact products at once", lambda op, vs: jax.vmap(op.mv)(vs), hessian, four, first=True),
@@ -269,11 +278,6 @@ def _rows(options: Options, hessian: Any, lanczos: Any, vector: Vector, referenc
         lanczos_row("linearised", lanczos_stored),
         lanczos_row("vectors only", _VectorsOnly(vector), expected="nothing"),
     ]
-
-
-def _without_remat(hessian: jaxhess.Hessian) -> jaxhess.Hessian:
-    config = dataclasses.replace(hessian.loss.config, remat=False)  # type: ignore[attr-defined]
-    return dataclasses.replace(hessian, loss=dataclasses.replace(hessian.loss, config=config))  # type: ignore[type-var]
 
 
 def _references(options: Options, hessian: Any, lanczos: Any, vector: Vector) -> dict[str, Any]:
@@ -414,6 +418,9 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
         "temporary memory of the compiled program, both on one device. Errors are relative to the same in float64: of "
         f"the vector, or of the largest Ritz value after {facts['options']['steps']} Lanczos steps."
     )
+    kept = next(row["residual_bytes"] for row in facts["rows"] if "residual_bytes" in row)
+    vector = facts["vector_bytes"]
+    console.print(f"The linearised product keeps {kept / 1e6:.0f} MB, {kept / vector:.1f} times a vector's.")
     console.print(f"Work on vectors in the exact Lanczos run: {facts['vector_work_share']:.1%} of its time.")
 
 

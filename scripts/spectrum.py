@@ -28,10 +28,18 @@ from jaxhess.models import abstract_params
 from jaxhess.noise import audit
 from jaxhess.operators.restriction import restriction
 from jaxhess.report import remove_report, write_report
-from jaxhess.slq import check_basis_fits
+from jaxhess.slq import check_basis_fits, vectors_like
 from jaxhess.spectra import refuse_unusable
 
 TINY = Path(__file__).parent / "tiny"
+UNFINISHED, EIGENVECTORS = "unfinished", "eigenvectors"
+FREE = {
+    *("model", "data", "mesh", "microbatch", "query_chunk", "token_chunk", "remat", "batch_size", "residual_gb"),
+    *("audit", "out", "overwrite", "resume", "checkpoint_every"),
+    *("eigenpairs", "eigenpair_tolerance", "eigenpair_steps"),
+}
+"""Options that may differ when a run is taken up: where things lie (weights and tokens are compared themselves), how
+the work is cut, and what comes after it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +82,21 @@ class Options:
     """Lanczos steps per probe: one product each."""
     probes: int = 4
     """Random probes; two or more give standard errors."""
-    reorthogonalize: Literal["full", "none"] = "full"
-    """`full` keeps all Lanczos vectors (steps x parameters of memory) and has no ghosts; `none` keeps two."""
+    reorthogonalize: Literal["full", "none", "selective"] | int = "full"
+    """`full` keeps all Lanczos vectors (steps x parameters of memory) and has no ghosts; `none` keeps two; a number, as
+    8, keeps a window of the last so many; `selective` orthogonalises against converged Ritz vectors only."""
+    basis_dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """Storage of the vectors kept for re-orthogonalisation; by default as --vector-dtype. bfloat16 halves them."""
+    basis_memory: Literal["device", "host"] = "device"
+    """`host` keeps them in the host's pinned memory; probes then advance one at a time."""
+    batch_size: int | None = None
+    """Probes that advance together and share primal passes; by default as many as fit into memory."""
+    eigenpairs: int = 0
+    """Also find so many leading eigenvectors (largest magnitude), and save them in the run folder."""
+    eigenpair_tolerance: float = 1e-3
+    """They have converged at a residual bound of this times the largest eigenvalue."""
+    eigenpair_steps: int = 100
+    """The most Lanczos steps for them."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """Storage of the weights; by default the checkpoint's own."""
     compute_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
@@ -102,6 +123,12 @@ class Options:
     """Run folder; by default runs/<date>-<model>."""
     overwrite: bool = False
     """Replace a finished run in that folder."""
+    checkpoint_every: int = 10
+    """Steps between saves of an unfinished run (they replace each other, in the run folder); 0 for none. SIGTERM saves
+    too."""
+    resume: bool = False
+    """Go on with the unfinished run in --out, which must be of the same model, data and options. --mesh, --microbatch,
+    --query-chunk and --token-chunk may differ."""
 
 
 def run(options: Options) -> jaxhess.Spectrum:
@@ -109,14 +136,14 @@ def run(options: Options) -> jaxhess.Spectrum:
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).name}"
     refuse_unusable(out, options.overwrite)
     _check_options(options)
+    checkpoint = jaxhess.Checkpoint(out / UNFINISHED, options.checkpoint_every or 1, options.resume)
+    if not options.overwrite:
+        checkpoint.check()
     config = convert.load_config(options.model, options.dtype)
     layers = _layers(options.layers, config.num_layers)
     if options.restrict or layers is not None:
         restriction(abstract_params(config), options.restrict, layers)
-    if config.rope is None and options.seq_len > config.max_positions:
-        raise ValueError(
-            f"--seq-len {options.seq_len}: this model has learned positions for {config.max_positions} only."
-        )
+    config.check_length(options.seq_len)
     if "float64" in (config.dtype, options.compute_dtype, options.vector_dtype, options.accumulation_dtype):
         jax.config.update("jax_enable_x64", True)
     mesh = jaxhess.make_mesh(options.mesh)
@@ -145,9 +172,19 @@ def run(options: Options) -> jaxhess.Spectrum:
         f"{blocks.num_sequences} sequences of {blocks.seq_len} tokens."
     )
 
+    checkpoint = dataclasses.replace(checkpoint, identity=_identity(options, model, blocks.fingerprint()))
+    if options.resume:
+        checkpoint.check()
+
     operator = build_operator(options, model, batches)
-    if options.reorthogonalize == "full":
-        check_basis_fits(operator.shape_dtype, options.steps, options.vector_dtype)
+    check_basis_fits(
+        vectors_like(operator, options.vector_dtype),
+        options.steps,
+        options.reorthogonalize,
+        options.accumulation_dtype,
+        options.basis_dtype,
+        options.basis_memory,
+    )
     clock["operator"] = time.perf_counter()
     noise = audit(operator, seed=options.seed) if options.audit else None
     clock["audit"] = time.perf_counter()
@@ -176,6 +213,8 @@ def run(options: Options) -> jaxhess.Spectrum:
         },
         **({"noise": noise} if noise else {}),
     }
+    if options.overwrite and not options.resume:
+        checkpoint.remove()
     with _Bar(console) as bar:
         result = jaxhess.spectrum(
             operator,
@@ -185,16 +224,61 @@ def run(options: Options) -> jaxhess.Spectrum:
             reorthogonalize=options.reorthogonalize,
             vector_dtype=options.vector_dtype,
             accumulation_dtype=options.accumulation_dtype,
+            basis_dtype=options.basis_dtype,
+            basis_memory=options.basis_memory,
+            batch_size=options.batch_size,
             distribution=options.probe_distribution,
+            checkpoint=checkpoint if options.checkpoint_every else None,
             callback=bar.show,
             info=info,
         )
+    write(result, out, overwrite=options.overwrite)
+    if options.eigenpairs:
+        result = with_eigenpairs(options, operator, result, out, console)
+        write(result, out, overwrite=True)
+    checkpoint.remove()
     if jax.process_index() == 0:
-        remove_report(out)
-        result.save(out, overwrite=options.overwrite)
-        write_report(out, result)
         _print_summary(console, result, out)
     return result
+
+
+def write(result: jaxhess.Spectrum, out: Path, overwrite: bool) -> None:
+    """The run folder, from one process."""
+    if jax.process_index() == 0:
+        remove_report(out)
+        result.save(out, overwrite=overwrite)
+        write_report(out, result)
+
+
+def with_eigenpairs(
+    options: Options, operator: jaxhess.LinearOperator, result: jaxhess.Spectrum, out: Path, console: Console
+) -> jaxhess.Spectrum:
+    """The spectrum with leading eigenvalues and their residuals in its record; eigenvectors go to the run folder."""
+    pairs = jaxhess.leading_eigenpairs(
+        operator,
+        options.eigenpairs,
+        tolerance=options.eigenpair_tolerance,
+        steps=options.eigenpair_steps,
+        seed=options.seed,
+        reorthogonalize=options.reorthogonalize,
+        vector_dtype=options.vector_dtype,
+        accumulation_dtype=options.accumulation_dtype,
+        basis_dtype=options.basis_dtype,
+        basis_memory=options.basis_memory,
+    )
+    pairs.save(out / EIGENVECTORS, overwrite=True)
+    for value, residual, converged in zip(pairs.values, pairs.residuals, pairs.converged, strict=True):
+        console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{'' if converged else ', not converged'})")
+    record = {name: getattr(pairs, name).tolist() for name in ("values", "residuals", "converged")}
+    found = {**record, "steps": pairs.steps, "vectors": EIGENVECTORS}
+    return dataclasses.replace(result, info={**result.info, "eigenpairs": found})
+
+
+def _identity(options: Options, model: jaxhess.LanguageModel, data: str) -> dict[str, Any]:
+    """What must be the same when an unfinished run is taken up; the library adds the weights and the loss."""
+    chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in FREE}
+    return {"options": chosen, "data": data, "model": config}
 
 
 def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any) -> jaxhess.LinearOperator:
@@ -233,6 +317,20 @@ def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any)
 def _check_options(options: Options) -> None:
     if options.steps < 1 or options.probes < 1:
         raise ValueError(f"--steps {options.steps} and --probes {options.probes} must both be at least 1.")
+    if options.checkpoint_every < 0:
+        raise ValueError(f"--checkpoint-every {options.checkpoint_every} must be a number of steps, or 0 for none.")
+    if options.resume and options.out is None:
+        raise ValueError("--resume needs --out, the folder of the run to go on with.")
+    if options.resume and not options.checkpoint_every:
+        raise ValueError(
+            "--resume and --checkpoint-every 0 contradict each other: a run that is not saved has no rest."
+        )
+    if options.eigenpairs < 0 or options.eigenpairs > options.eigenpair_steps:
+        raise ValueError(
+            f"--eigenpairs {options.eigenpairs} must be from 0 to --eigenpair-steps {options.eigenpair_steps}."
+        )
+    if not 0 < options.eigenpair_tolerance < 1:
+        raise ValueError(f"--eigenpair-tolerance {options.eigenpair_tolerance} must be between 0 and 1.")
     if options.fisher_samples < 1:
         raise ValueError(f"--fisher-samples {options.fisher_samples} must be at least 1.")
     if options.operator != "hessian" and options.hvp != "exact":
@@ -286,12 +384,14 @@ class _Bar:
         self.bar.stop()
 
     def show(self, progress: jaxhess.Progress) -> None:
-        theta = quadrature(progress.alphas, progress.betas).ritz_values
-        extremes = f"{theta[0]:.4g} to {theta[-1]:.4g}"
-        name = f"probe {progress.probe + 1} of {progress.probes}"
+        pairs = zip(progress.alphas, progress.betas, strict=True)
+        theta = [quadrature(*pair).ritz_values for pair in pairs]
+        extremes = f"{min(t[0] for t in theta):.4g} to {max(t[-1] for t in theta):.4g}"
+        first, last = progress.probe + 1, progress.probe + progress.together
+        name = f"probe {first} of {progress.probes}" if first == last else f"probes {first}-{last} of {progress.probes}"
         if self.console.is_terminal:
             total = progress.steps * progress.probes
-            done = progress.probe * progress.steps + progress.step
+            done = progress.probe * progress.steps + progress.together * progress.step
             self.bar.update(self.task, description=name, total=total, completed=done, extremes=extremes)
         elif progress.step == progress.steps:
             self.console.print(f"{name}: Ritz values {extremes}, {progress.seconds:.1f} s")

@@ -29,7 +29,7 @@ from jaxhess.command import one_sentence
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.plotting import format_number
-from jaxhess.spectra import refuse_unusable
+from jaxhess.spectra import json_ready, refuse_unusable
 from jaxhess.vectors import Vector, cast, norm, random_probe, size
 
 TINY = Path(__file__).parent / "tiny"
@@ -86,10 +86,7 @@ def run(options: Options) -> dict[str, Any]:
     refuse_unusable(out, options.overwrite)
     check_options(options)
     config = convert.load_config(options.model, options.dtypes[0])
-    if config.rope is None and options.seq_len > config.max_positions:
-        raise ValueError(
-            f"--seq-len {options.seq_len}: this model has learned positions for {config.max_positions} only."
-        )
+    config.check_length(options.seq_len)
     if options.reference == "float64":
         jax.config.update("jax_enable_x64", True)
     console = Console()
@@ -110,7 +107,7 @@ def run(options: Options) -> dict[str, Any]:
         exact = jaxhess.Hessian(model.loss(), model.params, batches)
         studies.append(study(options, exact, blocks.tokens, console))
     record = {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
+        "options": dataclasses.asdict(options),
         "parameters": model.num_params,
         "data_fingerprint": blocks.fingerprint(),
         "studies": studies,
@@ -119,7 +116,7 @@ def run(options: Options) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     (out / RECORD).unlink(missing_ok=True)  # never an old record beside a new plot
     plot(record).savefig(out / PLOT)
-    (out / RECORD).write_text(json.dumps(finite(record), indent=2, allow_nan=False) + "\n")
+    (out / RECORD).write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n")
     print_tables(console, record)
     console.print(f"written to {out} in {record['seconds']:.0f} s")
     return record
@@ -350,15 +347,6 @@ def print_tables(console: Console, record: dict[str, Any]) -> None:
         for name, errors in runs.items():
             ritz.add_row(name, f"{errors['smallest']:.1e}", f"{errors['largest']:.1e}")
         console.print(ritz)
-
-
-def finite(value: Any) -> Any:
-    """The value with None for numbers that JSON has no name for."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main() -> None:

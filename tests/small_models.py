@@ -1,12 +1,15 @@
-"""Small language models and operators on them, for tests."""
+"""Small language models and operators on them, and scripts run in this process, for tests."""
 
 import dataclasses
+import sys
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhess import DecoderConfig, Hessian, Microbatches
+from jaxhess import DecoderConfig, Hessian, LinearOperator, Microbatches
 from jaxhess.losses import TokenBatch
 from jaxhess.models import LanguageModel, initialize
 from jaxhess.vectors import norm
@@ -45,9 +48,33 @@ def relative(x, y) -> float:
     return float(norm(jax.tree.map(lambda a, b: jnp.asarray(a) - jnp.asarray(b), x, y)) / norm(y))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Diagonal(LinearOperator):
+    """A diagonal matrix; its vectors are trees like its entries."""
+
+    entries: Any
+
+    def mv(self, v):
+        return jax.tree.map(lambda d, x: (d * x).astype(x.dtype), self.entries, v)
+
+    @property
+    def shape_dtype(self):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.entries)
+
+
 def language_operator(dtype: str = "float32", token_chunk: int = 64, **change) -> Hessian:
     config = dataclasses.replace(SMALL, dtype=dtype, **change)
     model = scaled_up(initialize(config, jax.random.key(0)))
     ids = tokens(8, 12, 101)
     stacked = TokenBatch(jnp.asarray(ids.reshape(2, 4, 13)), jnp.ones((2, 4, 12)))
     return Hessian(model.loss(token_chunk), model.params, Microbatches(stacked))
+
+
+def run_command(script: ModuleType, *arguments: str) -> None:
+    """The script's `main` with these arguments."""
+    previous, sys.argv = sys.argv, [script.__name__, *arguments]
+    try:
+        script.main()
+    finally:
+        sys.argv = previous

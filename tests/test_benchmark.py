@@ -1,4 +1,4 @@
-"""What the benchmark prints is what it measured, and the speed that is promised holds."""
+"""What the benchmark prints is what it measured, and products take the operations that are promised."""
 
 import json
 import subprocess

@@ -137,7 +137,7 @@ def test_the_hessian_less_gauss_newton_vanishes_at_a_zero_residual():
     assert np.abs(operator.to_matrix()).max() == 0
 
 
-@pytest.mark.parametrize("kind", ["drawn"])
+@pytest.mark.parametrize("kind", [pytest.param(GaussNewton, marks=pytest.mark.slow), "drawn"])
 def test_products_do_not_depend_on_the_mesh(kind):
     ids = tokens(16, 12, 101).reshape(2, 8, 13)
     products = []

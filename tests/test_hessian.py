@@ -133,7 +133,7 @@ def test_hessian_does_not_depend_on_chunks_or_rematerialisation(change):
     assert relative(language_operator(**change) @ v, operator @ v) < 2e-6
 
 
-@pytest.mark.parametrize("axes", ["fsdp=4,tensor=2", "data=2,fsdp=4"])
+@pytest.mark.parametrize("axes", [pytest.param("fsdp=8", marks=pytest.mark.slow), "fsdp=4,tensor=2", "data=2,fsdp=4"])
 def test_spectrum_does_not_depend_on_the_mesh(axes):
     ids = tokens(16, 12, 101).reshape(2, 8, 13)
     results = []
@@ -270,7 +270,10 @@ def test_nothing_larger_than_a_layer_or_the_head_is_gathered():
     assert max(gathered) <= 64 * 192 == 1.5 * 64 * 128  # one layer's feed-forward matrix; the head is smaller
 
 
-@pytest.mark.parametrize(("axes", "shards"), [("fsdp=4,tensor=2", 8), ("data=2,fsdp=4", 4)])
+@pytest.mark.parametrize(
+    ("axes", "shards"),
+    [pytest.param("fsdp=8", 8, marks=pytest.mark.slow), ("fsdp=4,tensor=2", 8), ("data=2,fsdp=4", 4)],
+)
 def test_compiled_program_holds_its_share_and_no_more(axes, shards):
     config = dataclasses.replace(SMALL, vocab_size=1001, embed_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=192)
     mesh = make_mesh(axes)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from jaxhess.plotting import density_figure, stem_figure
-from jaxhess.report import write_report
+from jaxhess.plotting import density_figure, distribution_figure, stem_figure
+from jaxhess.report import remove_report, write_report
 from jaxhess.spectra import Spectrum
 
 INFO = {
@@ -40,6 +40,8 @@ CASES = {
     "tiny": _spectrum(scale=1e-11),
     "huge": _spectrum(scale=1e20),
     "far from zero": _spectrum(scale=1e-5, shift=1.0),
+    "many parameters": Spectrum([[0.1, 2.0, 0.3]], [[1.0, 1.0, 1.0]], [3], 10**12),
+    "more than float64 counts": Spectrum([[0.1, 2.0, 0.3]], [[1.0, 1.0, 1.0]], [3], 10**20),
     "zero": Spectrum([[0.0]], [[0.0]], [1], 1),
     "broken down": Spectrum([[1.0, 2.0], [3.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]], [2, 1], 5),
 }
@@ -73,9 +75,10 @@ def _read(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["symlog", "linear", "stem"])
+@pytest.mark.parametrize("kind", ["symlog", "linear", "stem", "distribution"])
 def test_tick_labels_do_not_overlap(case, kind):
-    figure = stem_figure(CASES[case]) if kind == "stem" else density_figure(CASES[case], kind)
+    draw = {"stem": stem_figure, "distribution": distribution_figure}.get(kind, lambda s: density_figure(s, kind))
+    figure = draw(CASES[case])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     (axes,) = figure.axes
@@ -129,6 +132,74 @@ def test_stem_figure_says_how_many_values_are_below_the_axis():
     assert f"{hidden} Ritz values" in axes.get_title()
 
 
+def test_ghosts_are_hollow_over_dots_of_their_probe():
+    spectrum = _ghostly()
+    axes = stem_figure(spectrum).axes[0]
+    dots, hollow = axes.lines[:2], axes.lines[2:4]
+    for probe in range(2):
+        flags = spectrum.ghosts[probe]
+        assert flags.sum() > 20
+        drawn = hollow[probe]
+        np.testing.assert_array_equal(drawn.get_xdata(), spectrum.ritz_values[probe, flags])
+        np.testing.assert_array_equal(drawn.get_ydata(), spectrum.weights[probe, flags])
+        assert drawn.get_markerfacecolor() == "white"
+        np.testing.assert_array_equal(drawn.get_markeredgecolor(), dots[probe].get_color())
+    assert "hollow: ghosts" in [text.get_text() for text in axes.get_legend().get_texts()]
+    none = stem_figure(CASES["broken down"]).axes[0]
+    assert not any("ghosts" in text.get_text() for text in none.get_legend().get_texts())
+
+
+def test_ticks_under_the_density_leave_ghosts_out():
+    spectrum = _ghostly()
+    (ticks,) = [line for line in density_figure(spectrum).axes[0].lines if "outside" in line.get_label()]
+    drawn = np.isin(spectrum.ritz_values, ticks.get_xdata())
+    assert not (drawn & spectrum.ghosts).any()
+    assert drawn.sum() == ticks.get_xdata().size >= 8
+    assert {-1, 2, 5, 10} <= set(np.round(ticks.get_xdata(), 4))
+
+
+def _ghostly(info=None):
+    """Lanczos without re-orthogonalisation, in float32, on a bulk and outliers: many copies."""
+    rng = np.random.default_rng(0)
+    diagonal = np.append(rng.normal(size=500) * 1e-2, [-1.0, 2.0, 5.0, 10.0]).astype(np.float32)
+    alphas, betas = np.zeros((2, 80)), np.zeros((2, 80))
+    for probe in range(2):
+        q = rng.normal(size=diagonal.size).astype(np.float32)
+        q, previous, beta = q / np.linalg.norm(q), np.zeros_like(q), np.float32(0)
+        for step in range(80):
+            w = diagonal * q - beta * previous
+            alphas[probe, step] = alpha = w @ q
+            w -= np.float32(alpha) * q
+            betas[probe, step] = beta = np.linalg.norm(w)
+            previous, q = q, w / beta
+    return Spectrum(alphas, betas, [80, 80], diagonal.size, info or {})
+
+
+@pytest.mark.parametrize("case", ["LLM-like", "one probe", "many probes", "broken down"])
+def test_distribution_figure_draws_the_mean_inside_its_bounds(case):
+    spectrum = CASES[case]
+    axes = distribution_figure(spectrum).axes[0]
+    x, y = axes.lines[0].get_data()
+    mean = np.mean(
+        [(w[:, None] * (t[:, None] <= x)).sum(0) for t, w in zip(spectrum.ritz_values, spectrum.weights, strict=True)],
+        0,
+    )
+    low, high = axes.get_ylim()
+    assert low == pytest.approx(0.1 / spectrum.dim)
+    shown = (mean > low) & (mean < high)
+    assert shown.any()
+    np.testing.assert_allclose(y[shown], mean[shown], rtol=1e-9, atol=1e-14)
+    lower, upper = (bound.mean(0) for bound in spectrum.distribution_bounds(x))
+    (band,) = axes.collections
+    corners = band.get_paths()[0].vertices[:, 1]
+    floor = low / 10
+    for bound in (lower, upper):
+        drawn = np.clip(bound, floor, 1 - floor)
+        assert np.isin(drawn, corners).all()
+    assert (np.clip(lower, floor, 1 - floor) <= y + 1e-13).all()
+    assert (y <= np.clip(upper, floor, 1 - floor) + 1e-13).all()
+
+
 def test_plot_is_the_density_figure_and_shows_in_a_notebook():
     figure = _spectrum().plot(axis="linear")
     assert figure.axes[0].get_xscale() == "linear"
@@ -143,8 +214,8 @@ def test_figures_leave_pyplot_alone():
 def test_report_embeds_its_plots_and_needs_nothing_else(tmp_path):
     write_report(tmp_path, _spectrum())
     page, parser = _read(tmp_path)
-    assert len(parser.sources) == 2
-    for source, name in zip(parser.sources, ("density.png", "stem.png"), strict=True):
+    assert len(parser.sources) == 3
+    for source, name in zip(parser.sources, ("density.png", "distribution.png", "stem.png"), strict=True):
         image = base64.b64decode(re.fullmatch("data:image/png;base64,(.*)", source).group(1), validate=True)
         assert image.startswith(b"\x89PNG")
         assert image == (tmp_path / name).read_bytes()
@@ -170,3 +241,53 @@ def test_report_states_the_extremes_and_prints_no_nan(tmp_path, case):
     assert stated == pytest.approx(spectrum.extreme().largest.value, rel=1e-5)
     assert not re.search(r"\bnan\b|\binf\b", " ".join(parser.texts))
     assert ("probes' own values" in " ".join(parser.texts)) == (spectrum.num_probes > 1)
+
+
+def test_removed_report_leaves_nothing(tmp_path):
+    write_report(tmp_path, CASES["one step"])
+    assert len(list(tmp_path.iterdir())) == 4
+    remove_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def _row(texts, first):
+    return texts[texts.index(first) :]
+
+
+def test_report_counts_ghosts_per_probe_and_lists_outliers_with_their_copies(tmp_path):
+    spectrum = _ghostly({"lanczos": {"reorthogonalize": "none", "orthogonality": [0.98, None]}})
+    write_report(tmp_path, spectrum)
+    _, parser = _read(tmp_path)
+    texts = [text for text in parser.texts if text.strip()]
+    head = _row(texts, "Ghosts")
+    assert head[6] == "loss of orthogonality, largest |Q'Q − I|"
+    for probe, lost in ((0, "0.98"), (1, "not measured")):
+        clusters = spectrum.clusters(probe)
+        flagged, spurious = spectrum.ghosts[probe].sum(), clusters.spurious.sum()
+        row = head[7 + 6 * probe :][:6]
+        assert row == [str(probe + 1), "80", str(flagged - spurious), str(spurious), str(80 - flagged), lost]
+    outliers = _row(texts, "Outliers with their copies merged")[6:]
+    assert outliers[0] == "1"
+    assert float(outliers[1]) == pytest.approx(10, abs=1e-4)
+    largest = spectrum.clusters(0).values.argmax()
+    assert outliers[2] == str(spectrum.clusters(0).copies[largest])
+    assert float(outliers[4]) == pytest.approx(504 * spectrum.clusters(0).weights[largest], rel=0.05)
+
+
+def test_report_of_independent_vectors_has_no_ghosts(tmp_path):
+    write_report(tmp_path, _ghostly({"lanczos": {"reorthogonalize": "full", "orthogonality": [1e-6, 1e-6]}}))
+    _, parser = _read(tmp_path)
+    assert any("No Ritz value is taken" in text for text in parser.texts)
+    assert "1e−06" in parser.texts
+    assert "Outliers with their copies merged" not in parser.texts
+
+
+def test_report_shows_eigenpairs_with_their_residuals_if_the_run_has_any(tmp_path):
+    pairs = {"values": [12.5, -3.25], "residuals": [1.5e-4, float("nan")]}
+    write_report(tmp_path, _spectrum(info={"eigenpairs": pairs}))
+    _, parser = _read(tmp_path)
+    texts = [text for text in parser.texts if text.strip()]
+    assert _row(texts, "residual |Hv − value v| / |v|")[1:7] == ["1", "12.5", "0.00015", "2", "−3.25", "–"]
+    write_report(tmp_path, _spectrum(info={"eigenpairs": "none"}))
+    _, parser = _read(tmp_path)
+    assert "Eigenvectors" not in parser.texts

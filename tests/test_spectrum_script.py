@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import run_command
 
 import convert
 from jaxhess import Spectrum
@@ -33,18 +33,10 @@ QUICK = [
 ]
 
 
-def run(*arguments: str) -> None:
-    previous, sys.argv = sys.argv, ["spectrum.py", *arguments]
-    try:
-        script.main()
-    finally:
-        sys.argv = previous
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
-    run(*QUICK, "--out", str(out))
+    run_command(script, *QUICK, "--out", str(out))
     return out
 
 
@@ -85,7 +77,7 @@ def test_record_tells_how_the_numbers_were_made(finished):
 def test_a_finished_run_is_not_overwritten_unless_told_to(finished, capsys):
     before = (finished / "spectrum.npz").read_bytes()
     with pytest.raises(SystemExit) as caught:
-        run(*QUICK, "--out", str(finished), "--seed", "1")
+        run_command(script, *QUICK, "--out", str(finished), "--seed", "1")
     assert caught.value.code == 2
     assert "overwrite" in capsys.readouterr().err
     assert (finished / "spectrum.npz").read_bytes() == before
@@ -95,7 +87,7 @@ def test_a_finished_run_is_not_overwritten_unless_told_to(finished, capsys):
 def test_an_unusable_run_folder_is_refused_before_the_work(tmp_path, capsys, below):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SystemExit) as caught:
-        run(*QUICK, "--out", str(tmp_path / "file" / below), "--model", "not/read")
+        run_command(script, *QUICK, "--out", str(tmp_path / "file" / below), "--model", "not/read")
     assert caught.value.code == 2
     assert "is a file" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
@@ -186,8 +178,8 @@ def test_text_shorter_than_one_block_is_refused_in_one_sentence(tmp_path, capsys
 
 def test_a_block_by_linearised_products_is_the_block_by_exact_ones(tmp_path):
     block = ["--restrict", "attention", "--layers", "0,-1", "--no-audit"]
-    run(*QUICK, *block, "--out", str(tmp_path / "exact"))
-    run(*QUICK, *block, "--hvp", "linearized", "--out", str(tmp_path / "linearized"))
+    run_command(script, *QUICK, *block, "--out", str(tmp_path / "exact"))
+    run_command(script, *QUICK, *block, "--hvp", "linearized", "--out", str(tmp_path / "linearized"))
     exact, linearized = (Spectrum.load(tmp_path / name) for name in ("exact", "linearized"))
     assert exact.dim == 2 * (4 * 128 * 128 + 4 * 128)  # of two layers the attention's matrices and biases
     assert linearized.matrix_name == "loss Hessian, block attention in layers 0,3"
@@ -222,7 +214,7 @@ def test_options_choose_the_operator(options, kind, fields):
 def refused(capsys, folder: Path, words: list[str], *arguments: str) -> None:
     out = folder / "out"
     with pytest.raises(SystemExit) as caught:
-        run(*QUICK, *arguments, "--no-audit", "--out", str(out))
+        run_command(script, *QUICK, *arguments, "--no-audit", "--out", str(out))
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -1,10 +1,9 @@
 """The step-size study: a folder with the table and the plot, and one sentence for every bad input."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from small_models import run_command
 
 from scripts import step_size as script
 
@@ -12,26 +11,14 @@ QUICK = "--seq-len 8 --sequences 8 --microbatch 8 --dtypes float32 --reference f
 QUICK += " --per-decade 1 --lanczos 2 --ritz-steps 2 --mesh fsdp=8"
 
 
-def run(arguments: str, *more: str) -> None:
-    previous, sys.argv = sys.argv, ["step_size.py", *arguments.split(), *more]
-    try:
-        script.main()
-    finally:
-        sys.argv = previous
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("study") / "out"
-    run(QUICK, "--out", str(out))
-    return out
-
-
 @pytest.mark.slow
-def test_the_folder_holds_a_plot_and_a_record_in_which_the_step_matters(finished):
-    assert {p.name for p in finished.iterdir()} == {script.RECORD, script.PLOT}
-    assert (finished / script.PLOT).read_bytes().startswith(b"\x89PNG")
-    record = json.loads((finished / script.RECORD).read_text())
+def test_the_folder_holds_a_plot_and_a_record_in_which_the_step_matters_and_is_kept(tmp_path, capsys):
+    out = tmp_path / "out"
+    run_command(script, *QUICK.split(), "--out", str(out))
+    assert {p.name for p in out.iterdir()} == {script.RECORD, script.PLOT}
+    assert (out / script.PLOT).read_bytes().startswith(b"\x89PNG")
+    before = (out / script.RECORD).read_bytes()
+    record = json.loads(before)
     (study,) = record["studies"]
     assert [round(s, 9) for s in study["steps"]] == [1e-6, 1e-5, 1e-4, 1e-3]
     rows = {row["vector"]: row for row in study["vectors"]}
@@ -42,14 +29,10 @@ def test_the_folder_holds_a_plot_and_a_record_in_which_the_step_matters(finished
     assert all(row["automatic"]["error"] < 3 * row["best"]["error"] for row in rows.values())
     assert study["ritz"]["automatic"]["largest"] < 1e-2 < study["ritz"]["fixed"][-1]["largest"]
 
-
-@pytest.mark.slow
-def test_a_finished_folder_is_kept(finished, capsys):
-    before = (finished / script.RECORD).read_bytes()
     with pytest.raises(SystemExit):
-        run(QUICK, "--out", str(finished))
+        run_command(script, *QUICK.split(), "--out", str(out))
     assert "already holds a finished study" in capsys.readouterr().err
-    assert (finished / script.RECORD).read_bytes() == before
+    assert (out / script.RECORD).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -66,7 +49,7 @@ def test_a_finished_folder_is_kept(finished, capsys):
 )
 def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        run(f"{QUICK} {arguments}", "--out", str(tmp_path / "out"))
+        run_command(script, *QUICK.split(), *arguments.split(), "--out", str(tmp_path / "out"))
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

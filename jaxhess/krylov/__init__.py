@@ -1,6 +1,27 @@
-"""Krylov methods: the Lanczos iteration on sharded pytrees, and the quadrature that follows from its tridiagonal."""
+"""Krylov methods."""
 
-from jaxhess.krylov.lanczos import LanczosState, compile_segment, lanczos_segment, start_lanczos
+from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
+from jaxhess.krylov.lanczos import (
+    LanczosState,
+    abstract_lanczos,
+    compile_segment,
+    lanczos_segment,
+    orthogonality_loss,
+    start_batch,
+    start_lanczos,
+)
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 
-__all__ = ["LanczosState", "Quadrature", "compile_segment", "lanczos_segment", "quadrature", "start_lanczos"]
+__all__ = [
+    "Eigenpairs",
+    "LanczosState",
+    "Quadrature",
+    "abstract_lanczos",
+    "compile_segment",
+    "lanczos_segment",
+    "leading_eigenpairs",
+    "orthogonality_loss",
+    "quadrature",
+    "start_batch",
+    "start_lanczos",
+]

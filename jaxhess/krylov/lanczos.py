@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from scipy.linalg import eigh_tridiagonal
 
-from jaxhess.operators.base import LinearOperator
-from jaxhess.vectors import (
-    Vector,
-    add_scaled,
-    basis_dot,
-    basis_sum,
-    check_accumulation_dtype,
-    dot,
-    norm,
-    scale,
-    size,
-    widen,
+from jaxhess.krylov.basis import (
+    BasisMemory,
+    combine,
+    gram,
+    narrower,
+    on_memory,
+    project_out,
+    stacked_sharding,
+    write_row,
+    zeros,
 )
+from jaxhess.operators.base import LinearOperator
+from jaxhess.vectors import Vector, add_scaled, check_accumulation_dtype, dot, named_sharding, norm, scale, size, widen
 
-Reorthogonalize = Literal["none", "full"]
+Reorthogonalize = Literal["none", "full", "selective"] | int
+"""Against what every new vector is orthogonalised, beyond the last two:
+
+- "none": nothing.
+- an integer r of at least 2: the last r vectors, the window of arXiv 2602.00816; those two are among them.
+- "selective": the Ritz vectors that have converged (Parlett and Scott 1979), which is where orthogonality is lost.
+- "full": all vectors.
+"""
 
 BREAKDOWN = 32
 """Rounding units within which a beta is noise: the Krylov space is exhausted.
@@ -33,7 +43,8 @@ Two sources of noise set the scale. The step's own scalars: beta against |alpha|
 of the stored vector, which leaks about eps / sqrt(n) of every eigenvector into it, so that even in the null space
 products are no smaller than that times the largest |alpha| + beta so far. Both are relative: a scaled loss breaks down
 at the same step. (Relative to the largest eigenvalue alone, without sqrt(n), the bulk of a large model, often seven
-decades below the outliers, would pass for noise in float32.) With a stored basis there is a third sign, see the step.
+decades below the outliers, would pass for noise in float32.) A third sign is what re-orthogonalising takes away, see
+the step.
 """
 
 
@@ -42,6 +53,9 @@ decades below the outliers, would pass for noise in float32.) With a stored basi
 class LanczosState:
     """A Lanczos run after `step` products; `m` is the most it has room for.
 
+    Several runs that advance together (see `start_batch`) are one state: every field but `step` then has a leading
+    axis over runs.
+
     Attributes:
         step: int32 scalar, products done.
         size: int32 scalar, rows of T that are valid; smaller than `step` only after a breakdown.
@@ -49,7 +63,10 @@ class LanczosState:
         alphas: [m] diagonal of T, in the accumulation dtype (float32 or wider).
         betas: [m]; betas[j] is the norm left after step j: the off-diagonal, and the last one bounds the residuals.
         previous, current: Vectors q_{j-1} and q_j, in the storage dtype.
-        basis: All Lanczos vectors stacked along a leading axis [m, ...], zero where not yet computed; None if not kept.
+        basis: Lanczos vectors stacked along a leading axis, zero where not yet computed: all m of them ("full",
+            "selective"), or the last r in a ring where q_j has row j mod r. None for "none".
+        ritz_vectors: [m // 4 + 4, ...] converged Ritz vectors ("selective"), zero where there are fewer.
+        reorthogonalize: See `Reorthogonalize`. Static.
     """
 
     step: jax.Array
@@ -60,48 +77,81 @@ class LanczosState:
     previous: Vector
     current: Vector
     basis: Vector | None
+    ritz_vectors: Vector | None
+    reorthogonalize: Reorthogonalize = dataclasses.field(metadata={"static": True})
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether it is several runs."""
+        return self.alphas.ndim == 2
 
 
 def start_lanczos(
-    probe: Vector, steps: int, reorthogonalize: Reorthogonalize = "none", accumulation_dtype: str = "float32"
+    probe: Vector,
+    steps: int,
+    reorthogonalize: Reorthogonalize = "none",
+    accumulation_dtype: str = "float32",
+    basis_dtype: Any = None,
+    basis_memory: BasisMemory = "device",
 ) -> LanczosState:
     """The state before the first step, from any nonzero probe; vectors are stored in the probe's dtypes and shardings.
 
     Args:
         probe: Where the Krylov space starts.
         steps: What the state has room for.
-        reorthogonalize: "full" keeps every vector, "none" two.
+        reorthogonalize: See `Reorthogonalize`; `jaxhess.krylov` says what each costs and buys.
         accumulation_dtype: Of inner products and norms, and so of alphas and betas: "float32" or "float64" (which needs
             JAX in 64-bit mode); never narrower than the vectors.
+        basis_dtype: Of the stored basis; None: that of the vectors.
+        basis_memory: "device", or "host": pinned memory of the host, from which vectors come one at a time.
 
     Raises:
-        ValueError: `steps` below 1, an unknown re-orthogonalisation or accumulation dtype.
+        ValueError: `steps` below 1, an unknown re-orthogonalisation, dtype or memory.
     """
-    check_accumulation_dtype(accumulation_dtype)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; a Lanczos run takes at least 1.")
-    if reorthogonalize not in ("none", "full"):
-        raise ValueError(f"Unknown re-orthogonalisation {reorthogonalize!r}; it is 'none' or 'full'.")
-    for path, leaf in jax.tree.flatten_with_path(probe)[0]:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
-            raise ValueError(f"The probe's leaf {name} has dtype {dtype}; Lanczos vectors are floating point.")
-    probe = jax.tree.map(jnp.asarray, probe)
-    leaves, treedef = jax.tree.flatten(probe)
-    create = _starter(treedef, tuple(x.sharding for x in leaves), steps, reorthogonalize == "full", accumulation_dtype)
-    return create(probe)
+    options = (steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+    probe = _checked(probe, *options)
+    return _started(probe, abstract_lanczos(probe, *options))
+
+
+def start_batch(
+    probes: Sequence[Vector],
+    steps: int,
+    reorthogonalize: Reorthogonalize = "none",
+    accumulation_dtype: str = "float32",
+    basis_dtype: Any = None,
+    basis_memory: BasisMemory = "device",
+) -> LanczosState:
+    """The state of several runs that advance together: their products share the primal pass and weight gathers.
+
+    Args:
+        probes: A probe for each run; the other arguments are those of `start_lanczos`.
+
+    Raises:
+        ValueError: No probe; a basis in the host's memory; or as `start_lanczos`.
+    """
+    if not probes:
+        raise ValueError("start_batch needs at least one probe.")
+    if basis_memory == "host":
+        raise ValueError("A basis in the host's memory is that of one run: start_lanczos, one probe after the other.")
+    options = (steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+    checked = [_checked(probe, *options) for probe in probes]
+    return _started(_stack(checked), abstract_lanczos(checked[0], *options, runs=len(probes)))
 
 
 def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> LanczosState:
     """The state after step `end` (at most m), in the shardings it came in: one compilation serves every segment.
 
-    Each step is w = A q_j - beta_{j-1} q_{j-1}; alpha_j = <w, q_j>; w -= alpha_j q_j; with a stored basis two passes of
-    classical Gram-Schmidt, each one batched product over it; beta_j = |w|, recorded after them; q_{j+1} = w / beta_j
-    (Paige 1972, variant A1 of the three-term recurrence). Scalars stay on device. After a breakdown `previous` keeps
-    the last vector, `current` is zero, and further steps only count. `state` is donated: its buffers become those of
-    the result.
+    Each step is w = A q_j - beta_{j-1} q_{j-1}; alpha_j = <w, q_j>; w -= alpha_j q_j; re-orthogonalisation by classical
+    Gram-Schmidt, each pass one batched product over the stored vectors (two passes over a basis or Ritz vectors, one
+    over a window or over the last two vectors); beta_j = |w|, recorded after it; q_{j+1} = w / beta_j (Paige 1972,
+    variant A1 of the three-term recurrence). Scalars stay on device. After a breakdown `previous` keeps the last
+    vector, `current` is zero, and further steps only count. `state` is donated: its buffers become those of the result.
     """
-    return _segment_program(state)(operator, state, jnp.int32(end))
+    if state.reorthogonalize != "selective":
+        return _segment_program(state)(operator, state, jnp.int32(end))
+    for done in range(int(state.step), min(end, state.alphas.shape[-1])):
+        state = _select(_segment_program(state)(operator, state, jnp.int32(done + 1)))
+    return state
 
 
 def compile_segment(operator: LinearOperator, state: LanczosState) -> jax.stages.Compiled:
@@ -112,18 +162,59 @@ def compile_segment(operator: LinearOperator, state: LanczosState) -> jax.stages
     return _segment_program(state).lower(operator, state, jnp.int32(0)).compile()
 
 
+def orthogonality_loss(state: LanczosState) -> np.ndarray:
+    """The largest |Q'Q - I| over the vectors of the stored basis, a scalar, or [runs] for several.
+
+    For a window they are the last r vectors. NaN where no basis is stored.
+    """
+    runs = state.alphas.shape[:-1]
+    if state.basis is None:
+        return np.full(runs, np.nan)
+    products = np.asarray(_gram_program(state)(state), np.float64)
+    present = np.diagonal(products, axis1=-2, axis2=-1) > 0.25  # rows not yet written are zero
+    both = present[..., :, None] & present[..., None, :]
+    return np.abs(np.where(both, products - np.eye(products.shape[-1]), 0)).max((-1, -2))
+
+
+def lanczos_vectors(state: LanczosState, coefficients: np.ndarray) -> Vector:
+    """Combinations [k, ...] of the stored basis of one run, with coefficients [k, rows]; in at least float32.
+
+    Raises:
+        ValueError: The state keeps no basis of all vectors.
+    """
+    if state.reorthogonalize not in ("full", "selective"):
+        raise ValueError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")
+    return _combiner(state)(state, jnp.asarray(coefficients))
+
+
 def _segment_program(state: LanczosState) -> Any:
     leaves, treedef = jax.tree.flatten(state)
-    return _program_for(treedef, tuple(leaf.sharding for leaf in leaves))
+    return _program_for(treedef, tuple(leaf.sharding for leaf in leaves), state.is_batch)
 
 
 @functools.cache
-def _program_for(treedef: Any, shardings: tuple[Any, ...]) -> Any:
+def _program_for(treedef: Any, shardings: tuple[Any, ...], is_batch: bool) -> Any:
     def segment(operator: LinearOperator, state: LanczosState, end: jax.Array) -> LanczosState:
-        last = jnp.minimum(end, state.alphas.size)
-        return jax.lax.fori_loop(state.step, last, lambda _, s: _lanczos_step(operator, s), state)
+        last = jnp.minimum(end, state.alphas.shape[-1])
+
+        def step(_: jax.Array, state: LanczosState) -> LanczosState:
+            if not is_batch:
+                return _lanczos_step(operator, state)
+            axes = _run_axes(state)
+            return jax.vmap(lambda s: _lanczos_step(operator, s), in_axes=(axes,), out_axes=axes)(state)
+
+        return jax.lax.fori_loop(state.step, last, step, state)
 
     return jax.jit(segment, donate_argnums=(1,), out_shardings=jax.tree.unflatten(treedef, shardings))
+
+
+def _run_axes(state: LanczosState) -> Any:
+    """The axes over runs, for `vmap`: all leading but that of the step, which all runs share."""
+    zero: Any = 0
+    fields = {f.name: zero for f in dataclasses.fields(LanczosState) if f.name not in ("step", "reorthogonalize")}
+    for name in ("basis", "ritz_vectors"):
+        fields[name] = None if getattr(state, name) is None else 0
+    return LanczosState(step=None, reorthogonalize=state.reorthogonalize, **fields)  # type: ignore[arg-type]
 
 
 def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState:
@@ -133,25 +224,22 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
     w = add_scaled(w, -beta_before, state.previous)
     alpha = dot(w, q, state.alphas.dtype)
     w = add_scaled(w, -alpha, q)
-    basis, removed = state.basis, jnp.zeros_like(alpha)
-    if basis is not None:
-        for _ in range(2):
-            overlap = basis_dot(basis, w)
-            w = add_scaled(w, jnp.float32(-1), basis_sum(overlap, basis))
-        removed = jnp.sqrt(jnp.sum(jnp.square(overlap)))
+    w, removed = _reorthogonalized(state, w)
     beta = norm(w, state.alphas.dtype)
 
     local = jnp.abs(alpha) + beta_before
     largest = jnp.maximum(local, jnp.max(jnp.abs(state.alphas) + state.betas))
     rounding = max(float(jnp.finfo(e.dtype).eps) for e in jax.tree.leaves(w))
     noise = BREAKDOWN * rounding * jnp.maximum(local, largest / size(q) ** 0.5)
-    # A second pass that removed more than it left: what is left is the rounding of the stored basis, inside its span.
+    # The last pass took away more than it left: what is left is rounding, of the vectors it is orthogonal to.
     exhausted = (beta <= noise) | (beta < removed) | ~jnp.isfinite(beta)
     broken = state.broken | exhausted
     inverse = 1 / jnp.where(broken, 1, beta)
     following = jax.tree.map(lambda e, like: jnp.where(broken, 0, inverse * e).astype(like.dtype), w, q)
-    if basis is not None:  # row m is out of range after the last step, and dropped
-        basis = jax.tree.map(lambda b, x: b.at[j + 1].set(x, mode="drop"), basis, following)
+    basis = state.basis
+    if basis is not None:
+        window = state.reorthogonalize if isinstance(state.reorthogonalize, int) else None
+        basis = write_row(basis, j + 1 if window is None else (j + 1) % window, following)
 
     def record(values: jax.Array, value: jax.Array) -> jax.Array:
         return values.at[j].set(jnp.where(state.broken, 0, value))
@@ -159,7 +247,8 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
     # That beta is not above infinity is always true, but XLA does not know: it moves q to its new place at the end of
     # the step, not at the beginning, where the copy would be one more vector beside the product's temporaries.
     ended = state.broken & ~(beta > jnp.inf)
-    return LanczosState(
+    return dataclasses.replace(
+        state,
         step=j + 1,
         size=jnp.where(state.broken, state.size, j + 1),
         broken=broken,
@@ -171,32 +260,254 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
     )
 
 
+def _reorthogonalized(state: LanczosState, w: Vector) -> tuple[Vector, jax.Array]:
+    """w without its components along what it should be orthogonal to; and how much the last pass took away."""
+    removed = jnp.zeros((), state.alphas.dtype)
+    count = state.step + 1
+    if state.reorthogonalize == "full":
+        for _ in range(2):
+            w, removed = project_out(state.basis, w, count)
+    elif state.reorthogonalize == "selective":
+        for _ in range(2):
+            w, removed = project_out(state.ritz_vectors, w, count)
+    elif state.basis is not None:
+        w, removed = project_out(state.basis, w, count)
+    if state.reorthogonalize in ("none", "selective") or narrower(state.basis, state.current):
+        overlaps = [dot(w, q, state.alphas.dtype) for q in (state.previous, state.current)]
+        for overlap, q in zip(overlaps, (state.previous, state.current), strict=True):
+            w = add_scaled(w, -overlap, q)
+        removed = jnp.hypot(removed, jnp.hypot(*overlaps)).astype(removed.dtype)
+    return w, removed
+
+
+def _select(state: LanczosState) -> LanczosState:
+    """The state with its converged Ritz vectors computed again from the stored basis, if in this step more converged.
+
+    Converged is a residual bound of at most sqrt(eps) |T|, at which orthogonality to the Ritz vector has fallen to
+    sqrt(eps) (Paige 1971; Parlett and Scott 1979, section 4). Where more have converged than there is room for, those
+    with the smallest bounds are taken.
+    """
+    alphas, betas = (np.atleast_2d(np.asarray(x, np.float64)) for x in (state.alphas, state.betas))
+    rooms = jax.tree.leaves(state.ritz_vectors)[0].shape[1 if state.is_batch else 0]
+    eps = max(float(jnp.finfo(e.dtype).eps) for e in jax.tree.leaves(state.current))
+
+    def converged(run: int, m: int) -> np.ndarray:
+        """[converged, m] eigenvectors of the leading m rows of T, those with the smallest bounds first."""
+        if m == 0 or not np.isfinite(alphas[run, :m] + betas[run, :m]).all():
+            return np.zeros((0, m))
+        theta, vectors = eigh_tridiagonal(alphas[run, :m], betas[run, : m - 1], lapack_driver="stev")
+        bounds = betas[run, m - 1] * np.abs(vectors[-1])
+        order = np.argsort(bounds)[: np.sum(bounds <= eps**0.5 * np.abs(theta).max())]
+        return vectors[:, order[:rooms]].T
+
+    coefficients = np.zeros((len(alphas), rooms, alphas.shape[1]))
+    more = False
+    for run, (m, broken) in enumerate(zip(np.atleast_1d(state.size), np.atleast_1d(state.broken), strict=True)):
+        found = converged(run, m)
+        more |= not broken and len(found) > len(converged(run, m - 1))
+        coefficients[run, : len(found), :m] = found
+    if not more:
+        return state
+    return _selector(state)(state, jnp.asarray(coefficients if state.is_batch else coefficients[0]))
+
+
+def _checked(
+    probe: Vector,
+    steps: int,
+    reorthogonalize: Reorthogonalize,
+    accumulation_dtype: str,
+    basis_dtype: Any,
+    basis_memory: BasisMemory,
+) -> Vector:
+    """The probe as arrays; raises where an option makes no sense."""
+    check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+    for path, leaf in jax.tree.flatten_with_path(probe)[0]:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
+            raise ValueError(f"The probe's leaf {name} has dtype {dtype}; Lanczos vectors are floating point.")
+    return jax.tree.map(jnp.asarray, probe)
+
+
+def check_lanczos_options(
+    steps: int,
+    reorthogonalize: Reorthogonalize,
+    accumulation_dtype: str = "float32",
+    basis_dtype: Any = None,
+    basis_memory: BasisMemory = "device",
+) -> None:
+    """Raises ValueError where an option of `start_lanczos` makes no sense."""
+    check_accumulation_dtype(accumulation_dtype)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a Lanczos run takes at least 1.")
+    known = reorthogonalize in ("none", "full", "selective")
+    if isinstance(reorthogonalize, bool) or not (known or (isinstance(reorthogonalize, int) and reorthogonalize >= 2)):
+        raise ValueError(
+            f"Unknown re-orthogonalisation {reorthogonalize!r}; it is 'none', 'full', 'selective' or a window, the "
+            "number of last vectors, at least 2."
+        )
+    if basis_memory not in ("device", "host"):
+        raise ValueError(f"basis_memory is {basis_memory!r}; it is 'device' or 'host'.")
+    if basis_dtype is not None:
+        dtype = jnp.dtype(basis_dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"basis_dtype is {dtype}; Lanczos vectors are floating point.")
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(f"basis_dtype {dtype} needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
+
+
+def abstract_lanczos(
+    like: Vector,
+    steps: int,
+    reorthogonalize: Reorthogonalize = "none",
+    accumulation_dtype: str = "float32",
+    basis_dtype: Any = None,
+    basis_memory: BasisMemory = "device",
+    runs: int | None = None,
+) -> LanczosState:
+    """A state as `jax.ShapeDtypeStruct`s with shardings, for vectors like these: of one run, or of `runs` together."""
+    axis = 0 if runs is None else 1
+    batch = () if runs is None else (runs,)
+    leaves, treedef = jax.tree.flatten(like)
+    shardings = [stacked_sharding(s) if axis else s for s in (named_sharding(x) or _placement(x) for x in leaves)]
+    first = shardings[0]
+    scalar = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
+    wide = jnp.promote_types(accumulation_dtype, functools.reduce(jnp.promote_types, [x.dtype for x in leaves]))
+
+    def scalars(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=scalar)
+
+    def stacked(rows: int, dtype: Any = None, on_host: bool = False) -> Vector:
+        structs = [
+            jax.ShapeDtypeStruct(
+                (*batch, rows + on_host, *x.shape),
+                jnp.dtype(x.dtype if dtype is None else dtype),
+                sharding=on_memory(stacked_sharding(s, axis), on_host),
+            )
+            for x, s in zip(leaves, shardings, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, structs)
+
+    vector = jax.tree.unflatten(
+        treedef,
+        [jax.ShapeDtypeStruct((*batch, *x.shape), x.dtype, sharding=s) for x, s in zip(leaves, shardings, strict=True)],
+    )
+    basis = None
+    if reorthogonalize != "none":
+        rows = reorthogonalize if isinstance(reorthogonalize, int) else steps
+        basis = stacked(rows, basis_dtype, basis_memory == "host")
+    return LanczosState(
+        step=scalars((), "int32"),
+        size=scalars(batch, "int32"),
+        broken=scalars(batch, "bool"),
+        alphas=scalars((*batch, steps), wide),
+        betas=scalars((*batch, steps), wide),
+        previous=vector,
+        current=vector,
+        basis=basis,
+        ritz_vectors=stacked(steps // 4 + 4) if reorthogonalize == "selective" else None,
+        reorthogonalize=reorthogonalize,
+    )
+
+
+def _placement(leaf: Any) -> Any:
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _started(probe: Vector, state: LanczosState) -> LanczosState:
+    """The state whose shapes are given, before its first step from this probe (of every run)."""
+    leaves, treedef = jax.tree.flatten(dataclasses.replace(state, basis=None))
+    started: LanczosState = _starter(treedef, tuple(leaves))(probe)
+    if state.basis is None:
+        return started
+    started = dataclasses.replace(started, basis=jax.tree.map(zeros, state.basis))
+    return _first_row(started)(started)
+
+
 @functools.cache
-def _starter(treedef: Any, shardings: tuple[Any, ...], steps: int, keep_basis: bool, accumulation_dtype: str) -> Any:
+def _starter(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    abstract: LanczosState = jax.tree.unflatten(treedef, leaves)
+
+    def unit(probe: Vector) -> Vector:
+        return scale(1 / norm(probe, abstract.alphas.dtype), probe)
+
     def create(probe: Vector) -> LanczosState:
-        length = norm(probe, accumulation_dtype)
-        current = scale(1 / length, probe)
-        zero = jnp.zeros((), jnp.int32)
-        scalars = jnp.zeros((steps,), length.dtype)
-        basis = None
-        if keep_basis:
-            basis = jax.tree.map(lambda q: jnp.zeros((steps, *q.shape), q.dtype).at[0].set(q), current)
-        previous = jax.tree.map(jnp.zeros_like, current)
-        return LanczosState(zero, zero, zero > 0, scalars, scalars, previous, current, basis)
+        empty: LanczosState = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+        return dataclasses.replace(empty, current=(jax.vmap(unit) if abstract.is_batch else unit)(probe))
 
     # Explicit even on one device: arrays that are not committed to theirs would compile the segment twice.
-    return jax.jit(create, out_shardings=_state_shardings(jax.tree.unflatten(treedef, shardings), keep_basis))
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
 
 
-def _state_shardings(vector: Any, keep_basis: bool) -> LanczosState:
-    """A state with shardings for leaves, from those of a vector."""
-    first: Any = jax.tree.leaves(vector)[0]
-    scalar: Any = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
+def _stack(probes: list[Vector]) -> Vector:
+    """Probes stacked along a leading axis, sharded as they are."""
+    leaves, treedef = jax.tree.flatten(probes[0])
+    return _stacker(treedef, tuple(x.sharding for x in leaves))(probes)
 
-    def stacked(sharding: Any) -> Any:
-        if not isinstance(sharding, NamedSharding):
-            return sharding
-        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
-    basis = jax.tree.map(stacked, vector) if keep_basis else None
-    return LanczosState(scalar, scalar, scalar, scalar, scalar, vector, vector, basis)
+@functools.cache
+def _stacker(treedef: Any, shardings: tuple[Any, ...]) -> Any:
+    out = jax.tree.unflatten(treedef, [stacked_sharding(s) for s in shardings])
+    return jax.jit(lambda probes: jax.tree.map(lambda *xs: jnp.stack(xs), *probes), out_shardings=out)
+
+
+def _per_run(state: LanczosState, f: Any, **options: Any) -> Any:
+    """`f(state, ...)` of one run as a program over one or several."""
+    if not state.is_batch:
+        return jax.jit(f, **options)
+
+    def mapped(state: LanczosState, *more: Any) -> Any:
+        return jax.vmap(f, in_axes=(_run_axes(state), *[0] * len(more)))(state, *more)
+
+    return jax.jit(mapped, **options)
+
+
+def _cached_program(build: Any) -> Any:
+    """`build(state)`, once for all states of the same structure and shardings."""
+    programs: dict[Any, Any] = {}
+
+    @functools.wraps(build)
+    def program(state: LanczosState) -> Any:
+        leaves, treedef = jax.tree.flatten(state)
+        key = (treedef, tuple(leaf.sharding for leaf in leaves), state.is_batch)
+        if key not in programs:
+            programs[key] = build(state)
+        return programs[key]
+
+    return program
+
+
+@_cached_program
+def _gram_program(state: LanczosState) -> Any:
+    return _per_run(state, lambda s: gram(s.basis))
+
+
+@_cached_program
+def _combiner(state: LanczosState) -> Any:
+    axis = 1 if state.is_batch else 0
+    out = jax.tree.map(lambda x: stacked_sharding(x.sharding, axis), state.current)
+    return _per_run(state, lambda s, c: combine(s.basis, c), out_shardings=out)
+
+
+@_cached_program
+def _selector(state: LanczosState) -> Any:
+    def select(state: LanczosState, coefficients: jax.Array) -> Vector:
+        vectors = combine(state.basis, coefficients)
+
+        def normalized(y: Vector) -> Vector:
+            length = norm(y)
+            return scale(jnp.where(length > 0.5, 1 / jnp.where(length > 0, length, 1), 0), y)
+
+        # Rounding in the basis leaves them a little off length one.
+        return jax.tree.map(lambda y, like: y.astype(like.dtype), jax.vmap(normalized)(vectors), state.ritz_vectors)
+
+    out = jax.tree.map(lambda x: x.sharding, state.ritz_vectors)
+    program = _per_run(state, select, out_shardings=out)
+    return lambda state, coefficients: dataclasses.replace(state, ritz_vectors=program(state, coefficients))
+
+
+@_cached_program
+def _first_row(state: LanczosState) -> Any:
+    out = jax.tree.map(lambda x: x.sharding, state.basis)
+    program = _per_run(state, lambda s: write_row(s.basis, jnp.int32(0), s.current), out_shardings=out)
+    return lambda state: dataclasses.replace(state, basis=program(state))

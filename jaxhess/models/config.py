@@ -109,6 +109,14 @@ class DecoderConfig:
                 f"{self.rotary_dims} rotary dimensions: must be even and at most head_dim={self.head_dim}."
             )
 
+    def check_length(self, length: int) -> None:
+        """Raises ValueError for sequences longer than the learned positions, where a model has these."""
+        if self.rope is None and length > self.max_positions:
+            raise ValueError(
+                f"Sequences of {length} tokens, but this model has learned positions for {self.max_positions} only; "
+                "use shorter sequences."
+            )
+
     @property
     def rotary_dims(self) -> int:
         """Dimensions of each head that are rotated."""

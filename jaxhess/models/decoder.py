@@ -66,11 +66,7 @@ class Decoder(nnx.Module):
         """Final normalised states [B, T, D] of tokens [B, T] (int32)."""
         x = self._lookup(tokens)
         if self.positions is not None:
-            if tokens.shape[1] > self.config.max_positions:
-                raise ValueError(
-                    f"Sequences of {tokens.shape[1]} tokens, but this model has learned positions for "
-                    f"{self.config.max_positions} only; use shorter sequences."
-                )
+            self.config.check_length(tokens.shape[1])
             x = x + self.positions.kernel[: tokens.shape[1]].astype(self.config.dtype)
         x = constrain_batch(x, self.mesh)
 

@@ -44,6 +44,13 @@ class SumOperator(LinearOperator):
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "terms": [term.describe() for term in self.terms]}
 
+    @property
+    def shares_work(self) -> bool:
+        return any(term.shares_work for term in self.terms)
+
+    def checksum(self) -> str:
+        return " ".join(term.checksum() for term in self.terms)
+
     def validate(self) -> dict[str, Any]:
         facts: dict[str, Any] = {}
         for term in reversed(self.terms):  # of facts with one name the first term's stand
@@ -59,14 +66,10 @@ class SumOperator(LinearOperator):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ScaledOperator(LinearOperator):
-    """`factor` times an operator; `factor * A` makes it. The factor is data: changing it compiles nothing again."""
+class _OperatorOfOne(LinearOperator):
+    """What is the same for every operator made of one other and a number."""
 
     operator: LinearOperator
-    factor: Any
-
-    def mv(self, v: Vector) -> Vector:
-        return scale(self.factor, self.operator.mv(v))
 
     @property
     def shape_dtype(self) -> Vector:
@@ -78,13 +81,17 @@ class ScaledOperator(LinearOperator):
 
     def exact(self, dtype: str) -> LinearOperator | None:
         exact = self.operator.exact(dtype)
-        return None if exact is None else ScaledOperator(exact, self.factor)
+        return None if exact is None else dataclasses.replace(self, operator=exact)
 
     def wide_bytes(self, itemsize: int) -> int:
         return self.operator.wide_bytes(itemsize)
 
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "factor": float(self.factor), "operator": self.operator.describe()}
+    @property
+    def shares_work(self) -> bool:
+        return self.operator.shares_work
+
+    def checksum(self) -> str:
+        return self.operator.checksum()
 
     def validate(self) -> dict[str, Any]:
         return self.operator.validate()
@@ -95,38 +102,30 @@ class ScaledOperator(LinearOperator):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ShiftedOperator(LinearOperator):
+class ScaledOperator(_OperatorOfOne):
+    """`factor` times an operator; `factor * A` makes it. The factor is data: changing it compiles nothing again."""
+
+    factor: Any
+
+    def mv(self, v: Vector) -> Vector:
+        return scale(self.factor, self.operator.mv(v))
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "factor": float(self.factor), "operator": self.operator.describe()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ShiftedOperator(_OperatorOfOne):
     """`A + shift I`; `A.shifted(shift)` makes it. The shift is data."""
 
-    operator: LinearOperator
     shift: Any
 
     def mv(self, v: Vector) -> Vector:
         return add_scaled(self.operator.mv(v), self.shift, v)
 
-    @property
-    def shape_dtype(self) -> Vector:
-        return self.operator.shape_dtype
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        return self.operator.dtypes
-
-    def exact(self, dtype: str) -> LinearOperator | None:
-        exact = self.operator.exact(dtype)
-        return None if exact is None else ShiftedOperator(exact, self.shift)
-
-    def wide_bytes(self, itemsize: int) -> int:
-        return self.operator.wide_bytes(itemsize)
-
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "shift": float(self.shift), "operator": self.operator.describe()}
-
-    def validate(self) -> dict[str, Any]:
-        return self.operator.validate()
-
-    def explain_non_finite(self, v: Vector) -> str:
-        return self.operator.explain_non_finite(v)
 
 
 def added(a: LinearOperator, b: Any) -> SumOperator:

@@ -12,7 +12,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from jaxhess.memory import bytes_per_device
-from jaxhess.vectors import Vector
+from jaxhess.vectors import Vector, checksum
 
 
 class LinearOperator(abc.ABC):
@@ -43,7 +43,7 @@ class LinearOperator(abc.ABC):
             ValueError: v is not shaped like the operator's vectors; the message names the first leaf that differs.
         """
         check_structure(v, self.shape_dtype)
-        return _compiled_mv(self, v)
+        return compiled_mv(self, v)
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
         from jaxhess.operators.algebra import added  # its operators are LinearOperators
@@ -104,6 +104,15 @@ class LinearOperator(abc.ABC):
         """What the operator is, for a record."""
         return {"kind": type(self).__name__}
 
+    @property
+    def shares_work(self) -> bool:
+        """Whether several products at once (`vmap` of `mv`) cost less than one after the other."""
+        return True
+
+    def checksum(self) -> str:
+        """Tells the numbers that the operator is made of from others, the same on any mesh."""
+        return checksum(self)
+
     def validate(self) -> dict[str, Any]:
         """Facts worth recording about the operator's inputs; raises if products would be meaningless."""
         return {}
@@ -138,7 +147,8 @@ class MatrixOperator(LinearOperator):
 
 
 @jax.jit
-def _compiled_mv(operator: LinearOperator, v: Vector) -> Vector:
+def compiled_mv(operator: LinearOperator, v: Vector) -> Vector:
+    """operator.mv(v) as one program; `compiled_mv.lower` gives its memory before it runs."""
     return operator.mv(v)
 
 

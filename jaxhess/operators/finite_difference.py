@@ -101,6 +101,11 @@ class FiniteDifferenceHessian(LossOperator):
             shardings=self.shardings,
         ).in_dtype(dtype)
 
+    @property
+    def shares_work(self) -> bool:
+        """No: every vector shifts the parameters elsewhere, and each has its own two gradients."""
+        return False
+
     def describe(self) -> dict[str, Any]:
         return {
             **super().describe(),

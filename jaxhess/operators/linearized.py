@@ -16,6 +16,7 @@ from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import divided
 from jaxhess.operators.microbatches import Microbatches, sum_over_microbatches
+from jaxhess.program import temporary_bytes
 from jaxhess.vectors import Vector, cast
 
 
@@ -79,6 +80,9 @@ class LinearizedHessian(LinearOperator):
                 held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
         return max(held.values(), default=0)
 
+    def checksum(self) -> str:
+        return self.hessian.checksum()
+
     def validate(self) -> dict[str, Any]:
         return self.hessian.validate()
 
@@ -103,7 +107,7 @@ def linearized(
         announce(needed)
     if budget is None:  # a Lanczos run needs about four vectors, and a product no more than this pass
         vectors = jax.tree.leaves(hessian.shape_dtype)
-        working = 4 * bytes_per_device(vectors, 4) + max(map(_temporary_bytes, programs))
+        working = 4 * bytes_per_device(vectors, 4) + max(map(temporary_bytes, programs))
         allowed, words = available_bytes(jax.tree.leaves(hessian.params)) - working, "left beside a run's own"
     else:
         allowed, words = budget, "allowed"
@@ -214,12 +218,6 @@ def _programs(hessian: Hessian) -> list[jax.stages.Compiled]:
             return jax.lax.map(lambda batch: linear(params, batch), stacked)
 
     return [jax.jit(program).lower(hessian.params, group.stacked).compile() for group in hessian.batches]
-
-
-def _temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
 
 
 def _output_bytes(compiled: jax.stages.Compiled) -> int:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
 from jaxhess.operators.restriction import Restriction, restriction
-from jaxhess.vectors import Vector, cast, check_accumulation_dtype, named_sharding
+from jaxhess.vectors import Vector, cast, check_accumulation_dtype, checksum, named_sharding
 
 Loss = Callable[[Any, Any], Any]
 """`loss(params, batch)`: `(sum, count)`, or a plain scalar, which counts as one."""
@@ -142,6 +142,10 @@ class LossOperator(LinearOperator):
         if self.restriction is not None:
             described["restriction"] = self.restriction.description
         return described
+
+    def checksum(self) -> str:
+        """That of the parameters. Batches are cut and padded for a mesh: the loss (see `validate`) tells them apart."""
+        return checksum(self.params)
 
     def validate(self) -> dict[str, Any]:
         """The mean loss and the count it was divided by.

@@ -52,7 +52,7 @@ def balanced_length(operator: LossOperator, v: Vector, dtypes: Iterable[str]) ->
     error.
 
     Differences, because three nested `jvp` of the gradient, which give D exactly, take 14 gradients and up to nine
-    parameter-sized buffers; the error of products agrees with theirs to 3%.
+    parameter-sized buffers.
 
     Measured in float32 or wider, where the trials have room, then scaled: a is proportional to the rounding unit.
 

@@ -1,0 +1,188 @@
+"""An unfinished run on disk: what was done so far, saved now and then and at SIGTERM, and taken up again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxhess.krylov.basis import HOST
+
+FORMAT = "jaxhess-unfinished-1"
+IDENTITY = "identity.json"
+
+
+class Interrupted(RuntimeError):
+    """A run was stopped by SIGTERM and its state saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often an unfinished run is saved.
+
+    Each save is a directory of its own (Orbax), complete or not there at all; the one before it is removed afterwards.
+    Killed at any moment, also during a save, a run goes on from the last one and ends, on the same mesh, in the same
+    bits. (On GPUs that needs `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.)
+
+    Attributes:
+        folder: Directory of the saves; made if missing.
+        every: Lanczos steps between saves.
+        resume: Take up what the folder holds. It must be of the same run; if it is empty the run starts.
+        identity: What else tells this run from others, by name: the data, for example.
+    """
+
+    folder: str | os.PathLike[str]
+    every: int = 10
+    resume: bool = False
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises before the work where saving makes no sense.
+
+        Raises:
+            ValueError: `every` is below 1; the folder holds a run of another `identity`.
+            FileExistsError: The folder holds an unfinished run and `resume` is False.
+        """
+        if self.every < 1:
+            raise ValueError(f"A run is saved every {self.every} steps; it must be at least 1.")
+        known = _identity_in(Path(self.folder))
+        if known is not None and not self.resume:
+            raise FileExistsError(
+                f"{self.folder} holds an unfinished run: go on with it (--resume, resume=True), discard it "
+                "(--overwrite, or remove the folder), or choose another."
+            )
+        if known is not None:
+            _compare({k: v for k, v in known.items() if k in self.identity}, self.identity, self.folder)
+
+    def remove(self) -> None:
+        """Removes the folder, once the result is saved."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Saver:
+    """Reads and writes the saves of one run."""
+
+    def __init__(self, checkpoint: Checkpoint, identity: dict[str, Any]):
+        """Opens the folder.
+
+        Raises:
+            ValueError: It holds another run; names the differences.
+        """
+        import orbax.checkpoint as ocp
+
+        checkpoint.check()
+        self.every = checkpoint.every
+        folder = Path(checkpoint.folder).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        identity = {"format": FORMAT, **checkpoint.identity, **identity}
+        known = _identity_in(folder)
+        if known is not None:
+            _compare(known, identity, checkpoint.folder)
+        else:
+            partial = folder / f".{IDENTITY}.{os.getpid()}"
+            partial.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, folder / IDENTITY)
+        # Synchronous: the arrays are given to the next segment, which writes into their buffers.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        self.manager = ocp.CheckpointManager(folder / "steps", options=options)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The record of the last save, None where there is none."""
+        import orbax.checkpoint as ocp
+
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        return self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+
+    def restore(self, like: Any) -> Any:
+        """The tree of arrays of the last save, in the shapes, dtypes and shardings of this one."""
+        import orbax.checkpoint as ocp
+
+        leaves, treedef = jax.tree.flatten(like)
+        item = {f"{k:05d}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in enumerate(leaves)}
+        restore = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+        found = self.manager.restore(self.manager.latest_step(), args=ocp.args.Composite(state=restore))["state"]
+        return jax.tree.unflatten(treedef, [_typed(found[name], x) for name, x in item.items()])
+
+    def save(self, step: int, record: dict[str, Any], state: Any = None) -> None:
+        """Saves a JSON record and a tree of arrays (or none) as of this many products."""
+        import orbax.checkpoint as ocp
+
+        items = {"record": ocp.args.JsonSave(record)}
+        if state is not None:
+            leaves = jax.tree.leaves(state)
+            items["state"] = ocp.args.PyTreeSave({f"{k:05d}": x for k, x in enumerate(leaves)})
+        if step not in self.manager.all_steps():
+            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+@contextlib.contextmanager
+def termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets inside the block, in place of ending the process; only in the main thread."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _typed(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array; made again where JAX forgot that it is in the host's memory (see `jaxhess.krylov.basis.zeros`)."""
+    if like.sharding.memory_kind == HOST and jax.typeof(array).memory_space != jax.memory.Space.Host:
+        return jax.device_put(np.asarray(array), like.sharding)
+    return array
+
+
+def _identity_in(folder: Path) -> dict[str, Any] | None:
+    """Of what run the folder holds an unfinished state; None: of none."""
+    path = folder / IDENTITY
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove {folder} and start again.") from None
+
+
+def _compare(known: dict[str, Any], identity: dict[str, Any], folder: Any) -> None:
+    before, now = dict(_flat(known)), dict(_flat(json.loads(json.dumps(identity))))
+    differences = [
+        f"{name} is {now.get(name, 'absent')} here and {before.get(name, 'absent')} there"
+        for name in sorted(before.keys() | now.keys())
+        if not _same(name, before.get(name), now.get(name))
+    ]
+    if differences:
+        raise ValueError(f"{folder} holds the unfinished run of something else: {'; '.join(differences)}.")
+
+
+def _same(name: str, a: Any, b: Any) -> bool:
+    if name.split(".")[-1] == "loss" and isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-3)  # another mesh sums in another order
+    return type(a) is type(b) and a == b
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

@@ -1,0 +1,137 @@
+"""The stored Lanczos basis: vectors stacked along a leading axis, on the devices or in pinned memory of the host.
+
+On the devices a pass of Gram-Schmidt is one batched product over all rows. From the host rows come one at a time, so
+that the devices hold one of them; the host's basis has one more row than asked for, where the vector after the last
+step is written and never read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, dot
+
+BasisMemory = Literal["device", "host"]
+HOST = "pinned_host"
+
+
+def on_memory(sharding: Any, on_host: bool) -> Any:
+    """The sharding in pinned memory of the host, or as it is."""
+    return sharding.with_memory_kind(HOST) if on_host else sharding
+
+
+def zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of zeros; one of the host's never on a device, not even while it is made."""
+    if like.sharding.memory_kind != HOST:
+        return jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    if not isinstance(like.sharding, NamedSharding):  # the other way JAX 0.10 and 0.11 forget that it is the host's
+        return jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
+
+    def shard(index: Any) -> np.ndarray:
+        return np.zeros([len(range(*i.indices(n))) for i, n in zip(index, like.shape, strict=True)], like.dtype)
+
+    return jax.make_array_from_callback(like.shape, like.sharding, shard)
+
+
+def write_row(basis: Vector, row: jax.Array, vector: Vector) -> Vector:
+    """The basis with the vector in this row, rounded to its dtype; past the last row of a device's basis, as it is."""
+
+    def leaf(b: jax.Array, x: jax.Array) -> jax.Array:
+        x = x.astype(b.dtype)
+        if not _on_host(b):
+            return b.at[row].set(x, mode="drop")
+        return jax.lax.dynamic_update_slice_in_dim(b, jax.device_put(x[None], jax.memory.Space.Host), row, 0)
+
+    return jax.tree.map(leaf, basis, vector)
+
+
+def project_out(basis: Vector, w: Vector, count: jax.Array) -> tuple[Vector, jax.Array]:
+    """w without its components along the basis (classical Gram-Schmidt, one pass), and how long those were.
+
+    Args:
+        basis: Rows that are not yet written are zero.
+        w: In at least float32.
+        count: How many rows can have been written: from the host no more are fetched.
+    """
+    if not any(map(_on_host, jax.tree.leaves(basis))):
+        overlaps = basis_dot(basis, w)
+        return add_scaled(w, jnp.float32(-1), basis_sum(overlaps, basis)), jnp.sqrt(jnp.sum(jnp.square(overlaps)))
+    rows = jax.tree.leaves(basis)[0].shape[0] - 1
+
+    def take_away(k: jax.Array, carry: tuple[Vector, jax.Array]) -> tuple[Vector, jax.Array]:
+        left, squares = carry
+        row = _fetch(basis, k)
+        overlap = dot(row, w)
+        return add_scaled(left, -overlap, row), squares + jnp.square(overlap).astype(squares.dtype)
+
+    left, squares = jax.lax.fori_loop(0, jnp.minimum(count, rows), take_away, (w, jnp.float32(0)))
+    return left, jnp.sqrt(squares)
+
+
+def combine(basis: Vector, coefficients: jax.Array) -> Vector:
+    """Linear combinations [k, ...] of the rows, with coefficients [k, rows]; in at least float32."""
+    if not any(map(_on_host, jax.tree.leaves(basis))):
+        return jax.vmap(lambda c: basis_sum(c, basis))(coefficients)
+
+    def add(k: jax.Array, sums: Vector) -> Vector:
+        row = _fetch(basis, k)
+        return jax.tree.map(
+            lambda s, x: s + coefficients[:, k].reshape(-1, *[1] * x.ndim).astype(s.dtype) * x.astype(s.dtype),
+            sums,
+            row,
+        )
+
+    start = jax.tree.map(
+        lambda b: jnp.zeros((len(coefficients), *b.shape[1:]), jnp.promote_types(b.dtype, "float32")), basis
+    )
+    return jax.lax.fori_loop(0, coefficients.shape[1], add, start)
+
+
+def gram(basis: Vector) -> jax.Array:
+    """Inner products [rows, rows] of all rows with each other."""
+    host = any(map(_on_host, jax.tree.leaves(basis)))
+    rows = jax.tree.leaves(basis)[0].shape[0] - host
+
+    def against(i: jax.Array) -> jax.Array:
+        row = _fetch(basis, i)
+        if not host:
+            return basis_dot(basis, row)
+        return jax.lax.map(lambda k: dot(_fetch(basis, k), row), jnp.arange(rows))
+
+    return jax.lax.map(against, jnp.arange(rows))
+
+
+def narrower(basis: Vector | None, vector: Vector) -> bool:
+    """Whether the basis is stored in a narrower dtype than the vectors."""
+    if basis is None:
+        return False
+    pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(vector), strict=True)
+    return any(jnp.finfo(b.dtype).bits < jnp.finfo(x.dtype).bits for b, x in pairs)
+
+
+def stacked_sharding(sharding: Any, axis: int = 0) -> Any:
+    """The sharding of arrays stacked along a new axis, which is not cut."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = tuple(sharding.spec)
+    spec = spec + (None,) * (axis - len(spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec[:axis], None, *spec[axis:]))
+
+
+def _fetch(basis: Vector, row: jax.Array) -> Vector:
+    """One row, on the device."""
+
+    def leaf(b: jax.Array) -> jax.Array:
+        x = jax.lax.dynamic_slice_in_dim(b, row, 1, 0)
+        return (jax.device_put(x, jax.memory.Space.Device) if _on_host(b) else x)[0]
+
+    return jax.tree.map(leaf, basis)
+
+
+def _on_host(x: Any) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Host

@@ -1,0 +1,244 @@
+"""Leading eigenpairs of an operator, with residuals that are measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.linalg import eigh_tridiagonal
+
+from jaxhess.krylov.basis import BasisMemory, stacked_sharding
+from jaxhess.krylov.ghosts import classify, unflagged
+from jaxhess.krylov.lanczos import (
+    LanczosState,
+    Reorthogonalize,
+    lanczos_segment,
+    lanczos_vectors,
+    start_lanczos,
+)
+from jaxhess.krylov.quadrature import quadrature
+from jaxhess.operators.base import LinearOperator, compiled_mv
+from jaxhess.operators.restriction import leaf_name
+from jaxhess.vectors import Vector, add_scaled, cast, norm, random_probe, scale
+
+Which = Literal["magnitude", "largest", "smallest"]
+
+CHECK_EVERY = 5
+"""Steps between two looks at what has converged."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues with eigenvectors and how good they are; the leading one first.
+
+    Attributes:
+        values: [k] float64, Ritz values.
+        vectors: Unit eigenvectors, a pytree like the operator's vectors with a leading axis [k, ...].
+        residuals: [k] |H y - value y|, each by one more product: an eigenvalue of a symmetric H lies within it.
+        converged: [k] bool, whether the residual bound was within the tolerance.
+        steps: Lanczos steps taken.
+    """
+
+    values: np.ndarray
+    vectors: Vector
+    residuals: np.ndarray
+    converged: np.ndarray
+    steps: int
+
+    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Writes the vectors as an Orbax checkpoint, sharded as they are, with `eigenpairs.npz` beside it.
+
+        Raises:
+            FileExistsError: The folder exists and `overwrite` is False.
+        """
+        import orbax.checkpoint as ocp
+
+        folder = Path(folder).absolute()
+        if folder.exists() and not overwrite:
+            raise FileExistsError(f"{folder} exists; choose another folder, or pass overwrite=True.")
+        named = {leaf_name(path): x for path, x in jax.tree.flatten_with_path(self.vectors)[0]}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(folder / "vectors", args=ocp.args.PyTreeSave(named), force=overwrite)
+        np.savez(folder / "eigenpairs.npz", values=self.values, residuals=self.residuals, converged=self.converged)
+
+
+def leading_eigenpairs(
+    operator: LinearOperator,
+    count: int,
+    *,
+    which: Which = "magnitude",
+    tolerance: float = 1e-3,
+    steps: int = 100,
+    seed: int = 0,
+    reorthogonalize: Reorthogonalize = "full",
+    vector_dtype: Any = None,
+    accumulation_dtype: str = "float32",
+    basis_dtype: Any = None,
+    basis_memory: BasisMemory = "device",
+    callback: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
+) -> Eigenpairs:
+    """The leading eigenpairs by Lanczos (Paige 1971; Parlett 1998, chapter 13), stopped when they have converged.
+
+    With re-orthogonalisation "full" or "selective" eigenvectors are combinations of the stored basis. With "none" or a
+    window nothing is stored: a second pass repeats the same steps, in the same bits, and adds up the vectors as they
+    come by; it doubles the products, and holds `count` vectors instead of one for each step. Ghosts are left out, and
+    values that their residual bounds do not tell apart.
+
+    Args:
+        operator: Symmetric.
+        count: How many.
+        which: Largest magnitude, largest, or smallest (most negative).
+        tolerance: Converged is a residual bound of at most this times the largest |Ritz value|.
+        steps: The most to take. Pairs that have not converged by then are returned too, and `converged` says so.
+        seed: Of the starting vector, other than those of `spectrum`. A vector finds one direction of each eigenspace:
+            of a multiple eigenvalue one eigenvector.
+        reorthogonalize, vector_dtype, accumulation_dtype, basis_dtype, basis_memory: As for `spectrum`.
+        callback: Called on the host with the step, the wanted Ritz values so far, and their residual bounds.
+
+    Returns:
+        Fewer than `count` pairs where the Krylov space ends before (after so many steps as there are distinct
+        eigenvalues), or where without full re-orthogonalisation not so many could be told apart.
+
+    Raises:
+        ValueError: `count` is below 1 or above the dimension or `steps`; an option is out of range.
+        FloatingPointError: A product is not finite.
+    """
+    _check(operator, count, which, tolerance, steps)
+    operator.validate()
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0xE16E)
+    probe = random_probe(key, operator.shape_dtype)
+    if vector_dtype is not None:
+        probe = cast(probe, vector_dtype)
+    keeps_all = reorthogonalize in ("full", "selective")
+    options = (reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+    state = start_lanczos(probe, steps, *options)
+    rounding = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(probe))
+    done, ended = 0, False
+    while not ended:
+        done = min(done + CHECK_EVERY, steps)
+        state = lanczos_segment(operator, state, done)
+        size = int(state.size)
+        alphas, betas = (np.asarray(x, np.float64)[:size] for x in (state.alphas, state.betas))
+        if not np.isfinite(alphas + betas).all():
+            where = operator.explain_non_finite(state.previous)
+            raise FloatingPointError(f"A product within {size} steps is not finite{f': {where}' if where else ''}.")
+        chosen = _chosen(alphas, betas, count, which, None if keeps_all else rounding)
+        nodes = quadrature(alphas, betas)
+        bounds = nodes.residual_bounds[chosen]
+        converged = bounds <= tolerance * np.abs(nodes.ritz_values).max()
+        if callback is not None:
+            callback(size, nodes.ritz_values[chosen], bounds)
+        ended = bool(state.broken) or done == steps or (len(chosen) == count and bool(converged.all()))
+    if bool(state.broken):
+        converged = np.ones(len(chosen), bool)  # the space is invariant, within rounding
+    coefficients = _coefficients(alphas, betas, chosen)
+    if keeps_all:
+        padded = np.zeros((len(chosen), steps))
+        padded[:, :size] = coefficients
+        vectors = lanczos_vectors(state, padded)
+        del state
+    else:
+        del state
+        vectors = _second_pass(operator, start_lanczos(probe, steps, *options), coefficients)
+    vectors, residuals = _measured(operator, vectors, nodes.ritz_values[chosen])
+    return Eigenpairs(nodes.ritz_values[chosen], vectors, residuals, converged, size)
+
+
+def _check(operator: LinearOperator, count: int, which: str, tolerance: float, steps: int) -> None:
+    if not 1 <= count <= min(operator.dim, steps):
+        raise ValueError(
+            f"{count} eigenpairs are asked for; it must be from 1 to {min(operator.dim, steps)}, the smaller of the "
+            f"dimension {operator.dim:,} and the {steps} steps."
+        )
+    if which not in ("magnitude", "largest", "smallest"):
+        raise ValueError(f"which is {which!r}; it is 'magnitude', 'largest' or 'smallest'.")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance}; it must be between 0 and 1.")
+
+
+def _chosen(alphas: np.ndarray, betas: np.ndarray, count: int, which: Which, rounding: float | None) -> np.ndarray:
+    """Indices of the wanted Ritz values, the leading one first; no ghosts (`rounding` None: there can be none).
+
+    Nor a ghost on its way: of values nearer to each other than their residual bounds the one of smaller bound stays.
+    """
+    nodes = quadrature(alphas, betas)
+    theta, _, bounds = nodes
+    genuine = np.flatnonzero(~(unflagged(nodes) if rounding is None else classify(nodes, rounding)).flags)
+    if rounding is not None:
+        apart: list[int] = []
+        for i in genuine[np.argsort(bounds[genuine], kind="stable")]:
+            if all(abs(theta[i] - theta[a]) > bounds[i] + bounds[a] for a in apart):
+                apart.append(int(i))
+        genuine = np.sort(apart)
+    values = theta[genuine]
+    order = np.argsort({"magnitude": -np.abs(values), "largest": -values, "smallest": values}[which], kind="stable")
+    return genuine[order[:count]]
+
+
+def _coefficients(alphas: np.ndarray, betas: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """[k, steps] eigenvectors of T in the basis of the Lanczos vectors."""
+    if len(alphas) == 1:
+        return np.ones((1, 1))
+    _, vectors = eigh_tridiagonal(alphas, betas[:-1], lapack_driver="stev")
+    return vectors[:, chosen].T
+
+
+def _second_pass(operator: LinearOperator, state: LanczosState, coefficients: np.ndarray) -> Vector:
+    """Combinations [k, ...] of the Lanczos vectors with coefficients [k, steps], while the steps are taken again."""
+    count, size = coefficients.shape
+    leaves, treedef = jax.tree.flatten(state.current)
+    sums, add = _accumulator(treedef, tuple((x.shape, x.dtype, x.sharding) for x in leaves), count)
+    for j in range(size):
+        sums = add(sums, jnp.asarray(coefficients[:, j]), state.current)
+        if j + 1 < size:
+            state = lanczos_segment(operator, state, j + 1)
+    return sums
+
+
+def _accumulator(treedef: Any, arrays: tuple, count: int) -> tuple[Vector, Any]:
+    shardings = jax.tree.unflatten(treedef, [stacked_sharding(s) for _, _, s in arrays])
+
+    def zeros() -> Vector:
+        wide = [jnp.zeros((count, *shape), jnp.promote_types(dtype, jnp.float32)) for shape, dtype, _ in arrays]
+        return jax.tree.unflatten(treedef, wide)
+
+    def add(sums: Vector, coefficients: jax.Array, q: Vector) -> Vector:
+        def leaf(s: jax.Array, x: jax.Array) -> jax.Array:
+            return s + coefficients.astype(s.dtype).reshape(-1, *[1] * x.ndim) * x.astype(s.dtype)
+
+        return jax.tree.map(leaf, sums, q)
+
+    return jax.jit(zeros, out_shardings=shardings)(), jax.jit(add, donate_argnums=0, out_shardings=shardings)
+
+
+def _measured(operator: LinearOperator, vectors: Vector, values: np.ndarray) -> tuple[Vector, np.ndarray]:
+    """The vectors at length one, and the norms of their residuals, by one product each."""
+    residuals = np.zeros(len(values))
+    for k, value in enumerate(values):
+        y = _taken(vectors, k)
+        residuals[k] = float(_residual(compiled_mv(operator, y), jnp.asarray(value), y))
+        vectors = _replaced(vectors, k, y)
+    return vectors, residuals
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _taken(vectors: Vector, k: int) -> Vector:
+    y = jax.tree.map(lambda x: x[k], vectors)
+    return scale(1 / norm(y), y)
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _replaced(vectors: Vector, k: int, y: Vector) -> Vector:
+    return jax.tree.map(lambda x, row: x.at[k].set(row.astype(x.dtype)), vectors, y)
+
+
+@jax.jit
+def _residual(product: Vector, value: jax.Array, y: Vector) -> jax.Array:
+    return norm(add_scaled(product, -value, y))

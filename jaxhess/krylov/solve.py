@@ -1,0 +1,166 @@
+"""Linear systems with an operator, by conjugate gradients on vectors that are sharded pytrees."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from jaxhess.operators.base import LinearOperator, check_structure
+from jaxhess.vectors import Vector, add_scaled, dot, named_sharding, norm, scale, widen
+
+
+class Solution(NamedTuple):
+    """What conjugate gradients found, and how far it can be trusted.
+
+    Attributes:
+        solution: x, a tree like b in at least float32.
+        history: [steps + 1] float64, |r_k| / |b| by the recursion, from r_0 = b on.
+        residual: |b - (A + damping I) x| / |b|, from x, with one more product. Well above the last of the history, it
+            shows that rounding has decided: the tolerance is below what dtype and condition number allow.
+        converged: Whether the history ends within the tolerance; of x only `residual` speaks.
+        nonpositive_curvature: Whether it ended at a direction p with p'(A + damping I)p not above zero, within
+            rounding: the matrix is not positive definite, and x is the iterate before.
+    """
+
+    solution: Vector
+    history: npt.NDArray[np.float64]
+    residual: float
+    converged: bool
+    nonpositive_curvature: bool
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    x: Vector
+    r: Vector
+    p: Vector
+    squared: jax.Array  # r'z
+    history: jax.Array
+    largest: jax.Array  # Rayleigh quotient of a direction so far
+    nonpositive: jax.Array
+    bad_preconditioner: jax.Array
+
+
+def conjugate_gradients(
+    operator: LinearOperator,
+    b: Vector,
+    *,
+    damping: float = 0.0,
+    tolerance: float = 1e-6,
+    max_steps: int = 100,
+    preconditioner: LinearOperator | None = None,
+) -> Solution:
+    """The solution of (A + damping I) x = b by conjugate gradients (Hestenes and Stiefel 1952) from x = 0.
+
+    `jax.scipy.sparse.linalg.cg` keeps no history and does not see negative curvature, which a Hessian has. Here the
+    loop ends where p'(A + damping I)p is not above rounding, eps times the largest Rayleigh quotient so far times p'p.
+    Vectors are in at least float32, sharded like the operator's: b, x, r, p, and b over its length.
+
+    Args:
+        operator: Symmetric; positive definite once damped.
+        b: A tree like the operator's vectors; zero gives zero.
+        damping: Not negative; data, so that another one compiles nothing again.
+        tolerance: Of |r_k| / |b|.
+        max_steps: Products at most, without the one that measures the residual at the end.
+        preconditioner: An approximation of the inverse of A + damping I: symmetric and positive definite.
+
+    Raises:
+        ValueError: b is not like the operator's vectors or not finite, an option is out of its range, or the
+            preconditioner is not positive definite.
+        FloatingPointError: The loss or a product is not finite.
+    """
+    check_structure(b, operator.shape_dtype)
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping is {damping}; it must be finite and not negative.")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance}; it must be between 0 and 1, a part of |b|.")
+    if not isinstance(max_steps, int | np.integer) or max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}; it must be a whole number, at least 1.")
+    if preconditioner is not None:
+        check_structure(preconditioner.shape_dtype, operator.shape_dtype)
+    if not math.isfinite(float(norm(b))):
+        raise ValueError("b has entries that are not finite.")
+    operator.validate()
+    state, solution, residual, converged = _solved(operator, b, damping, tolerance, max_steps, preconditioner)
+    steps = int(state.step)
+    history = np.asarray(state.history, np.float64)[: steps + 1]
+    if bool(state.bad_preconditioner):
+        raise ValueError(f"The preconditioner M is not positive definite: r'M r is not positive at step {steps}.")
+    if not np.isfinite(history[-1]):
+        where = operator.explain_non_finite(state.p)
+        message = f"The product at step {steps} of conjugate gradients is not finite"
+        raise FloatingPointError(f"{message}: {where}." if where else f"{message}.")
+    return Solution(solution, history, float(residual), bool(converged), bool(state.nonpositive))
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _solved(
+    operator: LinearOperator,
+    b: Vector,
+    damping: jax.Array,
+    tolerance: jax.Array,
+    max_steps: int,
+    preconditioner: LinearOperator | None,
+) -> tuple[_State, Vector, jax.Array, jax.Array]:
+    """The last state, x, the relative residual of x, and whether the recursion's is within the tolerance."""
+
+    def product(v: Vector) -> Vector:
+        return add_scaled(operator.mv(v), damping, v)
+
+    def conditioned(r: Vector) -> Vector:
+        return r if preconditioner is None else preconditioner.mv(r)
+
+    b = _pinned(operator, widen(b))
+    length = norm(b)
+    b = scale(1 / jnp.where(length > 0, length, 1), b)  # of length one: squares of a tiny gradient's entries vanish
+    rounding = max(float(jnp.finfo(e.dtype).eps) for e in jax.tree.leaves(b))
+
+    def goes_on(state: _State) -> jax.Array:
+        left = state.history[state.step]
+        unfinished = (left > tolerance) & jnp.isfinite(left) & (state.step < max_steps)
+        return unfinished & ~state.nonpositive & ~state.bad_preconditioner
+
+    def step(state: _State) -> _State:
+        ap = product(state.p)
+        curvature, squared_p = dot(state.p, ap), dot(state.p, state.p)
+        largest = jnp.maximum(state.largest, curvature / squared_p)
+        nonpositive = curvature <= rounding * largest * squared_p
+        alpha = jnp.where(nonpositive, 0, state.squared / curvature)
+        x = add_scaled(state.x, alpha, state.p)
+        r = add_scaled(state.r, -alpha, ap)
+        z = conditioned(r)
+        squared = dot(r, z)
+        left = norm(r)
+        # A product that is not finite leaves p as it was: the error message is about it.
+        beta = squared / state.squared
+        p = jax.tree.map(lambda e, f: jnp.where(jnp.isfinite(left), e, f), add_scaled(z, beta, state.p), state.p)
+        done = jnp.where(nonpositive, state.step, state.step + 1)
+        history = state.history.at[done].set(left)
+        return _State(done, x, r, p, squared, history, largest, nonpositive, ~(squared > 0) & (left > 0))
+
+    z = conditioned(b)
+    squared, left = dot(b, z), norm(b)
+    zero, zeros = jnp.zeros_like(left), jax.tree.map(jnp.zeros_like, b)
+    history = jnp.zeros((max_steps + 1,), left.dtype).at[0].set(left)
+    bad = ~(squared > 0) & (left > 0)
+    start = _State(jnp.int32(0), zeros, b, z, squared, history, zero, jnp.bool_(False), bad)
+    state = jax.lax.while_loop(goes_on, step, start)
+    residual = norm(add_scaled(b, jnp.float32(-1), product(state.x)))
+    converged = state.history[state.step] <= tolerance
+    return state, _pinned(operator, scale(length, state.x)), residual, converged
+
+
+def _pinned(operator: LinearOperator, v: Vector) -> Vector:
+    """v sharded like the operator's vectors."""
+
+    def leaf(x: Any, e: jax.Array) -> jax.Array:
+        sharding = named_sharding(x)
+        return e if sharding is None or sharding.mesh.size == 1 else jax.lax.with_sharding_constraint(e, sharding)
+
+    return jax.tree.map(leaf, operator.shape_dtype, v)

@@ -1,0 +1,216 @@
+"""Runs that are saved, killed and taken up: nothing is lost, no bit differs, and nothing else passes for them."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from small_models import Diagonal
+
+from jaxhess import Checkpoint, Interrupted, MatrixOperator, make_mesh, spectrum
+from jaxhess.checkpoint import termination
+
+OPERATOR = Diagonal(jnp.linspace(-1, 5, 400))
+RUN = {"steps": 12, "probes": 5, "batch_size": 2}
+
+
+class Killed(Exception):
+    pass
+
+
+def stopped_at(operator, folder, probe: int, step: int, **options) -> None:
+    """A run that ends without warning in its callback."""
+
+    def stop(progress):
+        if (progress.probe, progress.step) >= (probe, step):
+            raise Killed
+
+    with pytest.raises(Killed):
+        spectrum(operator, **options, checkpoint=Checkpoint(folder, every=3), callback=stop)
+
+
+@pytest.mark.parametrize("reorthogonalize", ["none", 4, "selective", "full"])
+def test_a_run_taken_up_ends_in_the_same_bits(tmp_path, reorthogonalize):
+    options = RUN | {"reorthogonalize": reorthogonalize}
+    whole = spectrum(OPERATOR, **options)
+    stopped_at(OPERATOR, tmp_path, 2, 7, **options)
+    seen = []
+    checkpoint = Checkpoint(tmp_path, every=3, resume=True)
+    rest = spectrum(OPERATOR, **options, checkpoint=checkpoint, callback=lambda p: seen.append((p.probe, p.step)))
+    assert seen[0] >= (2, 7)  # from step 6 of the second batch
+    for name in ("alphas", "betas", "sizes"):
+        np.testing.assert_array_equal(getattr(rest, name), getattr(whole, name))
+    assert rest.info["lanczos"]["orthogonality"] == whole.info["lanczos"]["orthogonality"]
+    again = spectrum(OPERATOR, **options, checkpoint=checkpoint)  # finished, its folder not yet removed
+    np.testing.assert_array_equal(again.alphas, whole.alphas)
+    checkpoint.remove()
+    assert not tmp_path.exists()
+
+
+def test_a_basis_on_the_host_is_saved_too(tmp_path):
+    options = {"steps": 12, "probes": 2, "basis_memory": "host", "basis_dtype": "bfloat16"}
+    whole = spectrum(OPERATOR, **options)
+    stopped_at(OPERATOR, tmp_path, 1, 5, **options)
+    rest = spectrum(OPERATOR, **options, checkpoint=Checkpoint(tmp_path, every=3, resume=True))
+    np.testing.assert_array_equal(rest.alphas, whole.alphas)
+    np.testing.assert_array_equal(rest.betas, whole.betas)
+
+
+def test_another_mesh_takes_a_run_up(tmp_path):
+    def on(axes: str) -> Diagonal:
+        sharding = NamedSharding(make_mesh(axes), PartitionSpec(("fsdp", "tensor")))
+        return Diagonal(jax.device_put(OPERATOR.entries, sharding))
+
+    whole = spectrum(on("fsdp=8"), **RUN)
+    stopped_at(on("fsdp=8"), tmp_path, 2, 7, **RUN)
+    rest = spectrum(on("fsdp=2,tensor=4"), **RUN, checkpoint=Checkpoint(tmp_path, every=3, resume=True))
+    np.testing.assert_array_equal(rest.alphas[:2], whole.alphas[:2])
+    np.testing.assert_allclose(rest.alphas, whole.alphas, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seed": 1}, "probes.seed is 1 here and 0 there"),
+        ({"probes": 6}, "probes.count is 6 here and 5 there"),
+        ({"steps": 13}, "lanczos.steps is 13 here and 12 there"),
+        ({"reorthogonalize": "none"}, "lanczos.reorthogonalize is none here and full there"),
+        ({"basis_dtype": "bfloat16"}, "lanczos.basis_dtype is bfloat16 here and None there"),
+        ({"operator": Diagonal(OPERATOR.entries.at[7].add(1e-6))}, "parameters is"),
+        ({"operator": MatrixOperator(jnp.diag(OPERATOR.entries))}, "operator.kind is MatrixOperator here"),
+        ({"data": "other tokens"}, "data is other tokens here and tokens there"),
+    ],
+)
+def test_another_run_is_refused_and_the_difference_named(tmp_path, change, sentence):
+    def checkpoint(data: str = "tokens", **options) -> Checkpoint:
+        return Checkpoint(tmp_path, every=3, identity={"data": data}, **options)
+
+    def stop(_):
+        raise Killed
+
+    with pytest.raises(Killed):
+        spectrum(OPERATOR, **RUN, checkpoint=checkpoint(), callback=stop)
+    files = sorted(tmp_path.rglob("*"))
+    operator, data = change.pop("operator", OPERATOR), change.pop("data", "tokens")
+    with pytest.raises(ValueError, match=sentence):
+        spectrum(operator, **(RUN | change), checkpoint=checkpoint(data, resume=True))
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_an_unfinished_run_is_not_overwritten(tmp_path):
+    stopped_at(OPERATOR, tmp_path, 0, 7, **RUN)
+    with pytest.raises(FileExistsError, match="--resume"):
+        spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path))
+    with pytest.raises(ValueError, match="at least 1"):
+        spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, every=0))
+    (tmp_path / "identity.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, resume=True))
+
+
+def test_sigterm_saves_and_stops(tmp_path):
+    whole = spectrum(OPERATOR, **RUN)
+
+    def ask(progress):
+        if progress.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="step 4 of probe 1"):
+        spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, every=4), callback=ask)
+    assert signal.getsignal(signal.SIGTERM) is before
+    seen = []
+    checkpoint = Checkpoint(tmp_path, every=4, resume=True)
+    rest = spectrum(OPERATOR, **RUN, checkpoint=checkpoint, callback=lambda p: seen.append(p.step))
+    assert seen[0] > 4
+    np.testing.assert_array_equal(rest.betas, whole.betas)
+
+
+def test_sigterm_ends_a_process_that_saves_nothing_as_ever():
+    with termination() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.is_set()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# Imports once and forks, so that every life costs its compilation only; backends start in the child.
+JOB = """
+import os, sys
+import numpy as np
+import jax, jax.numpy as jnp, orbax.checkpoint
+import jaxhess
+from small_models import Diagonal
+
+def job(folder, out):
+    entries = jnp.concatenate([jnp.linspace(-1, 1, 20_000), jnp.array([3.0, 7.0, 30.0])])
+    checkpoint = jaxhess.Checkpoint(folder, every=2, resume=True) if folder != "-" else None
+    slow = lambda _: __import__("time").sleep(0.03)  # kills should meet steps and saves, not the compiler only
+    found = jaxhess.spectrum(Diagonal(entries), steps=40, probes=4, batch_size=2, reorthogonalize="full",
+                             checkpoint=checkpoint, callback=slow)
+    with open(out, "wb") as file:
+        np.savez(file, alphas=found.alphas, betas=found.betas)
+
+for line in sys.stdin:
+    folder, out = line.split()
+    child = os.fork()
+    if child == 0:
+        job(folder, out)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
+def test_killed_at_random_moments_a_run_ends_in_the_same_bits(tmp_path, kills):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": ".:tests"}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", JOB], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+    def start(folder, out) -> int:
+        parent.stdin.write(f"{folder} {out}\n")
+        parent.stdin.flush()
+        return int(parent.stdout.readline())
+
+    def waited() -> int:
+        return int(parent.stdout.readline())
+
+    began = time.monotonic()
+    start("-", tmp_path / "whole.npz")
+    assert waited() == 0
+    whole = time.monotonic() - began
+    chance = random.Random(0)
+    lives, places = 0, set()
+    for _ in range(kills):
+        process = start(tmp_path / "run", tmp_path / "rest.npz")
+        time.sleep(chance.uniform(0.25, 0.75) * whole)
+        os.kill(process, signal.SIGKILL)
+        status = waited()
+        lives += status == signal.SIGKILL
+        places |= {p.name for p in (tmp_path / "run" / "steps").glob("[0-9]*")}
+        if status == 0:  # it had ended: begin again, the kills are to be twenty
+            assert_same(tmp_path / "whole.npz", tmp_path / "rest.npz")
+            Checkpoint(tmp_path / "run").remove()
+    start(tmp_path / "run", tmp_path / "rest.npz")
+    assert waited() == 0
+    parent.stdin.close()
+    assert parent.wait() == 0
+    assert lives >= kills // 2
+    assert len(places) >= 2  # kills left saves at different places
+    assert_same(tmp_path / "whole.npz", tmp_path / "rest.npz")
+
+
+def assert_same(a: Path, b: Path) -> None:
+    with np.load(a) as whole, np.load(b) as rest:
+        for name in ("alphas", "betas"):
+            np.testing.assert_array_equal(rest[name], whole[name])

@@ -1,0 +1,91 @@
+"""Leading eigenpairs against matrices whose eigenvectors are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from small_models import Diagonal
+
+from jaxhess import MatrixOperator, leading_eigenpairs
+
+EIGENVALUES = np.concatenate([np.linspace(-1, 1, 195), [5.0, 8.0, 20.0, -6.0, -12.0]])
+BASIS = np.linalg.qr(np.random.default_rng(0).normal(size=(200, 200)))[0]
+EXPECTED = {"magnitude": [20, -12, 8], "largest": [20, 8, 5], "smallest": [-12, -6, -1]}
+
+
+@pytest.fixture(scope="module")
+def operator():
+    return MatrixOperator(jnp.asarray((BASIS * EIGENVALUES) @ BASIS.T, jnp.float32))
+
+
+@pytest.mark.parametrize("which", EXPECTED)
+@pytest.mark.parametrize("reorthogonalize", ["full", "selective", "none", 6])
+def test_values_vectors_and_residuals(operator, which, reorthogonalize):
+    pairs = leading_eigenpairs(operator, 3, which=which, tolerance=1e-4, steps=150, reorthogonalize=reorthogonalize)
+    assert pairs.converged.all()
+    np.testing.assert_allclose(pairs.values, EXPECTED[which], atol=1e-3 * 20 if which == "smallest" else 1e-5 * 20)
+    vectors = np.asarray(pairs.vectors, np.float64)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    # Residuals are what they say, and small enough for the tolerance and for float32.
+    dense = np.asarray(operator.matrix, np.float64)
+    true = np.linalg.norm(vectors @ dense - pairs.values[:, None] * vectors, axis=1)
+    np.testing.assert_allclose(pairs.residuals, true, atol=2e-6 * 20)
+    assert (true < 2e-4 * 20).all()
+    for value, vector in zip(pairs.values[:2], vectors, strict=False):
+        own = BASIS[:, np.argmin(np.abs(EIGENVALUES - value))]
+        assert abs(own @ vector) > 1 - 1e-4
+
+
+def test_a_run_stops_when_the_pairs_have_converged(operator):
+    seen = []
+    pairs = leading_eigenpairs(operator, 1, tolerance=1e-3, steps=100, callback=lambda *x: seen.append(x))
+    assert pairs.steps == seen[-1][0] <= 15
+    assert seen[-1][2][0] <= 1e-3 * 20 < (seen[-2][2][0] if len(seen) > 1 else np.inf)
+
+
+def test_what_has_not_converged_is_said(operator):
+    pairs = leading_eigenpairs(operator, 3, which="smallest", tolerance=1e-6, steps=12)
+    assert pairs.steps == 12
+    assert list(pairs.converged) == [True, True, False] or not pairs.converged[-1]
+    assert pairs.residuals[-1] > 1e-6 * 20
+
+
+def test_the_krylov_space_may_end_first():
+    pairs = leading_eigenpairs(MatrixOperator(jnp.diag(jnp.array([3.0, 3.0, 0.0, 0.0]))), 3, steps=4)
+    assert len(pairs.values) == 2  # distinct ones
+    np.testing.assert_allclose(pairs.values, [3, 0], atol=1e-6)
+    np.testing.assert_allclose(pairs.residuals, 0, atol=1e-6)
+
+
+def test_vectors_are_trees_like_the_operators_and_are_saved(tmp_path):
+    entries = {"layers": {"kernel": jnp.linspace(-1, 1, 24).reshape(2, 3, 4)}, "norm": jnp.array([3.0, -2.0])}
+    operator = Diagonal(entries)
+    pairs = leading_eigenpairs(operator, 2, tolerance=1e-4, steps=20)
+    np.testing.assert_allclose(pairs.values, [3, -2], rtol=1e-5)
+    assert jax.tree.structure(pairs.vectors) == jax.tree.structure(entries)
+    np.testing.assert_allclose(jnp.abs(pairs.vectors["norm"]), np.eye(2), atol=1e-3)
+    pairs.save(tmp_path / "pairs")
+    with np.load(tmp_path / "pairs" / "eigenpairs.npz") as saved:
+        np.testing.assert_array_equal(saved["values"], pairs.values)
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.restore(tmp_path / "pairs" / "vectors")
+    np.testing.assert_array_equal(stored["layers/kernel"], pairs.vectors["layers"]["kernel"])
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        pairs.save(tmp_path / "pairs")
+    pairs.save(tmp_path / "pairs", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "sentence"),
+    [
+        (0, {}, "from 1 to 100"),
+        (101, {}, "from 1 to 100"),
+        (1, {"which": "middle"}, "'magnitude', 'largest' or 'smallest'"),
+        (1, {"tolerance": 0.0}, "between 0 and 1"),
+        (1, {"reorthogonalize": "some"}, "Unknown re-orthogonalisation"),
+    ],
+)
+def test_bad_options_are_refused(operator, count, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        leading_eigenpairs(operator, count, **options)
