@@ -26,7 +26,7 @@ from jaxhess.command import one_sentence
 from jaxhess.krylov import compile_segment, lanczos_segment, orthogonality_loss, start_lanczos
 from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import Reorthogonalize
-from jaxhess.krylov.quadrature import quadrature
+from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.memory import bytes_per_device
 from jaxhess.slq import unit_roundoff
 from jaxhess.spectra import json_ready, refuse_unusable
@@ -162,25 +162,37 @@ def measure(variant: Variant, operator: jaxhess.LinearOperator, steps: int, seed
 
 
 def compared(found: dict[str, Any], reference: dict[str, Any], steps: tuple[int, ...]) -> dict[str, Any]:
-    """The run with ghosts, errors of the extremes and distances to the reference after each number of steps."""
+    """The run with ghosts, errors of the extremes and distances to the reference after each number of steps.
+
+    `one_step_fewer` is the reference's own distance to itself without the last step: what the number of nodes does.
+    """
     rows = []
-    truth = quadrature(reference["alphas"], reference["betas"]).ritz_values
+    truth = _quadrature(reference, max(steps)).ritz_values
     for k in sorted(steps):
-        nodes, exact = (quadrature(r["alphas"][:k], r["betas"][:k]) for r in (found, reference))
+        nodes, exact = (_quadrature(r, k) for r in (found, reference))
         orthogonal = found["reorthogonalize"] == "full"
         ghosts = (unflagged(nodes) if orthogonal else classify(nodes, found["rounding"])).flags
-        size = float(exact.weights @ np.abs(exact.ritz_values))
-        distance = wasserstein_distance(nodes.ritz_values, exact.ritz_values, nodes.weights, exact.weights)
         rows.append(
             {
                 "steps": k,
                 "ghosts": int(ghosts.sum()),
                 "largest_error": abs(nodes.ritz_values[-1] / truth[-1] - 1),
                 "smallest_error": abs(nodes.ritz_values[0] / truth[0] - 1),
-                "wasserstein_1": distance / size,
+                "wasserstein_1": _distance(nodes, exact),
+                "one_step_fewer": _distance(_quadrature(reference, k - 1), exact),
             }
         )
     return {**found, "by_steps": rows}
+
+
+def _quadrature(run: dict[str, Any], steps: int) -> Quadrature:
+    return quadrature(run["alphas"][:steps], run["betas"][:steps])
+
+
+def _distance(a: Quadrature, b: Quadrature) -> float:
+    """Wasserstein-1 distance of two spectra, in mean |eigenvalue| of the second."""
+    distance = wasserstein_distance(a.ritz_values, b.ritz_values, a.weights, b.weights)
+    return float(distance / (b.weights @ np.abs(b.ritz_values)))
 
 
 COLORS = ("#1b2a41", "#c8553d", "#e09f3e", "#b08968", "#588157", "#2f6fb3", "#5fa8d3", "#8d5a97", "#6c757d", "#d4a5a5")
@@ -204,14 +216,18 @@ def plot(record: dict[str, Any]) -> Figure:
                 continue
             dashes = "--" if "bf16" in found["name"] else "-"
             panel.plot([r["steps"] for r in rows], values, "o", ls=dashes, ms=4, color=color, label=found["name"])
+        if key == "wasserstein_1":
+            rows = record["variants"][0]["by_steps"]
+            fewer = [row["one_step_fewer"] for row in rows]
+            panel.plot([r["steps"] for r in rows], fewer, "k:", label="reference, one step fewer")
         panel.set_yscale("symlog" if key == "ghosts" else "log")
         panel.set_ylim(bottom=-0.5 if key == "ghosts" else 1e-16)
         panel.set_title(title, fontsize=11)
         panel.set_xlabel("Lanczos steps")
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    shown = {name: line for panel in panels.flat for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.suptitle(f"Lanczos with and without re-orthogonalisation, {record['parameters']:,} parameters", fontsize=12)
     return figure
 
@@ -235,6 +251,8 @@ def print_table(console: Console, record: dict[str, Any]) -> None:
             f"{found['seconds_per_step']:.2f}",
         )
     console.print(table)
+    fewer = record["variants"][0]["by_steps"][-1]["one_step_fewer"]
+    console.print(f"W1 of the reference after {last - 1} steps from the reference after {last}: {fewer:.0e}.")
     console.print(
         "Errors of the extreme Ritz values are relative; W1 is in mean |eigenvalue|; both against float64 vectors with "
         "full re-orthogonalisation. |Q'Q-I| is over the stored vectors. Vectors are those held, in parameters' size; "

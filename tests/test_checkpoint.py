@@ -1,5 +1,6 @@
 """Runs that are saved, killed and taken up: nothing is lost, no bit differs, and nothing else passes for them."""
 
+import contextlib
 import os
 import random
 import signal
@@ -169,8 +170,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [20])
+@pytest.mark.parametrize("kills", [pytest.param(8, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.study)])
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(tmp_path, kills):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": ".:tests"}
     parent = subprocess.Popen(
@@ -191,10 +191,11 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(tmp_path, kills):
     whole = time.monotonic() - began
     chance = random.Random(0)
     lives, places = 0, set()
-    for _ in range(kills):
+    while lives < kills:
         process = start(tmp_path / "run", tmp_path / "rest.npz")
         time.sleep(chance.uniform(0.25, 0.75) * whole)
-        os.kill(process, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(process, signal.SIGKILL)
         status = waited()
         lives += status == signal.SIGKILL
         places |= {p.name for p in (tmp_path / "run" / "steps").glob("[0-9]*")}
@@ -205,7 +206,6 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_bits(tmp_path, kills):
     assert waited() == 0
     parent.stdin.close()
     assert parent.wait() == 0
-    assert lives >= kills // 2
     assert len(places) >= 2  # kills left saves at different places
     assert_same(tmp_path / "whole.npz", tmp_path / "rest.npz")
 

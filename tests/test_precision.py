@@ -20,6 +20,7 @@ from jaxhess import (
     start_lanczos,
 )
 from jaxhess.krylov import lanczos_segment
+from jaxhess.vectors import basis_dot, dot
 
 
 def first(operator):
@@ -123,3 +124,27 @@ def test_alphas_and_betas_can_be_accumulated_in_float64():
 def test_what_cannot_be_accumulated_in_is_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.study
+def test_sums_over_a_hundred_million_entries(capsys):
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal(10**8, dtype=np.float32) for _ in range(2))
+    square, product = (float(np.dot(x.astype(np.float64), z)) for z in (x, y))
+    a, b = jnp.asarray(x), jnp.asarray(y)
+    lines = [
+        f"float32 |x|^2: {float(dot(a, a)) / square - 1:.0e} relative",
+        f"float32 <x, y>: {(float(dot(a, b)) - product) / square:.0e} of |x|^2",
+        f"basis_dot of four: {float(basis_dot(jnp.stack([a, b, a, b]), a)[0]) / square - 1:.0e} relative",
+    ]
+    ten = a[: 10**7]
+    naive = jnp.tensordot(jnp.stack([ten, b[: 10**7]] * 2), ten, axes=1, precision="highest")[0]
+    true = float(np.dot(x[: 10**7].astype(np.float64), x[: 10**7]))
+    lines.append(f"a matrix product of four with 1e7 entries: {float(naive) / true - 1:.0e} relative")
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+    assert abs(float(dot(a, a)) / square - 1) < 1e-6
+    assert abs(float(dot(a, b)) - product) < 1e-8 * square
+    assert abs(float(basis_dot(jnp.stack([a, b, a, b]), a)[0]) / square - 1) < 1e-5
+    with jax.enable_x64(True):
+        assert abs(float(dot(a, a, "float64")) / square - 1) < 1e-11

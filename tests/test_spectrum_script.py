@@ -45,6 +45,7 @@ def test_run_folder_is_complete_and_reads_back(finished):
         "spectrum.npz",
         "spectrum.json",
         "density.png",
+        "distribution.png",
         "stem.png",
         "report.html",
     }
