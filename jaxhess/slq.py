@@ -26,7 +26,7 @@ from jaxhess.krylov.lanczos import (
     start_lanczos,
 )
 from jaxhess.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
-from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.base import LinearOperator, unit_roundoff
 from jaxhess.spectra import Spectrum
 from jaxhess.vectors import Distribution, Vector, cast, random_probe
 
@@ -88,7 +88,8 @@ def spectrum(
         basis_dtype: Storage of the vectors kept for re-orthogonalisation; None: as `vector_dtype`.
         basis_memory: Where these are: "device", or "host", in pinned memory; then one probe advances at a time.
         batch_size: Probes that advance together, sharing primal passes and weight gathers. None: as many as fit into
-            what memory is left, in batches of equal size; one where the operator has nothing to share.
+            what memory is left, in batches of equal size; one where the operator has nothing to share; as before when a
+            run is taken up. (Those that are under way then stay together.)
         distribution: Of the probes' entries.
         checkpoint: Where the unfinished run is kept, and whether to take it up.
         callback: Called on the host after each compiled segment.
@@ -106,10 +107,11 @@ def spectrum(
     check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
     if batch_size is not None and (batch_size < 1 or (basis_memory == "host" and batch_size > 1)):
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1, and 1 for a basis in the host's memory.")
+    stored = None if basis_dtype is None else str(jnp.dtype(basis_dtype))
     options: dict[str, Any] = {
         "reorthogonalize": reorthogonalize,
         "accumulation_dtype": accumulation_dtype,
-        "basis_dtype": None if basis_dtype is None else str(jnp.dtype(basis_dtype)),
+        "basis_dtype": None if stored == _dtypes(like) else stored,
         "basis_memory": basis_memory,
     }
     check_basis_fits(like, steps, **options)
@@ -183,13 +185,15 @@ class _Run:
         if record is not None:
             assert saver is not None
             first = self._take_up(record)
-            batch_size = self.batch_size
-            if record["step"] > 0:
-                begun = saver.restore(self.template(self._runs(min(batch_size, self.probes - first))))
+            if record["step"] > 0:  # these probes advance together to their end
+                begun = saver.restore(self.template(record["runs"]))
         began = time.perf_counter() - self.seconds
-        self.batch_size = batch_size or choose_batch_size(self.operator, self.template, self.probes, self.options)
+        if self.batch_size == 0 or batch_size is not None:
+            self.batch_size = batch_size or choose_batch_size(self.operator, self.template, self.probes, self.options)
         while first < self.probes:
             together = min(self.batch_size, self.probes - first)
+            if begun is not None:
+                together = len(np.atleast_1d(begun.size))
             if begun is None:
                 begun = self._start(first, together)
             if not self.program:
@@ -215,15 +219,10 @@ class _Run:
             begun = None
             first += together
 
-    def _runs(self, together: int) -> int | None:
-        """One probe alone needs no axis over runs."""
-        return None if self.batch_size == 1 and together == 1 else together
-
     def _start(self, first: int, together: int) -> LanczosState:
-        drawn = [self.draw(p) for p in range(first, first + together)]
-        if self._runs(together) is None:
-            return start_lanczos(drawn[0], self.steps, **self.options)
-        return start_batch(drawn, self.steps, **self.options)
+        if self.batch_size == 1:  # no axis over runs
+            return start_lanczos(self.draw(first), self.steps, **self.options)
+        return start_batch((self.draw(p) for p in range(first, first + together)), self.steps, **self.options)
 
     def _segments(self, state: LanczosState, every: int | None) -> Iterator[LanczosState]:
         """The state after each segment, which end at multiples of `every` too; a second or so each."""
@@ -273,6 +272,7 @@ class _Run:
             "probe": probe,
             "step": step,
             "batch_size": self.batch_size,
+            "runs": len(state.size) if state is not None and state.is_batch else None,
             "seconds": self.seconds,
             "program": self.program,
             "sizes": self.sizes[:probe].tolist(),
@@ -350,7 +350,7 @@ def check_basis_fits(
         return
     leaves = jax.tree.leaves(state.basis)
     devices = devices_of(leaves)
-    needed = bytes_per_device(leaves) * len(devices)
+    needed = bytes_per_device(jax.tree.leaves((state.basis, state.ritz_vectors))) * len(devices)
     on_host = basis_memory == "host"
     present = host_bytes() if on_host else total_bytes(devices) * len(devices)
     if needed > present:
@@ -370,16 +370,6 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     if isinstance(facts, dict):
         return {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device")}
     return facts
-
-
-def unit_roundoff(operator: LinearOperator, like: Vector) -> float:
-    """How far rounding moves eigenvalues in one step, relative to the largest: of the products, or of the vectors.
-
-    Rounding entries of a vector, by eps each and independently, moves it by eps / sqrt(n) along any one eigenvector.
-    """
-    products = max(float(jnp.finfo(dtype).eps) for dtype in operator.dtypes)
-    vectors = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(like))
-    return max(products, vectors / operator.dim**0.5)
 
 
 def _described(operator: LinearOperator, state: LanczosState) -> dict[str, Any]:

@@ -24,11 +24,11 @@ import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import one_sentence
 from jaxhess.krylov import compile_segment, lanczos_segment, orthogonality_loss, start_lanczos
-from jaxhess.krylov.ghosts import classify, unflagged
+from jaxhess.krylov.ghosts import classify, independent, unflagged
 from jaxhess.krylov.lanczos import Reorthogonalize
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.memory import bytes_per_device
-from jaxhess.slq import unit_roundoff
+from jaxhess.operators.base import unit_roundoff
 from jaxhess.spectra import json_ready, refuse_unusable
 from jaxhess.vectors import cast
 
@@ -99,7 +99,6 @@ def run(options: Options) -> dict[str, Any]:
         raise ValueError(f"--steps {options.steps} and --windows {options.windows}: each must be at least 2.")
     config = convert.load_config(options.model, "float32")
     config.check_length(options.seq_len)
-    jax.config.update("jax_enable_x64", True)
     console, began = Console(), time.perf_counter()
     mesh = jaxhess.make_mesh(options.mesh)
     blocks = load_blocks(
@@ -110,6 +109,7 @@ def run(options: Options) -> dict[str, Any]:
         sequences=options.sequences,
         seed=options.seed,
     )
+    jax.config.update("jax_enable_x64", True)
     model = convert.load(options.model, mesh=mesh, dtype="float32")
     batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
     hessian = jaxhess.Hessian(model.loss(), model.params, batches)
@@ -170,7 +170,8 @@ def compared(found: dict[str, Any], reference: dict[str, Any], steps: tuple[int,
     truth = _quadrature(reference, max(steps)).ritz_values
     for k in sorted(steps):
         nodes, exact = (_quadrature(r, k) for r in (found, reference))
-        orthogonal = found["reorthogonalize"] == "full"
+        measured = {"reorthogonalize": found["reorthogonalize"], "orthogonality": [found["orthogonality_loss"]]}
+        orthogonal = bool(independent(measured, np.array([k]))[0])
         ghosts = (unflagged(nodes) if orthogonal else classify(nodes, found["rounding"])).flags
         rows.append(
             {

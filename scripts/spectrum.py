@@ -92,7 +92,8 @@ class Options:
     batch_size: int | None = None
     """Probes that advance together and share primal passes; by default as many as fit into memory."""
     eigenpairs: int = 0
-    """Also find so many leading eigenvectors (largest magnitude), and save them in the run folder."""
+    """Also find so many leading eigenvectors (largest magnitude), and save them in the run folder. Interrupted, this
+    starts again; the spectrum before it does not."""
     eigenpair_tolerance: float = 1e-3
     """They have converged at a residual bound of this times the largest eigenvalue."""
     eigenpair_steps: int = 100
@@ -134,9 +135,11 @@ class Options:
 def run(options: Options) -> jaxhess.Spectrum:
     """The whole job; returns what it also saved."""
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).name}"
-    refuse_unusable(out, options.overwrite)
     _check_options(options)
     checkpoint = jaxhess.Checkpoint(out / UNFINISHED, options.checkpoint_every or 1, options.resume)
+    # A run that was stopped after its spectrum, or over a finished one, is still to be ended.
+    overwrite = options.overwrite or (options.resume and checkpoint.unfinished)
+    refuse_unusable(out, overwrite)
     if not options.overwrite:
         checkpoint.check()
     config = convert.load_config(options.model, options.dtype)
@@ -179,12 +182,14 @@ def run(options: Options) -> jaxhess.Spectrum:
     operator = build_operator(options, model, batches)
     check_basis_fits(
         vectors_like(operator, options.vector_dtype),
-        options.steps,
+        max(options.steps, options.eigenpair_steps if options.eigenpairs else 0),
         options.reorthogonalize,
         options.accumulation_dtype,
         options.basis_dtype,
         options.basis_memory,
     )
+    if options.eigenpairs > operator.dim:
+        raise ValueError(f"--eigenpairs {options.eigenpairs} are more than the {operator.dim:,} rows of the operator.")
     clock["operator"] = time.perf_counter()
     noise = audit(operator, seed=options.seed) if options.audit else None
     clock["audit"] = time.perf_counter()
@@ -232,7 +237,7 @@ def run(options: Options) -> jaxhess.Spectrum:
             callback=bar.show,
             info=info,
         )
-    write(result, out, overwrite=options.overwrite)
+    write(result, out, overwrite=overwrite)
     if options.eigenpairs:
         result = with_eigenpairs(options, operator, result, out, console)
         write(result, out, overwrite=True)

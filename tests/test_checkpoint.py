@@ -115,23 +115,39 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path):
     (tmp_path / "identity.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, resume=True))
+    (tmp_path / "identity.json").unlink()
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="says of what run"):
+            spectrum(OPERATOR, **(RUN | {"seed": 1}), checkpoint=Checkpoint(tmp_path, resume=resume))
+
+
+def test_another_batch_size_holds_from_the_next_batch_on(tmp_path):
+    whole = spectrum(OPERATOR, **RUN)
+    stopped_at(OPERATOR, tmp_path, 2, 7, **RUN)
+    seen = []
+    checkpoint = Checkpoint(tmp_path, every=3, resume=True)
+    options = RUN | {"batch_size": 1}
+    rest = spectrum(OPERATOR, **options, checkpoint=checkpoint, callback=lambda p: seen.append((p.probe, p.together)))
+    assert set(seen) == {(2, 2), (4, 1)}
+    np.testing.assert_array_equal(rest.alphas[:4], whole.alphas[:4])
+    np.testing.assert_allclose(rest.alphas[4], whole.alphas[4], atol=1e-5)
 
 
 def test_sigterm_saves_and_stops(tmp_path):
     whole = spectrum(OPERATOR, **RUN)
 
     def ask(progress):
-        if progress.step == 4:
+        if progress.step == 3:  # segments double
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match="step 4 of probe 1"):
-        spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, every=4), callback=ask)
+    with pytest.raises(Interrupted, match="step 3 of probe 1"):
+        spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, every=100), callback=ask)
     assert signal.getsignal(signal.SIGTERM) is before
     seen = []
-    checkpoint = Checkpoint(tmp_path, every=4, resume=True)
+    checkpoint = Checkpoint(tmp_path, every=100, resume=True)
     rest = spectrum(OPERATOR, **RUN, checkpoint=checkpoint, callback=lambda p: seen.append(p.step))
-    assert seen[0] > 4
+    assert seen[0] > 3
     np.testing.assert_array_equal(rest.betas, whole.betas)
 
 

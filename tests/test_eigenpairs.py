@@ -51,6 +51,12 @@ def test_what_has_not_converged_is_said(operator):
     assert pairs.residuals[-1] > 1e-6 * 20
 
 
+def test_in_bfloat16_neighbours_are_not_taken_for_copies():
+    operator = Diagonal(jnp.asarray(np.append(np.linspace(-1, 1, 5000), [20.0, 15.0, 12.0, 10.0]), jnp.float32))
+    pairs = leading_eigenpairs(operator, 2, tolerance=1e-2, steps=40, reorthogonalize="none", vector_dtype="bfloat16")
+    np.testing.assert_allclose(pairs.values, [20, 15], rtol=1e-2)
+
+
 def test_the_krylov_space_may_end_first():
     pairs = leading_eigenpairs(MatrixOperator(jnp.diag(jnp.array([3.0, 3.0, 0.0, 0.0]))), 3, steps=4)
     assert len(pairs.values) == 2  # distinct ones

@@ -198,13 +198,27 @@ def test_low_rank_ends_cleanly_with_exact_eigenvalues(reorthogonalize, rank):
     eigenvalues = np.concatenate([np.arange(1, rank + 1), np.zeros(300)])
     operator = Diagonal(jnp.asarray(eigenvalues))
     result = spectrum(operator, steps=40, probes=2, reorthogonalize=reorthogonalize, accumulation_dtype="float64")
-    assert (result.sizes <= rank + 2).all()  # rank distinct values and zero
+    if rank == 1 or reorthogonalize in ("full", "selective"):  # otherwise rounding may go on, with ghosts
+        assert (result.sizes <= rank + 2).all()  # rank distinct values and zero
     for p in range(2):
         theta = result.ritz_values[p][~result.ghosts[p]][: result.sizes[p]]
         theta = theta[np.isfinite(theta)]
         distance = np.abs(theta[:, None] - np.append(np.arange(1, rank + 1), 0)).min(1)
         assert distance.max() < 1e-12 * rank
         assert len(theta) >= rank + 1
+
+
+@pytest.mark.parametrize("reorthogonalize", ["none", 4, "selective", "full"])
+@pytest.mark.parametrize(("dtype", "outlier", "size"), [("bfloat16", 100.0, 3000), ("float32", 1e4, 30_000)])
+def test_an_outlier_that_leaks_back_is_no_breakdown(reorthogonalize, dtype, outlier, size):
+    # What rounding lets in of it may be more than the step leaves, and the pass that removes it is no sign of the end.
+    rng = np.random.default_rng(0)
+    entries = np.append(1e-2 * rng.standard_normal(size) * outlier / 100, outlier).astype(np.float32)
+    result = spectrum(
+        Diagonal(jnp.asarray(entries)), steps=40, probes=2, reorthogonalize=reorthogonalize, vector_dtype=dtype
+    )
+    assert (result.sizes == 40).all()
+    assert not result.broke_down.any()
 
 
 def test_batches_are_chosen_from_memory(monkeypatch):

@@ -189,6 +189,50 @@ def test_a_block_by_linearised_products_is_the_block_by_exact_ones(tmp_path):
     np.testing.assert_allclose(linearized.ritz_values, exact.ritz_values, rtol=1e-4)
 
 
+def test_a_run_that_stopped_among_its_eigenpairs_is_ended_by_resume(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    options = [*QUICK, "--no-audit", "--out", str(out), "--eigenpairs", "1", "--eigenpair-steps", "3"]
+    with monkeypatch.context() as patch:
+
+        def fail(*_, **__):
+            raise OSError("the machine went away")
+
+        patch.setattr(script.jaxhess, "leading_eigenpairs", fail)
+        with pytest.raises(SystemExit):
+            run_command(script, *options)
+    assert "went away" in capsys.readouterr().err
+    before = Spectrum.load(out)  # the spectrum was written before
+    assert (out / script.UNFINISHED).exists()
+    with pytest.raises(SystemExit):
+        run_command(script, *options)
+    assert "already holds a finished run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_command(script, *options, "--resume", "--seed", "1")
+    assert "options.seed is 1 here and 0 there" in capsys.readouterr().err
+    run_command(script, *options, "--resume")
+    after = Spectrum.load(out)
+    np.testing.assert_array_equal(after.alphas, before.alphas)
+    assert not (out / script.UNFINISHED).exists()
+    assert len(after.info["eigenpairs"]["values"]) == 1
+    assert (out / script.EIGENVECTORS / "eigenpairs.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--resume", "--resume needs --out"),
+        ("--resume --checkpoint-every 0 --out x", "contradict each other"),
+        ("--checkpoint-every -1", "--checkpoint-every -1"),
+        ("--eigenpairs 101", "--eigenpairs 101 must be from 0"),
+        ("--eigenpairs 1 --eigenpair-tolerance 2", "--eigenpair-tolerance 2"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(arguments, sentence, capsys):
+    with pytest.raises(SystemExit):
+        run_command(script, *QUICK, *arguments.split())
+    assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "fields"),
     [

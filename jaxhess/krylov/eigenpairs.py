@@ -24,7 +24,7 @@ from jaxhess.krylov.lanczos import (
     start_lanczos,
 )
 from jaxhess.krylov.quadrature import quadrature
-from jaxhess.operators.base import LinearOperator, compiled_mv
+from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.vectors import Vector, add_scaled, cast, norm, random_probe, scale
 
@@ -87,9 +87,10 @@ def leading_eigenpairs(
     """The leading eigenpairs by Lanczos (Paige 1971; Parlett 1998, chapter 13), stopped when they have converged.
 
     With re-orthogonalisation "full" or "selective" eigenvectors are combinations of the stored basis. With "none" or a
-    window nothing is stored: a second pass repeats the same steps, in the same bits, and adds up the vectors as they
-    come by; it doubles the products, and holds `count` vectors instead of one for each step. Ghosts are left out, and
-    values that their residual bounds do not tell apart.
+    window nothing is stored: a second pass repeats the same steps, in the same bits (on GPUs that needs
+    `XLA_FLAGS=--xla_gpu_deterministic_ops=true`), and adds up the vectors as they come by; it doubles the products, and
+    holds `count` vectors instead of one for each step. Ghosts are left out, and values that their residual bounds do
+    not tell apart.
 
     Args:
         operator: Symmetric.
@@ -119,7 +120,9 @@ def leading_eigenpairs(
     keeps_all = reorthogonalize in ("full", "selective")
     options = (reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
     state = start_lanczos(probe, steps, *options)
-    rounding = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(probe))
+    rounding = unit_roundoff(operator, probe)
+    if keeps_all:
+        del probe
     done, ended = 0, False
     while not ended:
         done = min(done + CHECK_EVERY, steps)
@@ -194,7 +197,8 @@ def _second_pass(operator: LinearOperator, state: LanczosState, coefficients: np
     """Combinations [k, ...] of the Lanczos vectors with coefficients [k, steps], while the steps are taken again."""
     count, size = coefficients.shape
     leaves, treedef = jax.tree.flatten(state.current)
-    sums, add = _accumulator(treedef, tuple((x.shape, x.dtype, x.sharding) for x in leaves), count)
+    zeros, add = _accumulator(treedef, tuple((x.shape, x.dtype, x.sharding) for x in leaves), count)
+    sums = zeros()
     for j in range(size):
         sums = add(sums, jnp.asarray(coefficients[:, j]), state.current)
         if j + 1 < size:
@@ -202,7 +206,8 @@ def _second_pass(operator: LinearOperator, state: LanczosState, coefficients: np
     return sums
 
 
-def _accumulator(treedef: Any, arrays: tuple, count: int) -> tuple[Vector, Any]:
+@functools.cache
+def _accumulator(treedef: Any, arrays: tuple, count: int) -> tuple[Any, Any]:
     shardings = jax.tree.unflatten(treedef, [stacked_sharding(s) for _, _, s in arrays])
 
     def zeros() -> Vector:
@@ -215,27 +220,27 @@ def _accumulator(treedef: Any, arrays: tuple, count: int) -> tuple[Vector, Any]:
 
         return jax.tree.map(leaf, sums, q)
 
-    return jax.jit(zeros, out_shardings=shardings)(), jax.jit(add, donate_argnums=0, out_shardings=shardings)
+    return jax.jit(zeros, out_shardings=shardings), jax.jit(add, donate_argnums=0, out_shardings=shardings)
 
 
 def _measured(operator: LinearOperator, vectors: Vector, values: np.ndarray) -> tuple[Vector, np.ndarray]:
     """The vectors at length one, and the norms of their residuals, by one product each."""
     residuals = np.zeros(len(values))
     for k, value in enumerate(values):
-        y = _taken(vectors, k)
+        y = _taken(vectors, jnp.int32(k))
         residuals[k] = float(_residual(compiled_mv(operator, y), jnp.asarray(value), y))
-        vectors = _replaced(vectors, k, y)
+        vectors = _replaced(vectors, jnp.int32(k), y)
     return vectors, residuals
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _taken(vectors: Vector, k: int) -> Vector:
+@jax.jit
+def _taken(vectors: Vector, k: jax.Array) -> Vector:
     y = jax.tree.map(lambda x: x[k], vectors)
     return scale(1 / norm(y), y)
 
 
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def _replaced(vectors: Vector, k: int, y: Vector) -> Vector:
+@functools.partial(jax.jit, donate_argnums=0)
+def _replaced(vectors: Vector, k: jax.Array, y: Vector) -> Vector:
     return jax.tree.map(lambda x, row: x.at[k].set(row.astype(x.dtype)), vectors, y)
 
 

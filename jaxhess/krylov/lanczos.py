@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -25,7 +25,18 @@ from jaxhess.krylov.basis import (
     zeros,
 )
 from jaxhess.operators.base import LinearOperator
-from jaxhess.vectors import Vector, add_scaled, check_accumulation_dtype, dot, named_sharding, norm, scale, size, widen
+from jaxhess.vectors import (
+    Vector,
+    add_scaled,
+    cast,
+    check_accumulation_dtype,
+    dot,
+    named_sharding,
+    norm,
+    scale,
+    size,
+    widen,
+)
 
 Reorthogonalize = Literal["none", "full", "selective"] | int
 """Against what every new vector is orthogonalised, beyond the last two:
@@ -42,9 +53,10 @@ BREAKDOWN = 32
 Two sources of noise set the scale. The step's own scalars: beta against |alpha| plus the beta before. And the rounding
 of the stored vector, which leaks about eps / sqrt(n) of every eigenvector into it, so that even in the null space
 products are no smaller than that times the largest |alpha| + beta so far. Both are relative: a scaled loss breaks down
-at the same step. (Relative to the largest eigenvalue alone, without sqrt(n), the bulk of a large model, often seven
-decades below the outliers, would pass for noise in float32.) A third sign is what re-orthogonalising takes away, see
-the step.
+at the same step. The eps is that of the recurrence, float32 or wider: vectors stored narrower round more, and there a
+breakdown may go unseen. (Relative to the largest eigenvalue alone, without sqrt(n), the bulk of a large model, often
+seven decades below the outliers, would pass for noise in float32.) With a stored basis there is a third sign, see the
+step.
 """
 
 
@@ -100,8 +112,8 @@ def start_lanczos(
         probe: Where the Krylov space starts.
         steps: What the state has room for.
         reorthogonalize: See `Reorthogonalize`; `jaxhess.krylov` says what each costs and buys.
-        accumulation_dtype: Of inner products and norms, and so of alphas and betas: "float32" or "float64" (which needs
-            JAX in 64-bit mode); never narrower than the vectors.
+        accumulation_dtype: Of alphas and betas, and the inner products and norms that they are: "float32" or "float64"
+            (which needs JAX in 64-bit mode); never narrower than the vectors.
         basis_dtype: Of the stored basis; None: that of the vectors.
         basis_memory: "device", or "host": pinned memory of the host, from which vectors come one at a time.
 
@@ -114,7 +126,7 @@ def start_lanczos(
 
 
 def start_batch(
-    probes: Sequence[Vector],
+    probes: Iterable[Vector],
     steps: int,
     reorthogonalize: Reorthogonalize = "none",
     accumulation_dtype: str = "float32",
@@ -124,18 +136,21 @@ def start_batch(
     """The state of several runs that advance together: their products share the primal pass and weight gathers.
 
     Args:
-        probes: A probe for each run; the other arguments are those of `start_lanczos`.
+        probes: A probe for each run, let go of when they are stacked; the others are those of `start_lanczos`.
 
     Raises:
         ValueError: No probe; a basis in the host's memory; or as `start_lanczos`.
     """
-    if not probes:
-        raise ValueError("start_batch needs at least one probe.")
     if basis_memory == "host":
         raise ValueError("A basis in the host's memory is that of one run: start_lanczos, one probe after the other.")
     options = (steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
     checked = [_checked(probe, *options) for probe in probes]
-    return _started(_stack(checked), abstract_lanczos(checked[0], *options, runs=len(probes)))
+    if not checked:
+        raise ValueError("start_batch needs at least one probe.")
+    abstract = abstract_lanczos(checked[0], *options, runs=len(checked))
+    stacked = [_stack(checked)]
+    del checked
+    return _started(stacked.pop(), abstract)
 
 
 def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> LanczosState:
@@ -146,6 +161,7 @@ def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> 
     over a window or over the last two vectors); beta_j = |w|, recorded after it; q_{j+1} = w / beta_j (Paige 1972,
     variant A1 of the three-term recurrence). Scalars stay on device. After a breakdown `previous` keeps the last
     vector, `current` is zero, and further steps only count. `state` is donated: its buffers become those of the result.
+    "selective" comes back to the host after every step, to look at T.
     """
     if state.reorthogonalize != "selective":
         return _segment_program(state)(operator, state, jnp.int32(end))
@@ -231,7 +247,7 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
     largest = jnp.maximum(local, jnp.max(jnp.abs(state.alphas) + state.betas))
     rounding = max(float(jnp.finfo(e.dtype).eps) for e in jax.tree.leaves(w))
     noise = BREAKDOWN * rounding * jnp.maximum(local, largest / size(q) ** 0.5)
-    # The last pass took away more than it left: what is left is rounding, of the vectors it is orthogonal to.
+    # The second pass took away more than it left: what is left is rounding of the stored basis, inside its span.
     exhausted = (beta <= noise) | (beta < removed) | ~jnp.isfinite(beta)
     broken = state.broken | exhausted
     inverse = 1 / jnp.where(broken, 1, beta)
@@ -261,22 +277,22 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
 
 
 def _reorthogonalized(state: LanczosState, w: Vector) -> tuple[Vector, jax.Array]:
-    """w without its components along what it should be orthogonal to; and how much the last pass took away."""
+    """w without its components along what it should be orthogonal to; and how much the second of two passes took away.
+
+    (The first takes what rounding has let in, which may well be more than it leaves.)
+    """
     removed = jnp.zeros((), state.alphas.dtype)
     count = state.step + 1
-    if state.reorthogonalize == "full":
+    if state.reorthogonalize in ("full", "selective"):
+        stored = state.basis if state.reorthogonalize == "full" else state.ritz_vectors
         for _ in range(2):
-            w, removed = project_out(state.basis, w, count)
-    elif state.reorthogonalize == "selective":
-        for _ in range(2):
-            w, removed = project_out(state.ritz_vectors, w, count)
+            w, removed = project_out(stored, w, count)
     elif state.basis is not None:
-        w, removed = project_out(state.basis, w, count)
+        w, _ = project_out(state.basis, w, count)
     if state.reorthogonalize in ("none", "selective") or narrower(state.basis, state.current):
         overlaps = [dot(w, q, state.alphas.dtype) for q in (state.previous, state.current)]
         for overlap, q in zip(overlaps, (state.previous, state.current), strict=True):
             w = add_scaled(w, -overlap, q)
-        removed = jnp.hypot(removed, jnp.hypot(*overlaps)).astype(removed.dtype)
     return w, removed
 
 
@@ -308,7 +324,9 @@ def _select(state: LanczosState) -> LanczosState:
         coefficients[run, : len(found), :m] = found
     if not more:
         return state
-    return _selector(state)(state, jnp.asarray(coefficients if state.is_batch else coefficients[0]))
+    program = _selector(state)
+    jax.tree.map(lambda x: x.delete(), state.ritz_vectors)  # room for the new ones
+    return program(state, jnp.asarray(coefficients if state.is_batch else coefficients[0]))
 
 
 def _checked(
@@ -418,6 +436,7 @@ def _started(probe: Vector, state: LanczosState) -> LanczosState:
     """The state whose shapes are given, before its first step from this probe (of every run)."""
     leaves, treedef = jax.tree.flatten(dataclasses.replace(state, basis=None))
     started: LanczosState = _starter(treedef, tuple(leaves))(probe)
+    del probe  # before there is a basis
     if state.basis is None:
         return started
     started = dataclasses.replace(started, basis=jax.tree.map(zeros, state.basis))
@@ -492,22 +511,30 @@ def _combiner(state: LanczosState) -> Any:
 @_cached_program
 def _selector(state: LanczosState) -> Any:
     def select(state: LanczosState, coefficients: jax.Array) -> Vector:
-        vectors = combine(state.basis, coefficients)
-
-        def normalized(y: Vector) -> Vector:
-            length = norm(y)
+        def one(c: jax.Array) -> Vector:
+            y = jax.tree.map(lambda x: x[0], combine(state.basis, c[None]))
+            length = norm(y)  # rounding in the basis leaves it a little off one; unused rows are zero
             return scale(jnp.where(length > 0.5, 1 / jnp.where(length > 0, length, 1), 0), y)
 
-        # Rounding in the basis leaves them a little off length one.
-        return jax.tree.map(lambda y, like: y.astype(like.dtype), jax.vmap(normalized)(vectors), state.ritz_vectors)
+        # One at a time: no second set of them exists in a wider dtype.
+        return jax.lax.map(lambda c: cast(one(c), state.current), coefficients)
 
     out = jax.tree.map(lambda x: x.sharding, state.ritz_vectors)
-    program = _per_run(state, select, out_shardings=out)
-    return lambda state, coefficients: dataclasses.replace(state, ritz_vectors=program(state, coefficients))
+    program = _per_run(dataclasses.replace(state, ritz_vectors=None), select, out_shardings=out)
+
+    def selected(state: LanczosState, coefficients: jax.Array) -> LanczosState:
+        return dataclasses.replace(
+            state, ritz_vectors=program(dataclasses.replace(state, ritz_vectors=None), coefficients)
+        )
+
+    return selected
 
 
 @_cached_program
 def _first_row(state: LanczosState) -> Any:
+    def write(basis: Vector, current: Vector) -> Vector:
+        return write_row(basis, jnp.int32(0), current)
+
     out = jax.tree.map(lambda x: x.sharding, state.basis)
-    program = _per_run(state, lambda s: write_row(s.basis, jnp.int32(0), s.current), out_shardings=out)
-    return lambda state: dataclasses.replace(state, basis=program(state))
+    program = jax.jit(jax.vmap(write) if state.is_batch else write, donate_argnums=0, out_shardings=out)
+    return lambda state: dataclasses.replace(state, basis=program(state.basis, state.current))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.memory import bytes_per_device, devices_of, total_bytes
 from jaxhess.operators.base import LinearOperator
+from jaxhess.standard_errors import Estimate, across_probes
 from jaxhess.vectors import (
     Distribution,
     Vector,
@@ -34,9 +35,6 @@ from jaxhess.vectors import (
     scale,
     widen,
 )
-
-if TYPE_CHECKING:
-    from jaxhess.spectra import Estimate
 
 Array = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int32]
@@ -84,7 +82,7 @@ def hutchinson(
         FloatingPointError: The loss or a product is not finite.
     """
     _check_count("samples", samples, 1, "one probe needs one product")
-    return _mean(_over_probes(_forms, operator, samples, seed, distribution, batch_size)[:, 0])
+    return _widened(_over_probes(_forms, operator, samples, seed, distribution, batch_size)[:, 0])
 
 
 def frobenius_norm(
@@ -104,7 +102,7 @@ def frobenius_norm(
     _check_count("samples", samples, 1, "one probe needs one product")
     lengths = _over_probes(_lengths, operator, samples, seed, distribution, batch_size)
     largest = lengths.max() or 1.0  # squares of 1e-200 vanish, even in float64
-    second = _mean((lengths / largest) ** 2)
+    second = _widened((lengths / largest) ** 2)
     value = np.sqrt(second.value)
     error = second.standard_error / (2 * value) if value > 0 else second.standard_error
     return second._replace(value=float(largest * value), standard_error=float(largest * error))
@@ -170,7 +168,7 @@ def hutch_plus_plus(operator: LinearOperator, products: int, *, seed: int = 0, b
         batch_size,
         "deflated probe",
     )
-    estimate = _mean(rest[:, 0])
+    estimate = _widened(rest[:, 0])
     return estimate._replace(value=float(np.trace(reduced)) + estimate.value)
 
 
@@ -284,16 +282,17 @@ def _covariance(sketch: _Sketch, estimates: Array) -> float:
 
 
 def _mean(values: Array) -> Estimate:
-    from jaxhess.spectra import Estimate  # it imports this package
-
     error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
     return Estimate(float(values.mean()), float(error))
 
 
+def _widened(values: Array) -> Estimate:
+    """The mean of independent values; its error with Student's factor (see `jaxhess.standard_errors`)."""
+    return _mean(values) if values.size < 2 else Estimate(float(values.mean()), across_probes(values).widened)
+
+
 def _exact_trace(operator: LinearOperator, batch_size: int) -> Estimate:
     """The sum of all diagonal entries, from as many products."""
-    from jaxhess.spectra import Estimate  # it imports this package
-
     _validate(operator, batch_size)
     entries = _collected(
         operator,

@@ -152,6 +152,16 @@ def compiled_mv(operator: LinearOperator, v: Vector) -> Vector:
     return operator.mv(v)
 
 
+def unit_roundoff(operator: LinearOperator, vectors: Vector) -> float:
+    """How far rounding moves eigenvalues in one step, relative to the largest: of the products, or of stored vectors.
+
+    Rounding the entries of a vector, by eps each and independently, moves it by eps / sqrt(n) along any one direction.
+    """
+    products = max(float(jnp.finfo(dtype).eps) for dtype in operator.dtypes)
+    stored = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(vectors))
+    return max(products, stored / operator.dim**0.5)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _matrix(operator: LinearOperator, batch_size: int) -> jax.Array:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operator.shape_dtype)
