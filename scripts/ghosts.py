@@ -1,6 +1,7 @@
 """What re-orthogonalisation buys: ghosts, extreme eigenvalues and spectra without it, in part and in full, by steps.
 
-With no options: the small GPT-NeoX model and the text in scripts/tiny. Every variant starts from the same probe.
+With no options: the small GPT-NeoX model and the text in scripts/tiny, four minutes on two cores. Every variant starts
+from the same probe.
 """
 
 from __future__ import annotations

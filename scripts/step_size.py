@@ -1,6 +1,6 @@
 """Finite-difference Hessian products against the step: error of products and of Ritz values, by dtype and by vector.
 
-With no options: the small GPT-NeoX model and the text in scripts/tiny, about two minutes on two cores.
+With no options: the small GPT-NeoX model and the text in scripts/tiny, a few minutes on two cores.
 """
 
 from __future__ import annotations

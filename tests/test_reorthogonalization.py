@@ -12,6 +12,7 @@ from small_models import Diagonal, language_operator
 from jaxhess import lanczos_segment, make_mesh, random_probe, spectrum, start_lanczos
 from jaxhess.krylov import compile_segment, orthogonality_loss, start_batch
 from jaxhess.krylov.quadrature import quadrature
+from jaxhess.program import matmul_flops, read_program
 
 N = 2000
 
@@ -176,6 +177,18 @@ def test_runs_together_are_those_one_by_one(reorthogonalize):
         np.testing.assert_allclose(together.betas[k], alone.betas, rtol=0, atol=1e-5 * scale)
         np.testing.assert_equal(np.isnan(losses[k]), np.isnan(orthogonality_loss(alone)))
         assert np.isnan(losses[k]) or losses[k] < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+def test_eight_runs_together_share_the_primal_pass(remat):
+    operator = language_operator(num_layers=2, vocab_size=512, embed_dim=64, head_dim=32, mlp_dim=192, remat=remat)
+    probes = [random_probe(jax.random.key(k), operator.shape_dtype) for k in range(8)]
+    alone, together = (
+        matmul_flops(read_program(compile_segment(operator, state)), unknown_trips=4)
+        for state in (start_lanczos(probes[0], 4), start_batch(probes, 4))
+    )
+    assert together <= 0.85 * 8 * alone
 
 
 def test_runs_together_break_down_each_on_its_own():
