@@ -83,8 +83,8 @@ def spectrum(
         seed: Of the probes. The same seed gives the same probes bit for bit on any mesh.
         reorthogonalize: "none", "full", "selective", or a window of so many vectors; see `jaxhess.krylov`.
         vector_dtype: Storage of the Lanczos vectors; None: the operator's own.
-        accumulation_dtype: Of inner products, norms, alphas and betas: "float32" or "float64", never narrower than the
-            vectors.
+        accumulation_dtype: Of alphas and betas, and the inner products and norms that they are: "float32" or "float64",
+            never narrower than the vectors.
         basis_dtype: Storage of the vectors kept for re-orthogonalisation; None: as `vector_dtype`.
         basis_memory: Where these are: "device", or "host", in pinned memory; then one probe advances at a time.
         batch_size: Probes that advance together, sharing primal passes and weight gathers. None: as many as fit into

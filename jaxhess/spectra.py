@@ -69,8 +69,8 @@ class Spectrum:
         dim: Rows of the operator: the number of parameters.
         info: What produced it (options, model, data, mesh, versions, timings). Made JSON-ready on entry: tuples become
             lists, numbers that are not finite None, unknown objects their text.
-        rounding: Unit roundoff of the run: the largest eps among storage of the Lanczos vectors and products. It sets
-            what counts as a ghost, and the slack of the distribution bounds.
+        rounding: How far rounding moves eigenvalues in one step, relative to the largest: see
+            `jaxhess.operators.base.unit_roundoff`. It sets what counts as a ghost, and the slack of the bounds.
 
     Standard errors are of the chance in the probes, and such that two of them mean 95% whatever the number of probes:
     `jaxhess.standard_errors` says how, with the coverage measured. They are the sphere's where that holds; for probes

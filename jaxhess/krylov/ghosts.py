@@ -82,8 +82,8 @@ def find_ghosts(alphas: npt.ArrayLike, betas: npt.ArrayLike, rounding: float = F
     Args:
         alphas: [m] diagonal of T.
         betas: [m] norms after each step: betas[:-1] is the off-diagonal, betas[-1] bounds the residuals.
-        rounding: Unit roundoff of the run, the largest eps among storage of the Lanczos vectors and products: 2^-23 for
-            float32 (the default), 2^-52 for float64, 2^-7 for bfloat16.
+        rounding: How far rounding moves eigenvalues in one step, relative to the largest: the eps of products, 2^-23
+            for float32 (the default), 2^-52 for float64, 2^-7 for bfloat16; see `jaxhess.operators.base.unit_roundoff`.
 
     Raises:
         ValueError: Bad coefficients (see `quadrature`), or `rounding` not between 0 and 1.
