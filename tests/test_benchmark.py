@@ -113,11 +113,10 @@ def test_operations_and_times_of_the_reference_model(tmp_path):
     assert rows["linearised product"]["flops_per_gradient"] <= 2.05
     assert rows["finite-difference product"]["flops_per_gradient"] <= 2.02
     assert four["matmul_flops"] <= 0.85 * 4 * exact["matmul_flops"]
-    # Times follow the operations: the gradient's own overhead is relatively the largest.
-    assert exact["per_gradient"] <= 2.75
-    assert rows["linearised product"]["per_gradient"] <= 2.3
-    assert rows["finite-difference product"]["per_gradient"] <= 2.5
-    assert rows["Lanczos, 4 steps, linearised"]["seconds"] < rows["Lanczos, 4 steps, exact"]["seconds"]
-    vectors, whole = (rows[f"Lanczos, 4 steps, {name}"]["processor_seconds"] for name in ("vectors only", "exact"))
-    assert vectors < 0.1 * whole
+    # Times follow the operations: processor time, and a fifth of slack, for others take caches and memory bandwidth.
+    spent = {name: row["processor_seconds"] for name, row in rows.items()}
+    for name in ("exact product", "linearised product", "finite-difference product"):
+        assert spent[name] <= 1.2 * rows[name]["flops_per_gradient"] * spent["gradient"], name
+    assert spent["Lanczos, 4 steps, linearised"] < spent["Lanczos, 4 steps, exact"]
+    assert spent["Lanczos, 4 steps, vectors only"] < 0.1 * spent["Lanczos, 4 steps, exact"]
     assert max(rows[name]["error"] for name in ("exact product", "linearised product")) < 1e-5
