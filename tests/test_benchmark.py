@@ -107,7 +107,8 @@ def test_operations_and_times_of_the_reference_model(tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, script.__file__, "--rounds", "3", "--steps", "4", "--lanczos-sequences", "4"]
     subprocess.run([*command, "--out", str(out)], check=True)
-    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    facts = json.loads(out.read_text())
+    rows = {row["name"]: row for row in facts["rows"]}
     exact, four = rows["exact product"], rows["four exact products at once"]
     assert exact["flops_per_gradient"] <= 2.70
     assert rows["linearised product"]["flops_per_gradient"] <= 2.05
@@ -118,5 +119,6 @@ def test_operations_and_times_of_the_reference_model(tmp_path):
     for name in ("exact product", "linearised product", "finite-difference product"):
         assert spent[name] <= 1.2 * rows[name]["flops_per_gradient"] * spent["gradient"], name
     assert spent["Lanczos, 4 steps, linearised"] < spent["Lanczos, 4 steps, exact"]
-    assert spent["Lanczos, 4 steps, vectors only"] < 0.1 * spent["Lanczos, 4 steps, exact"]
+    # Work on vectors is bandwidth, which others take: bytes say more than time. A step passes over 28 vectors.
+    assert rows["Lanczos, 4 steps, vectors only"]["bytes_accessed"] < 4 * 32 * facts["vector_bytes"]
     assert max(rows[name]["error"] for name in ("exact product", "linearised product")) < 1e-5
