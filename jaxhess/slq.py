@@ -28,7 +28,7 @@ from jaxhess.krylov.lanczos import (
 from jaxhess.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.operators.base import LinearOperator, unit_roundoff
 from jaxhess.spectra import Spectrum
-from jaxhess.vectors import Distribution, Vector, cast, random_probe
+from jaxhess.vectors import Distribution, Vector, cast, check_vector_dtype, random_probe
 
 SEGMENT_SECONDS = 1.0
 """Length of a compiled segment, roughly: how long the host waits between two looks at the run."""
@@ -328,11 +328,8 @@ def vectors_like(operator: LinearOperator, vector_dtype: Any = None) -> Vector:
     """
     if vector_dtype is None:
         return operator.shape_dtype
+    check_vector_dtype("vector_dtype", vector_dtype)
     dtype = jnp.dtype(vector_dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"vector_dtype is {dtype}; Lanczos vectors are floating point.")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"vector_dtype {dtype} needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), operator.shape_dtype)
 
 

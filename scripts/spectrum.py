@@ -180,14 +180,8 @@ def run(options: Options) -> jaxhess.Spectrum:
         checkpoint.check()
 
     operator = build_operator(options, model, batches)
-    check_basis_fits(
-        vectors_like(operator, options.vector_dtype),
-        max(options.steps, options.eigenpair_steps if options.eigenpairs else 0),
-        options.reorthogonalize,
-        options.accumulation_dtype,
-        options.basis_dtype,
-        options.basis_memory,
-    )
+    most_steps = max(options.steps, options.eigenpair_steps if options.eigenpairs else 0)
+    check_basis_fits(vectors_like(operator, options.vector_dtype), most_steps, **_stored(options))
     if options.eigenpairs > operator.dim:
         raise ValueError(f"--eigenpairs {options.eigenpairs} are more than the {operator.dim:,} rows of the operator.")
     clock["operator"] = time.perf_counter()
@@ -226,11 +220,8 @@ def run(options: Options) -> jaxhess.Spectrum:
             steps=options.steps,
             probes=options.probes,
             seed=options.seed,
-            reorthogonalize=options.reorthogonalize,
             vector_dtype=options.vector_dtype,
-            accumulation_dtype=options.accumulation_dtype,
-            basis_dtype=options.basis_dtype,
-            basis_memory=options.basis_memory,
+            **_stored(options),
             batch_size=options.batch_size,
             distribution=options.probe_distribution,
             checkpoint=checkpoint if options.checkpoint_every else None,
@@ -265,11 +256,8 @@ def with_eigenpairs(
         tolerance=options.eigenpair_tolerance,
         steps=options.eigenpair_steps,
         seed=options.seed,
-        reorthogonalize=options.reorthogonalize,
         vector_dtype=options.vector_dtype,
-        accumulation_dtype=options.accumulation_dtype,
-        basis_dtype=options.basis_dtype,
-        basis_memory=options.basis_memory,
+        **_stored(options),
     )
     pairs.save(out / EIGENVECTORS, overwrite=True)
     for value, residual, converged in zip(pairs.values, pairs.residuals, pairs.converged, strict=True):
@@ -277,6 +265,12 @@ def with_eigenpairs(
     record = {name: getattr(pairs, name).tolist() for name in ("values", "residuals", "converged")}
     found = {**record, "steps": pairs.steps, "vectors": EIGENVECTORS}
     return dataclasses.replace(result, info={**result.info, "eigenpairs": found})
+
+
+def _stored(options: Options) -> dict[str, Any]:
+    """How Lanczos vectors are kept and made orthogonal, for all that runs Lanczos."""
+    names = ("reorthogonalize", "accumulation_dtype", "basis_dtype", "basis_memory")
+    return {name: getattr(options, name) for name in names}
 
 
 def _identity(options: Options, model: jaxhess.LanguageModel, data: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 
 import jax  # reads the flags when its first array is made
+import pytest
 
 # The default suite is nearly all compilation: leave out LLVM's optimisations, and where XLA has both its older code
 # generator, which compiles in a third of the time; that changes speed and not mathematics. Slow tests and the main
@@ -14,3 +15,10 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def float64():
+    """64-bit mode for one test."""
+    with jax.enable_x64(True):
+        yield

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhess import DecoderConfig, Hessian, LinearOperator, Microbatches
+from jaxhess import DecoderConfig, Hessian, LinearOperator, MatrixOperator, Microbatches
 from jaxhess.losses import TokenBatch
 from jaxhess.models import LanguageModel, initialize
 from jaxhess.vectors import norm
@@ -78,3 +78,15 @@ def run_command(script: ModuleType, *arguments: str) -> None:
         script.main()
     finally:
         sys.argv = previous
+
+
+def matrix(eigenvalues, seed: int = 0) -> np.ndarray:
+    """A dense symmetric matrix with these eigenvalues."""
+    n = len(eigenvalues)
+    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
+    a = (q * np.asarray(eigenvalues)) @ q.T
+    return (a + a.T) / 2
+
+
+def operator_of(a: np.ndarray, dtype: str = "float32") -> MatrixOperator:
+    return MatrixOperator(jnp.asarray(a, dtype))

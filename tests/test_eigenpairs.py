@@ -24,7 +24,7 @@ def operator():
 def test_values_vectors_and_residuals(operator, which, reorthogonalize):
     pairs = leading_eigenpairs(operator, 3, which=which, tolerance=1e-4, steps=150, reorthogonalize=reorthogonalize)
     assert pairs.converged.all()
-    np.testing.assert_allclose(pairs.values, EXPECTED[which], atol=1e-3 * 20 if which == "smallest" else 1e-5 * 20)
+    np.testing.assert_allclose(pairs.values, EXPECTED[which], atol=2e-4 * 20 if which == "smallest" else 1e-5 * 20)
     vectors = np.asarray(pairs.vectors, np.float64)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     # Residuals are what they say, and small enough for the tolerance and for float32.
@@ -47,7 +47,7 @@ def test_a_run_stops_when_the_pairs_have_converged(operator):
 def test_what_has_not_converged_is_said(operator):
     pairs = leading_eigenpairs(operator, 3, which="smallest", tolerance=1e-6, steps=12)
     assert pairs.steps == 12
-    assert list(pairs.converged) == [True, True, False] or not pairs.converged[-1]
+    assert not pairs.converged[-1]
     assert pairs.residuals[-1] > 1e-6 * 20
 
 

@@ -94,12 +94,6 @@ def in_float32(like):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), like)
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.usefixtures("float64")
 def test_the_error_is_the_step_squared_over_six_times_the_third_derivative_of_the_gradient():
     operator = bigram("float64", per="unit", step=1.0)

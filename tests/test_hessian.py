@@ -34,12 +34,6 @@ def dense(operator: Hessian) -> np.ndarray:
     return np.asarray(jax.jit(jax.jacrev(jax.jacrev(mean_loss)))(flat))
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "change",

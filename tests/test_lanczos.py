@@ -4,23 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import matrix
 
 from jaxhess import MatrixOperator, lanczos_segment, random_probe, spectrum, start_lanczos
 from jaxhess.krylov.lanczos import compile_segment
 from jaxhess.operators import LinearOperator
-
-
-def matrix(eigenvalues, seed: int = 0) -> np.ndarray:
-    n = len(eigenvalues)
-    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
-    a = (q * np.asarray(eigenvalues)) @ q.T
-    return (a + a.T) / 2
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def coefficients(operator: LinearOperator, steps: int, reorthogonalize="full", seed: int = 0, segments=None):

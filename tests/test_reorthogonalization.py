@@ -53,12 +53,6 @@ def ritz_values(state) -> np.ndarray:
     return quadrature(np.asarray(state.alphas)[:size], np.asarray(state.betas)[:size]).ritz_values
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", SPECTRA)
 def test_full_keeps_a_basis_orthogonal_and_finds_the_extremes(name):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from small_models import matrix, operator_of
 
 from jaxhess import Hessian, MatrixOperator, make_mesh
 from jaxhess.krylov.solve import conjugate_gradients
@@ -13,23 +14,6 @@ from jaxhess.operators import LinearOperator
 SPREAD = np.logspace(-2, 2, 60)
 CLUSTERS = np.repeat([1.0, 10.0, 30.0], 20)
 B = np.random.default_rng(1).normal(size=60)
-
-
-def matrix(eigenvalues, seed: int = 0) -> np.ndarray:
-    n = len(eigenvalues)
-    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
-    a = (q * np.asarray(eigenvalues)) @ q.T
-    return (a + a.T) / 2
-
-
-def operator_of(a: np.ndarray, dtype: str = "float32") -> MatrixOperator:
-    return MatrixOperator(jnp.asarray(a, dtype))
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def solve(operator: LinearOperator, b, **options):

@@ -6,29 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
+from small_models import matrix, operator_of
 
 from jaxhess import Hessian, MatrixOperator, make_mesh, random_probe
 from jaxhess.krylov.trace import diagonal, frobenius_norm, hutch_plus_plus, hutchinson, xtrace
 
 CLUSTERS = np.repeat([-1.0, 0.0, 2.0, 7.0], 25)  # indefinite and singular
 DECAYING = 1 / np.arange(1, 101.0) ** 2
-
-
-def matrix(eigenvalues, seed: int = 0) -> np.ndarray:
-    n = len(eigenvalues)
-    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
-    a = (q * np.asarray(eigenvalues)) @ q.T
-    return (a + a.T) / 2
-
-
-def operator_of(a: np.ndarray, dtype: str = "float32") -> MatrixOperator:
-    return MatrixOperator(jnp.asarray(a, dtype))
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def probes(operator, count: int, distribution: str, seed: int = 0, first: int = 0) -> np.ndarray:

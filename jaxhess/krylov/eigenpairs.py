@@ -19,6 +19,7 @@ from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import (
     LanczosState,
     Reorthogonalize,
+    check_lanczos_options,
     lanczos_segment,
     lanczos_vectors,
     start_lanczos,
@@ -26,7 +27,7 @@ from jaxhess.krylov.lanczos import (
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.vectors import Vector, add_scaled, cast, norm, random_probe, scale
+from jaxhess.vectors import Vector, add_scaled, cast, check_vector_dtype, norm, random_probe, scale
 
 Which = Literal["magnitude", "largest", "smallest"]
 
@@ -112,6 +113,8 @@ def leading_eigenpairs(
         FloatingPointError: A product is not finite.
     """
     _check(operator, count, which, tolerance, steps)
+    check_vector_dtype("vector_dtype", vector_dtype)
+    check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
     operator.validate()
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0xE16E)
     probe = random_probe(key, operator.shape_dtype)

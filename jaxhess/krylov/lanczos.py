@@ -30,6 +30,7 @@ from jaxhess.vectors import (
     add_scaled,
     cast,
     check_accumulation_dtype,
+    check_vector_dtype,
     dot,
     named_sharding,
     norm,
@@ -200,7 +201,7 @@ def lanczos_vectors(state: LanczosState, coefficients: np.ndarray) -> Vector:
     """
     if state.reorthogonalize not in ("full", "selective"):
         raise ValueError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")
-    return _combiner(state)(state, jnp.asarray(coefficients))
+    return _combiner(state)(state.basis, jnp.asarray(coefficients))
 
 
 def _segment_program(state: LanczosState) -> Any:
@@ -365,12 +366,7 @@ def check_lanczos_options(
         )
     if basis_memory not in ("device", "host"):
         raise ValueError(f"basis_memory is {basis_memory!r}; it is 'device' or 'host'.")
-    if basis_dtype is not None:
-        dtype = jnp.dtype(basis_dtype)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"basis_dtype is {dtype}; Lanczos vectors are floating point.")
-        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-            raise ValueError(f"basis_dtype {dtype} needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
+    check_vector_dtype("basis_dtype", basis_dtype)
 
 
 def abstract_lanczos(
@@ -503,9 +499,8 @@ def _gram_program(state: LanczosState) -> Any:
 
 @_cached_program
 def _combiner(state: LanczosState) -> Any:
-    axis = 1 if state.is_batch else 0
-    out = jax.tree.map(lambda x: stacked_sharding(x.sharding, axis), state.current)
-    return _per_run(state, lambda s, c: combine(s.basis, c), out_shardings=out)
+    out = jax.tree.map(lambda x: stacked_sharding(x.sharding), state.current)
+    return jax.jit(combine, out_shardings=out)
 
 
 @_cached_program
