@@ -15,7 +15,7 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 """What the library raises at the door. Set `JAXHESS_TRACEBACK=1` to see where."""
 
 OUT_OF_MEMORY = (
-    "Memory is exhausted: lower --microbatch, --query-chunk or --token-chunk, use --reorthogonalize none, "
+    "Memory is exhausted: lower --microbatch, --query-chunk or --logit-chunk, use --reorthogonalize none, "
     "a narrower --dtype, or cut the parameters over more devices (--mesh fsdp=N)."
 )
 

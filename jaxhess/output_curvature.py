@@ -7,12 +7,58 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxhess.losses import logits_of, token_blocks
+from jaxhess.losses import Normaliser
+from jaxhess.vocabulary import Slice, Slices, logits_of, scan_slices
+
+
+class Softmax(NamedTuple):
+    """What one pass over the logits z and a change dz of them leaves.
+
+    Attributes:
+        normaliser: Of p = softmax(z).
+        pushed: [...] the sum of exp(z - peak) dz.
+        chosen: [S, ...] dz at the labels; S is 0 without.
+    """
+
+    normaliser: Normaliser
+    pushed: jax.Array
+    chosen: jax.Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], labels: int, dtype: Any) -> Softmax:
+        """Before the first slice."""
+        return cls(Normaliser.empty(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((labels, *shape), dtype))
+
+    def add(self, logits: jax.Array, tangent: jax.Array, ids: jax.Array, labels: jax.Array) -> Softmax:
+        """With a slice [..., v] of logits and tangent, of the tokens `ids` [v]; labels [S, ...]."""
+        normaliser, masses, shrink = self.normaliser.add(logits)
+        pushed = shrink * self.pushed + jnp.sum(masses * tangent, axis=-1)
+        # One label after the other: a one-hot of all would be S times the logits.
+        chosen = jax.lax.map(lambda y: jnp.sum(jnp.where(ids == y[..., None], tangent, 0), axis=-1), labels)
+        return Softmax(normaliser, pushed, self.chosen + chosen)
+
+    def curved(
+        self, logits: jax.Array, tangent: jax.Array, ids: jax.Array, labels: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """The curvature applied to the tangent in a slice, [..., v], once all slices have been added."""
+        p = jnp.exp(logits - self.normaliser.log[..., None])
+        w = weights.astype(p.dtype)[..., None]
+        mean = self.pushed / self.normaliser.mass
+        if len(labels) == 0:
+            return w * p * (tangent - mean[..., None])
+        slopes = mean - self.chosen  # [S, ...]
+
+        def subtract(total: jax.Array, label: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            y, slope = label
+            return total - jnp.where(ids == y[..., None], slope[..., None], 0), None
+
+        total, _ = jax.lax.scan(subtract, p * jnp.sum(slopes, axis=0)[..., None], (labels, slopes))
+        return w * total / len(labels)
 
 
 def logit_curvature(logits: jax.Array, tangent: jax.Array, weights: jax.Array, labels: Any = None) -> jax.Array:
@@ -25,56 +71,48 @@ def logit_curvature(logits: jax.Array, tangent: jax.Array, weights: jax.Array, l
         labels: None for the Hessian w (diag(p) - p p'), which is the Fisher information of the softmax. Or labels
             [..., S]: the mean of w s s' over them, s = p - e_label, whose expectation over labels drawn from p it is.
     """
-    p = jax.nn.softmax(logits, axis=-1)
-    w = weights.astype(p.dtype)[..., None]
-    mean = jnp.sum(p * tangent, axis=-1, keepdims=True)
-    if labels is None:
-        return w * p * (tangent - mean)
-
-    def outer(label: jax.Array) -> jax.Array:
-        is_label = jnp.arange(logits.shape[-1]) == label[..., None]
-        slope = mean - jnp.sum(jnp.where(is_label, tangent, 0), axis=-1, keepdims=True)
-        return (p - is_label) * slope
-
-    labels = jnp.moveaxis(labels, -1, 0)  # one after the other: a one-hot of all would be S times the logits
-    total = (
-        outer(labels[0])
-        if len(labels) == 1
-        else jax.lax.scan(lambda t, y: (t + outer(y), None), jnp.zeros_like(p), labels)[0]
-    )
-    return w * total / len(labels)
+    ids, labels = jnp.arange(logits.shape[-1]), _by_label(labels, weights)
+    softmax = Softmax.empty(weights.shape, len(labels), logits.dtype).add(logits, tangent, ids, labels)
+    return softmax.curved(logits, tangent, ids, labels, weights)
 
 
 def head_curvature(
-    outputs: tuple[jax.Array, jax.Array],
-    tangents: tuple[jax.Array, jax.Array],
-    weights: jax.Array,
-    labels: jax.Array | None,
-    token_chunk: int,
+    hidden: jax.Array, slices: Slices, hidden_tangent: jax.Array, tangents: jax.Array, weights: jax.Array, labels: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The same for logits that are hidden @ kernel, pulled back to (hidden [B, T, D], kernel [D, V]).
+    """The same for logits that are hidden @ output matrix', pulled back to both; logits of one slice exist at once.
 
-    Logits [tokens, V] exist for `token_chunk` tokens at a time.
+    Args:
+        hidden, hidden_tangent: [B, T, D].
+        slices: Of the output matrix.
+        tangents: A change of it, like `slices.kernels`.
+        weights: [B, T].
+        labels: As of `logit_curvature`, [B, T, S].
+
+    Returns:
+        Like `hidden`, and like `slices.kernels`.
     """
-    (hidden, kernel), (hidden_tangent, kernel_tangent) = outputs, tangents
+    labels = _by_label(labels, weights)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
 
-    def pulled(hidden: jax.Array, tangent: jax.Array, weights: jax.Array, labels: Any) -> tuple[jax.Array, jax.Array]:
-        logits, push = jax.linearize(logits_of, hidden, kernel)
-        curved = logit_curvature(logits, push(tangent, kernel_tangent), weights, labels)
-        return jax.linear_transpose(push, hidden, kernel)(curved)
+    def linearized(part: Slice) -> tuple[jax.Array, Callable]:
+        return jax.linearize(lambda x, kernel: logits_of(x, part._replace(kernel=kernel)), hidden, part.kernel)
 
-    chunks = token_blocks((hidden, hidden_tangent, weights, labels), token_chunk)
-    if chunks is None:
-        return pulled(hidden, hidden_tangent, weights, labels)
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    def add(softmax: Softmax, item: tuple[Slice, jax.Array]) -> tuple[Softmax, None]:
+        part, tangent = item
+        logits, push = linearized(part)
+        return softmax.add(logits, push(hidden_tangent, tangent), part.ids, labels), None
 
-    def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
-        hidden_part, kernel_part = pulled(*chunk)
-        return total + kernel_part.astype(wide), hidden_part
+    softmax, _ = scan_slices(add, Softmax.empty(weights.shape, len(labels), wide), slices, tangents)
 
-    kernel_sum, parts = jax.lax.scan(add, jnp.zeros(kernel.shape, wide), chunks)
-    joined = jnp.moveaxis(parts, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    return joined[:, : hidden.shape[1]], kernel_sum.astype(kernel.dtype)
+    def pull(total: jax.Array, item: tuple[Slice, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        part, tangent = item
+        logits, push = linearized(part)
+        curved = softmax.curved(logits, push(hidden_tangent, tangent), part.ids, labels, weights)
+        hidden_part, kernel_part = jax.linear_transpose(push, hidden, part.kernel)(curved)
+        return total + hidden_part.astype(wide), kernel_part.reshape(slices.kernels.shape[1:])
+
+    pulled, kernels = scan_slices(pull, jnp.zeros(hidden.shape, wide), slices, tangents)
+    return pulled.astype(hidden.dtype), kernels
 
 
 def draw_labels(logits: jax.Array, keys: jax.Array, samples: int) -> jax.Array:
@@ -86,25 +124,47 @@ def draw_labels(logits: jax.Array, keys: jax.Array, samples: int) -> jax.Array:
     return jnp.moveaxis(jax.lax.map(sample, jnp.arange(samples)), 0, -1).astype(jnp.int32)
 
 
-def draw_tokens(hidden: jax.Array, kernel: jax.Array, keys: jax.Array, samples: int, token_chunk: int) -> jax.Array:
-    """Labels [B, T, S] (int32) drawn from softmax(hidden [B, T, D] @ kernel [D, V]), `token_chunk` tokens at a time.
+def draw_tokens(hidden: jax.Array, slices: Slices, keys: jax.Array, samples: int) -> jax.Array:
+    """Labels [B, T, S] (int32) drawn from softmax(hidden [B, T, D] @ output matrix'), slice by slice.
 
-    Every token's key is folded from its sequence's, keys [B], and its position: chunks and meshes change no draw.
+    The largest of logits + Gumbel noise. The noise of a token, sample and entry of the vocabulary is a hash of the key
+    of its sequence, [B], with these: slices and meshes change no draw.
     """
-    positions = jnp.arange(hidden.shape[1])
-    token_keys = jax.vmap(lambda key: jax.vmap(lambda t: jax.random.fold_in(key, t))(positions))(keys)
+    batch, length = hidden.shape[:2]
+    numbers = jnp.arange(samples * length).reshape(samples, length)
+    token_keys = jax.vmap(lambda key: jax.vmap(jax.vmap(lambda t: jax.random.fold_in(key, t)))(numbers))(keys)
 
-    def draw(hidden: jax.Array, key_data: jax.Array) -> jax.Array:
-        return jax.vmap(lambda x, k: draw_labels(logits_of(x, kernel), k, samples))(
-            hidden, jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(keys))
-        )
+    def draw(best: tuple[jax.Array, jax.Array], part: Slice) -> tuple[tuple[jax.Array, jax.Array], None]:
+        logits = logits_of(hidden, part)
 
-    data = jax.random.key_data(token_keys)
-    chunks = token_blocks((hidden, data), token_chunk)
-    if chunks is None:
-        return draw(hidden, data)
-    drawn = jax.lax.map(lambda chunk: draw(*chunk), chunks)
-    return jnp.moveaxis(drawn, 0, 1).reshape(hidden.shape[0], -1, samples)[:, : hidden.shape[1]]
+        def one(key: jax.Array, x: jax.Array) -> jax.Array:  # [v] of one token
+            return x + _gumbel(key, part.ids)
+
+        def sample(item: tuple) -> tuple[jax.Array, jax.Array]:
+            keys, value, label = item
+            noisy = jax.vmap(jax.vmap(one))(keys, logits)
+            place = jnp.argmax(noisy, axis=-1)
+            found = jnp.max(noisy, axis=-1)
+            return jnp.maximum(value, found), jnp.where(found > value, part.ids[place], label)
+
+        return jax.lax.map(sample, (jnp.moveaxis(token_keys, 1, 0), *best)), None
+
+    shape = (samples, batch, length)
+    start = (jnp.full(shape, -jnp.inf, jnp.promote_types(hidden.dtype, jnp.float32)), jnp.zeros(shape, jnp.int32))
+    (_, labels), _ = scan_slices(draw, start, slices)
+    return jnp.moveaxis(labels, 0, -1)
+
+
+def _gumbel(key: jax.Array, ids: jax.Array) -> jax.Array:
+    """Gumbel noise [v] of the entries `ids`, each from a hash of the key with its number."""
+    words = jax.random.key_data(jax.vmap(lambda k: jax.random.fold_in(key, k))(ids)).astype(jnp.float32)
+    uniform = (words[:, 0] + (words[:, 1] + 0.5) * 2.0**-32) * 2.0**-32  # fine near 0, where the largest values are
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _by_label(labels: Any, weights: jax.Array) -> jax.Array:
+    """Labels [..., S] (None: none) as [S, ...]."""
+    return jnp.zeros((0, *weights.shape), jnp.int32) if labels is None else jnp.moveaxis(labels, -1, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import one_sentence
 from jaxhess.krylov.quadrature import quadrature
-from jaxhess.models import abstract_params
+from jaxhess.models import LOGIT_CHUNK, abstract_params
 from jaxhess.noise import audit
 from jaxhess.operators.restriction import restriction
 from jaxhess.report import remove_report, write_report
@@ -34,7 +34,7 @@ from jaxhess.spectra import refuse_unusable
 TINY = Path(__file__).parent / "tiny"
 UNFINISHED, EIGENVECTORS = "unfinished", "eigenvectors"
 FREE = {
-    *("model", "data", "mesh", "microbatch", "query_chunk", "token_chunk", "remat", "batch_size", "residual_gb"),
+    *("model", "data", "mesh", "microbatch", "query_chunk", "logit_chunk", "remat", "batch_size", "residual_gb"),
     *("audit", "out", "overwrite", "resume", "checkpoint_every"),
     *("eigenpairs", "eigenpair_tolerance", "eigenpair_steps"),
 }
@@ -118,8 +118,8 @@ class Options:
     """Entries of the probes: normal ones give weights of known distribution, rademacher a smaller trace variance."""
     query_chunk: int = 256
     """Queries whose attention scores exist at once."""
-    token_chunk: int = 1024
-    """Tokens per device whose logits exist at once."""
+    logit_chunk: int = LOGIT_CHUNK
+    """Logits per device that exist at once: those of all tokens of a microbatch with a slice of the vocabulary."""
     out: Path | None = None
     """Run folder; by default runs/<date>-<model>."""
     overwrite: bool = False
@@ -129,7 +129,7 @@ class Options:
     too."""
     resume: bool = False
     """Go on with the unfinished run in --out, which must be of the same model, data and options. --mesh, --microbatch,
-    --query-chunk and --token-chunk may differ."""
+    --query-chunk and --logit-chunk may differ."""
 
 
 def run(options: Options) -> jaxhess.Spectrum:
@@ -282,7 +282,7 @@ def _identity(options: Options, model: jaxhess.LanguageModel, data: str) -> dict
 
 def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any) -> jaxhess.LinearOperator:
     """The operator that the options name, on the parameters that they name."""
-    arguments = (model.loss(options.token_chunk), model.params, batches)
+    arguments = (model.loss(options.logit_chunk), model.params, batches)
     accumulation = options.accumulation_dtype
     operator: jaxhess.LossOperator
     if options.operator == "gauss-newton":

@@ -245,7 +245,7 @@ def decoder_config(options: Options, vocab_size: int) -> DecoderConfig:
 def train(options: Options, vocab_size: int, blocks: dict[str, TokenBlocks]) -> tuple[LanguageModel, dict[str, Any]]:
     """The trained model, and its losses along the way and at the end."""
     model = initialize(decoder_config(options, vocab_size), jax.random.key(options.seed))
-    loss = model.loss(token_chunk=options.batch * options.seq_len)
+    loss = model.loss()
     optimizer = optimizer_of(options)
     params, state = model.params, optimizer.init(model.params)
     rng = np.random.default_rng(options.seed)

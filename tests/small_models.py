@@ -63,12 +63,12 @@ class Diagonal(LinearOperator):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.entries)
 
 
-def language_operator(dtype: str = "float32", token_chunk: int = 64, **change) -> Hessian:
+def language_operator(dtype: str = "float32", logit_chunk: int = 4096, **change) -> Hessian:
     config = dataclasses.replace(SMALL, dtype=dtype, **change)
     model = scaled_up(initialize(config, jax.random.key(0)))
     ids = tokens(8, 12, 101)
     stacked = TokenBatch(jnp.asarray(ids.reshape(2, 4, 13)), jnp.ones((2, 4, 12)))
-    return Hessian(model.loss(token_chunk), model.params, Microbatches(stacked))
+    return Hessian(model.loss(logit_chunk), model.params, Microbatches(stacked))
 
 
 def run_command(script: ModuleType, *arguments: str) -> None:

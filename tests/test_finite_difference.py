@@ -71,7 +71,7 @@ def decoder(mesh=None, microbatches: int = 2, step="auto", **change) -> FiniteDi
     batch = TokenBatch(jnp.asarray(ids), jnp.ones((microbatches, 16 // microbatches, 12)))
     if mesh is not None:
         batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
-    return FiniteDifferenceHessian(model.loss(64), model.params, Microbatches(batch), step)
+    return FiniteDifferenceHessian(model.loss(4096), model.params, Microbatches(batch), step)
 
 
 def exact(operator: FiniteDifferenceHessian) -> Hessian:

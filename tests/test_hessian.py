@@ -23,7 +23,7 @@ def dense(operator: Hessian) -> np.ndarray:
     """The matrix of the loss's second derivatives, reverse over reverse, all sequences at once, no chunks."""
     flat, unravel = jax.flatten_util.ravel_pytree(operator.params)
     config = dataclasses.replace(operator.loss.config, remat=False, query_chunk=64)
-    loss = dataclasses.replace(operator.loss, config=config, token_chunk=10**6)
+    loss = dataclasses.replace(operator.loss, config=config, logit_chunk=10**6)
     batches = [jax.tree.map(lambda x, k=k: x[k], g.stacked) for g in operator.batches for k in range(len(g))]
     batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
 
@@ -57,7 +57,7 @@ def test_spectrum_matches_the_dense_hessian(change):
     config = dataclasses.replace(TINY, dtype="float64", **change)
     model = scaled_up(initialize(config, jax.random.key(0)))
     ids = tokens(3, 7, config.vocab_size)
-    operator = Hessian(model.loss(token_chunk=6), model.params, [batch_of(ids[:2]), batch_of(ids[2:])])
+    operator = Hessian(model.loss(logit_chunk=40), model.params, [batch_of(ids[:2]), batch_of(ids[2:])])
     matrix = dense(operator)
     eigenvalues = np.linalg.eigvalsh(matrix)
 
@@ -120,7 +120,7 @@ def test_hessian_does_not_depend_on_microbatches_or_padding(microbatch):
     assert relative(dataclasses.replace(operator, batches=as_groups([batch_of(padded, weights)])) @ v, whole) < 1e-6
 
 
-@pytest.mark.parametrize("change", [{"remat": False}, {"query_chunk": 5, "token_chunk": 7}, {"query_chunk": 1}])
+@pytest.mark.parametrize("change", [{"remat": False}, {"query_chunk": 5, "logit_chunk": 1000}, {"query_chunk": 1}])
 def test_hessian_does_not_depend_on_chunks_or_rematerialisation(change):
     operator = language_operator()
     v = random_probe(jax.random.key(1), operator.shape_dtype)
@@ -136,7 +136,7 @@ def test_spectrum_does_not_depend_on_the_mesh(axes):
         batch = TokenBatch(jnp.asarray(ids), jnp.ones((2, 8, 12)))
         if mesh is not None:
             batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
-        results.append(spectrum(Hessian(model.loss(64), model.params, Microbatches(batch)), steps=8, probes=2))
+        results.append(spectrum(Hessian(model.loss(4096), model.params, Microbatches(batch)), steps=8, probes=2))
     alone, sharded = (r.ritz_values[:, [0, -1]] for r in results)
     np.testing.assert_allclose(sharded, alone, rtol=1e-4)
 
@@ -251,7 +251,9 @@ def test_nothing_larger_than_a_layer_or_the_head_is_gathered():
     config = dataclasses.replace(SMALL, num_layers=8, embed_dim=64, vocab_size=128, mlp_dim=192)
     model = initialize(config, jax.random.key(0), mesh)
     batch = TokenBatch(jnp.asarray(tokens(16, 8, 128).reshape(2, 8, 9)), jnp.ones((2, 8, 8)))
-    operator = Hessian(model.loss(64), model.params, Microbatches(jax.device_put(batch, batch_sharding(mesh, axis=1))))
+    operator = Hessian(
+        model.loss(4096), model.params, Microbatches(jax.device_put(batch, batch_sharding(mesh, axis=1)))
+    )
     state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 6, "full")
     text = compile_segment(operator, state).as_text()
     gathered = [
@@ -274,7 +276,7 @@ def test_compiled_program_holds_its_share_and_no_more(axes, shards):
     model = initialize(config, jax.random.key(0), mesh)
     batch = TokenBatch(jnp.asarray(tokens(16, 8, 1001).reshape(2, 8, 9)), jnp.ones((2, 8, 8)))
     batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
-    operator = Hessian(model.loss(64), model.params, Microbatches(batch))
+    operator = Hessian(model.loss(4096), model.params, Microbatches(batch))
     state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 6, "full")
     memory = compile_segment(operator, state).memory_analysis()
     inputs, outputs = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in ((operator, state), state))
@@ -294,7 +296,7 @@ def test_temporaries_are_the_product_and_one_accumulator(axes, reorthogonalize):
         batch = TokenBatch(jnp.asarray(tokens(16, 2, 101).reshape(2, 8, 3)), jnp.ones((2, 8, 2)))
         if mesh is not None:
             batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
-        operator = Hessian(model.loss(64), model.params, Microbatches(batch))
+        operator = Hessian(model.loss(4096), model.params, Microbatches(batch))
         state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 4, reorthogonalize)
         held = sum(x.nbytes for x in jax.tree.leaves(model.params)) / (1 if mesh is None else mesh.size)
         sizes.append((held, compile_segment(operator, state).memory_analysis().temp_size_in_bytes))

@@ -162,7 +162,7 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(tmp_path, capsys, change
         (["--hvp", "finite-difference", "--step", "nan"], ["--step nan", "positive"]),
         (["--operator", "monte-carlo-fisher", "--fisher-samples", "0"], ["fisher-samples", "at least 1"]),
         (["--hvp", "linearized", "--residual-gb", "0.001"], ["would keep", "0.001 GB are allowed"]),
-        (["--token-chunk", "0"], ["token_chunk", "at least 1"]),
+        (["--logit-chunk", "0"], ["logit_chunk", "at least 1"]),
         (["--data", "random", "--seed", "-1"], ["seed", "negative"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",

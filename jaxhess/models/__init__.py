@@ -3,6 +3,7 @@
 from jaxhess.models.config import DecoderConfig, RopeConfig
 from jaxhess.models.decoder import Decoder
 from jaxhess.models.language_model import (
+    LOGIT_CHUNK,
     LanguageModel,
     NextTokenLoss,
     Params,
@@ -14,6 +15,7 @@ from jaxhess.models.language_model import (
 )
 
 __all__ = [
+    "LOGIT_CHUNK",
     "Decoder",
     "DecoderConfig",
     "LanguageModel",

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxhess.losses import logits_of
 from jaxhess.mesh import constrain, constrain_batch
 from jaxhess.models.attention import Attention
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.layers import FeedForward, Norm, Projection
+from jaxhess.vocabulary import matmul_transposed
 
 
 class Block(nnx.Module):
@@ -43,7 +43,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The transformer: `hidden` gives the final states, `head_kernel` the output matrix.
+    """The transformer: `hidden` gives the final states, `output_matrix` what its logits are made with.
 
     Construct it under `nnx.eval_shape` for an abstract model; weights are placed, never created eagerly
     (`jaxhess.models.initialize`, `convert.load`).
@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
         self.positions = projection(learned, width) if config.rope is None else None
         self.layers = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.num_layers))
         self.final_norm = Norm("embed", config.embed_dim, config)
-        self.head = None if config.tied_embeddings else projection(width, table)
+        self.head = None if config.tied_embeddings else projection(table, width)
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """Final normalised states [B, T, D] of tokens [B, T] (int32)."""
@@ -88,15 +88,13 @@ class Decoder(nnx.Module):
         x = self.embed.kernel[...].astype(self.config.dtype)[constrain(tokens, self.mesh, "data")]
         return constrain(x, self.mesh, "data", None, "fsdp")
 
-    def head_kernel(self) -> jax.Array:
-        """Output matrix [D, V]."""
-        if self.head is None:
-            return self.embed.kernel[...].T
-        return self.head.kernel[...]
+    def output_matrix(self) -> jax.Array:
+        """Output matrix [V, D]: a row for every token, as in the embedding."""
+        return (self.embed if self.head is None else self.head).kernel[...]
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits [B, T, V] in at least float32, all of them at once: for tests and small models."""
-        return logits_of(self.hidden(tokens), self.head_kernel())
+        return matmul_transposed(self.hidden(tokens), self.output_matrix())
 
 
 def layer_windows(config: DecoderConfig, length: int) -> jax.Array | None:

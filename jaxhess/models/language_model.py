@@ -16,6 +16,10 @@ from jaxhess.mesh import data_shards, param_shardings
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.decoder import Decoder
 from jaxhess.output_curvature import draw_tokens, head_curvature
+from jaxhess.vocabulary import Slices, vocabulary_slices
+
+LOGIT_CHUNK = 2**26
+"""Logits per device that exist at once, by default: a quarter of a GB in float32, and a few arrays of that size."""
 
 Params = dict[str, Any]
 """Nested dictionaries of arrays; `params["layers"]["mlp"]["up"]["kernel"]` is [L, D, F]."""
@@ -28,40 +32,43 @@ class NextTokenLoss:
     Attributes:
         config: Architecture of the model whose parameters are given.
         mesh: Mesh of the parameters, to which activations are pinned; None on one device.
-        token_chunk: Tokens per device (per part that the batch is cut into) whose logits exist at once; at least one
-            position of every sequence. Logits are recomputed in the backward pass when there is more than one chunk.
+        logit_chunk: Logits per device that exist at once: those of all tokens of a microbatch with a slice of the
+            vocabulary. They are recomputed in the backward pass when there are several slices.
     """
 
     config: DecoderConfig
     mesh: Mesh | None = None
-    token_chunk: int = 1024
+    logit_chunk: int = LOGIT_CHUNK
 
     def __post_init__(self) -> None:
-        if self.token_chunk < 1:
-            raise ValueError(f"token_chunk is {self.token_chunk}; it must be at least 1.")
+        if self.logit_chunk < 1:
+            raise ValueError(f"logit_chunk is {self.logit_chunk}; it must be at least 1.")
 
     def __call__(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-        hidden, kernel = self.outputs(params, batch)
-        total = cross_entropy_sum(hidden, kernel, batch.tokens[:, 1:], batch.weights, self._chunk)
+        hidden, table = self.outputs(params, batch)
+        total = cross_entropy_sum(hidden, self._slices(table, batch), batch.tokens[:, 1:], batch.weights)
         return total, self.count(batch)
 
     def outputs(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-        """Final states [B, T, D] and output matrix [D, V], whose product are the logits."""
+        """Final states [B, T, D] and output matrix [V, D]; logits are the products of their rows."""
         decoder = nnx.merge(model_graph(self.config, self.mesh), params)
-        return decoder.hidden(batch.tokens[:, :-1]), decoder.head_kernel()
+        return decoder.hidden(batch.tokens[:, :-1]), decoder.output_matrix()
 
     def curvature(self, outputs: Any, tangents: Any, batch: TokenBatch, labels: Any = None) -> Any:
         """`head_curvature` of a batch: softmax cross-entropy's in the logits, pulled back to the outputs."""
-        return head_curvature(outputs, tangents, batch.weights, labels, self._chunk)
+        (hidden, table), (hidden_tangent, table_tangent) = outputs, tangents
+        slices, changes = (self._slices(x, batch) for x in (table, table_tangent))
+        pulled, kernels = head_curvature(hidden, slices, hidden_tangent, changes.kernels, batch.weights, labels)
+        return pulled, slices.merged(kernels)
 
     def labels(self, batch: TokenBatch) -> jax.Array:
         """The next tokens, [B, T, 1]."""
         return batch.tokens[:, 1:, None]
 
     def draw(self, outputs: Any, batch: TokenBatch, keys: jax.Array, samples: int) -> jax.Array:
-        """Next tokens [B, T, samples] drawn from the model's own predictions, chunk by chunk."""
-        hidden, kernel = outputs
-        return draw_tokens(hidden, kernel, keys, samples, self._chunk)
+        """Next tokens [B, T, samples] drawn from the model's own predictions, slice by slice."""
+        hidden, table = outputs
+        return draw_tokens(hidden, self._slices(table, batch), keys, samples)
 
     def count(self, batch: TokenBatch) -> jax.Array:
         """The number of tokens that count."""
@@ -76,9 +83,12 @@ class NextTokenLoss:
         """The same loss computed in `dtype`."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, dtype=dtype))
 
-    @property
-    def _chunk(self) -> int:
-        return self.token_chunk * data_shards(self.mesh)
+    def _slices(self, table: jax.Array, batch: TokenBatch) -> Slices:
+        """The output matrix in slices; what is gathered of it at once is no larger than a feed-forward matrix."""
+        tokens = max(1, batch.weights.size // data_shards(self.mesh))
+        return vocabulary_slices(
+            table, tokens, self.logit_chunk, self.config.mlp_dim * self.config.embed_dim, self.mesh
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +103,9 @@ class LanguageModel:
         """Logits [B, T, V] (float32 or wider) of tokens [B, T]; all of them at once, so for small inputs."""
         return _logits(self.config, self.mesh, self.params, tokens)
 
-    def loss(self, token_chunk: int = 1024) -> NextTokenLoss:
+    def loss(self, logit_chunk: int = LOGIT_CHUNK) -> NextTokenLoss:
         """The next-token loss of this architecture: a function `loss(params, batch) -> (sum, count)`."""
-        return NextTokenLoss(self.config, self.mesh, token_chunk)
+        return NextTokenLoss(self.config, self.mesh, logit_chunk)
 
     def configured(self, **fields: Any) -> LanguageModel:
         """The same weights computed otherwise: `dtype` (of computation), `remat`, `query_chunk`.

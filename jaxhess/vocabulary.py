@@ -1,0 +1,158 @@
+"""The output matrix in slices of the vocabulary, so that neither all logits nor the whole matrix exist at once.
+
+A slice takes the same share of the rows that every device along the mesh's `tensor` axis holds, so none of them waits;
+along `fsdp` it is gathered when its logits are computed, and its gradient reduced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxhess.mesh import constrain
+
+Carry = TypeVar("Carry")
+
+GATHERED = 2**24
+"""Entries of the output matrix that are gathered at once whatever the sizes: a small one is not sliced for it."""
+
+
+class Slice(NamedTuple):
+    """Some rows of the output matrix.
+
+    Attributes:
+        kernel: [v, D].
+        ids: [v] int32, the tokens that the rows stand for.
+        real: [v] bool, whether there is such a token (the id of others is -1); None where all are.
+    """
+
+    kernel: jax.Array
+    ids: jax.Array
+    real: jax.Array | None
+
+
+class Slices(NamedTuple):
+    """The output matrix cut along the vocabulary.
+
+    Attributes:
+        kernels: [n, parts, rows, D]: of each slice, the rows from each of the `parts` that devices hold.
+        vocab_size: V; rows beyond V / parts of a part are padding.
+        mesh: That of the matrix.
+    """
+
+    kernels: jax.Array
+    vocab_size: int
+    mesh: Mesh | None
+
+    def __len__(self) -> int:
+        return self.kernels.shape[0]
+
+    def merged(self, kernels: jax.Array) -> jax.Array:
+        """Arrays like `kernels` as one like the output matrix, [V, D]."""
+        n, parts, rows, width = kernels.shape
+        by_part = jnp.moveaxis(kernels, 0, 1).reshape(parts, n * rows, width)
+        return by_part[:, : self.vocab_size // parts].reshape(self.vocab_size, width)
+
+    def slice(self, kernel: jax.Array, k: jax.Array | int) -> Slice:
+        """Slice k, whose rows `kernel` [parts, rows, D] are."""
+        n, parts, rows, width = self.kernels.shape
+        kernel = _pinned(kernel, self.mesh)
+        held = self.vocab_size // parts
+        place = jnp.broadcast_to(k * rows + jnp.arange(rows, dtype=jnp.int32), (parts, rows))
+        ids = place + held * jnp.arange(parts, dtype=jnp.int32)[:, None]
+        if n * rows == held:
+            return Slice(kernel.reshape(-1, width), ids.reshape(-1), None)
+        real = (place < held).reshape(-1)
+        return Slice(kernel.reshape(-1, width), jnp.where(real, ids.reshape(-1), -1), real)
+
+
+def vocabulary_slices(table: jax.Array, tokens: int, logit_chunk: int, gathered: int, mesh: Mesh | None) -> Slices:
+    """The output matrix `table` [V, D] in as few slices as keep to both limits, of equal size.
+
+    A vocabulary with no divisor of about the right size is padded, which copies the matrix.
+
+    Args:
+        table: Cut over `tensor` along V where that divides, and over `fsdp` along D.
+        tokens: Whose logits are computed together, on each device.
+        logit_chunk: Logits per device that may exist at once.
+        gathered: Entries of the matrix that may be gathered at once on each device, where `fsdp` cuts it; at least
+            `GATHERED`.
+        mesh: That of the matrix; None on one device.
+    """
+    vocab_size, width = table.shape
+    parts = 1 if mesh is None or vocab_size % mesh.shape["tensor"] else mesh.shape["tensor"]
+    most = logit_chunk // tokens
+    if mesh is not None and mesh.shape["fsdp"] > 1:
+        most = min(most, max(gathered, GATHERED) // width)
+    held = vocab_size // parts
+    n, rows = _cut(held, max(1, most))
+    by_part = table.reshape(parts, held, width)
+    if n * rows > held:
+        by_part = jnp.pad(by_part, ((0, 0), (0, n * rows - held), (0, 0)))
+    kernels = jnp.moveaxis(by_part.reshape(parts, n, rows, width), 1, 0)
+    return Slices(_pinned(kernels, mesh), vocab_size, mesh)
+
+
+def scan_slices(
+    f: Callable[[Carry, Any], tuple[Carry, Any]], start: Carry, slices: Slices, others: jax.Array | None = None
+) -> tuple[Carry, Any]:
+    """`f(carry, Slice)` over all slices, one after the other; returns the last carry and the stacked second results.
+
+    What f computes is recomputed in a backward pass, where there are several slices.
+
+    Args:
+        f: Takes (carry, slice), or (carry, (slice, other)) where there are `others`.
+        start: The first carry.
+        slices: Of the output matrix.
+        others: Arrays like `slices.kernels`: tangents of it.
+    """
+
+    def step(carry: Carry, item: tuple) -> tuple[Carry, Any]:
+        k, kernel, other = item
+        part = slices.slice(kernel, k)
+        return f(carry, part if other is None else (part, slices.slice(other, k).kernel))
+
+    if len(slices) == 1:
+        carry, out = step(start, (0, slices.kernels[0], None if others is None else others[0]))
+        return carry, jax.tree.map(lambda x: x[None], out)
+    items = (jnp.arange(len(slices), dtype=jnp.int32), slices.kernels, others)
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, items)
+
+
+def logits_of(hidden: jax.Array, part: Slice) -> jax.Array:
+    """Logits [..., v] of states [..., D] in a slice, accumulated and returned in at least float32; -inf for padding."""
+    logits = matmul_transposed(hidden, part.kernel)
+    return logits if part.real is None else jnp.where(part.real, logits, -jnp.inf)
+
+
+def matmul_transposed(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """hidden @ kernel' [..., v] of [..., D] and [v, D], accumulated and returned in at least float32."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # one axis of tokens: see `jaxhess.models.layers.Projection`
+    product = jax.lax.dot_general(
+        rows, kernel.astype(hidden.dtype), (((1,), (1,)), ((), ())), preferred_element_type=wide
+    )
+    return product.reshape(*hidden.shape[:-1], kernel.shape[0])
+
+
+def _cut(size: int, most: int) -> tuple[int, int]:
+    """(n, rows) with n * rows >= size and rows <= most: n as small as may be, exact where a divisor is near."""
+    n = math.ceil(size / most)
+    exact = next((k for k in range(n, min(2 * n, size) + 1) if size % k == 0), None)
+    return (exact, size // exact) if exact else (n, math.ceil(size / n))
+
+
+def _pinned(kernels: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Rows [..., parts, rows, D] pinned to where they lie: they are gathered slice by slice, not all at once."""
+    parts, _, width = kernels.shape[-3:]
+    if mesh is None:
+        return kernels
+    cut = ("fsdp",) if parts == mesh.shape["tensor"] else ("fsdp", "tensor")
+    if width % math.prod(mesh.shape[axis] for axis in cut):
+        return kernels
+    return constrain(kernels, mesh, *(None,) * (kernels.ndim - 3), "tensor", None, cut)
