@@ -6,6 +6,7 @@ along `fsdp` it is gathered when its logits are computed, and its gradient reduc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -36,7 +37,9 @@ class Slice(NamedTuple):
     real: jax.Array | None
 
 
-class Slices(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slices:
     """The output matrix cut along the vocabulary.
 
     Attributes:
@@ -46,8 +49,8 @@ class Slices(NamedTuple):
     """
 
     kernels: jax.Array
-    vocab_size: int
-    mesh: Mesh | None
+    vocab_size: int = dataclasses.field(metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(metadata={"static": True})
 
     def __len__(self) -> int:
         return self.kernels.shape[0]
