@@ -17,6 +17,7 @@ from convert.hub import local_directory
 from convert.mapping import Row, axis_sizes, checked_rows
 from convert.orbax_checkpoint import is_orbax, parameter_shardings, restore, saved_config
 from convert.source import Source
+from jaxhess import processes
 from jaxhess.models import DecoderConfig, LanguageModel, Params, abstract_params
 
 BLOCK_BYTES = 2**26
@@ -29,7 +30,8 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
     """The model in a checkpoint, placed on `mesh`.
 
     Host memory beyond the arrays stays near the largest tensor of the files: every device's part of every layer is
-    read by slice and moved to its place before the next is read.
+    read by slice and moved to its place before the next is read. Of several processes each reads the parts of its own
+    devices.
 
     Args:
         path_or_hub_id: A Hugging Face directory, a directory that `python -m convert` wrote, or a hub id.
@@ -51,7 +53,7 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
         return restore(directory, mesh, dtype)
     family, config, source, rows = _open(directory, dtype)
     check_dtype(config.dtype)
-    if config.tied_embeddings:
+    if config.tied_embeddings and processes.index() == 0:
         _check_tied(family, rows, source)
     shardings = parameter_shardings(config, mesh)
     abstract = abstract_params(config)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhess import processes
 from jaxhess.krylov.basis import HOST
 
 FORMAT = "jaxhess-unfinished-1"
@@ -57,6 +58,9 @@ class Checkpoint:
         """
         if self.every < 1:
             raise ValueError(f"A run is saved every {self.every} steps; it must be at least 1.")
+        processes.on_first(self._check_folder)
+
+    def _check_folder(self) -> None:
         known = _identity_in(Path(self.folder))
         if known is None and (Path(self.folder) / STEPS).exists():
             raise FileExistsError(f"{self.folder} holds saves and no {IDENTITY} that says of what run: remove it.")
@@ -71,16 +75,20 @@ class Checkpoint:
     @property
     def unfinished(self) -> bool:
         """Whether the folder holds a run."""
-        return (Path(self.folder) / IDENTITY).exists()
+        return processes.on_first((Path(self.folder) / IDENTITY).exists)
 
     def remove(self) -> None:
         """Removes the folder, once the result is saved; what says which run it is, last."""
-        shutil.rmtree(Path(self.folder) / STEPS, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+        def remove() -> None:
+            shutil.rmtree(Path(self.folder) / STEPS, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+        processes.on_first(remove)
 
 
 class Saver:
-    """Reads and writes the saves of one run."""
+    """Reads and writes the saves of one run: each process its own parts of the arrays, the first one the rest."""
 
     def __init__(self, checkpoint: Checkpoint, identity: dict[str, Any]):
         """Opens the folder.
@@ -93,15 +101,19 @@ class Saver:
         checkpoint.check()
         self.every = checkpoint.every
         folder = Path(checkpoint.folder).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
         identity = {"format": FORMAT, **checkpoint.identity, **identity}
-        known = _identity_in(folder)
-        if known is not None:
-            _compare(known, identity, checkpoint.folder)
-        else:
+
+        def claim() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            known = _identity_in(folder)
+            if known is not None:
+                _compare(known, identity, checkpoint.folder)
+                return
             partial = folder / f".{IDENTITY}.{os.getpid()}"
             partial.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
             os.replace(partial, folder / IDENTITY)
+
+        processes.on_first(claim)
         # Synchronous: the arrays are given to the next segment, which writes into their buffers.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
@@ -159,7 +171,10 @@ def termination() -> Iterator[threading.Event]:
 def _typed(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """The array; made again where JAX forgot that it is in the host's memory (see `jaxhess.krylov.basis.zeros`)."""
     if like.sharding.memory_kind == HOST and jax.typeof(array).memory_space != jax.memory.Space.Host:
-        return jax.device_put(np.asarray(array), like.sharding)
+        if array.is_fully_addressable:
+            return jax.device_put(np.asarray(array), like.sharding)
+        parts = {str(shard.index): np.asarray(shard.data) for shard in array.addressable_shards}
+        return jax.make_array_from_callback(array.shape, like.sharding, lambda index: parts[str(index)])
     return array
 
 

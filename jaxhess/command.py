@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 
+from jaxhess import processes, watch
 from jaxhess.checkpoint import Interrupted
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
@@ -22,22 +25,45 @@ OUT_OF_MEMORY = (
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turns an error of `USER_ERRORS` inside the block, or exhausted memory, into `error: ...` and exit status 2."""
+    """Turns an error of `USER_ERRORS` inside the block, or exhausted memory, into `error: ...` and exit status 2.
+
+    Where the block starts several processes (`jaxhess.processes.initialize`) they end together, also if only one fails.
+    """
     try:
         yield
+        watch.finish()
     except (*USER_ERRORS, MemoryError, jax.errors.JaxRuntimeError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
             text = f"{OUT_OF_MEMORY} ({text[:200]})"
         elif not isinstance(error, USER_ERRORS):
+            _end_unforeseen(error)
             raise
         if os.environ.get("JAXHESS_TRACEBACK"):
+            _end_unforeseen(error)
             raise
-        sys.stderr.write(f"error: {text}\n")
-        raise SystemExit(2) from None
+        _end(f"error: {text}", 2)
     except Interrupted as stopped:
-        sys.stderr.write(f"{stopped}; go on with --resume\n")
-        raise SystemExit(143) from None
+        _end(f"{stopped}; go on with --resume", 143)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        raise SystemExit(130) from None
+        _end("interrupted", 130)
+    except Exception as error:
+        _end_unforeseen(error)
+        raise
+
+
+def _end(words: str, status: int) -> NoReturn:
+    if processes.count() > 1:
+        watch.fail(words, status)
+    sys.stderr.write(f"{words}\n")
+    raise SystemExit(status) from None
+
+
+def _end_unforeseen(error: Exception) -> None:
+    """Ends one of several processes with the traceback; returns where there is only one, which raises."""
+    if processes.count() == 1:
+        return
+    if isinstance(error, jax.errors.JaxRuntimeError):  # a collective failed: likely for another process that failed
+        watch.await_verdict()
+    traceback.print_exception(error)
+    watch.fail(f"error: {type(error).__name__}: {' '.join(str(error).split())[:500]}", 1)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxhess import processes
 from jaxhess.vectors import named_sharding
 
 
@@ -33,17 +34,20 @@ def total_bytes(devices: Sequence[jax.Device]) -> float:
 
 
 def host_bytes() -> float:
-    """Memory of the machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory of the machine, shared out among the processes of this run on it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes.neighbours()
 
 
 def available_bytes(leaves: Sequence[Any]) -> float:
-    """Memory that is left on each device of the arrays; infinite where the backend does not say."""
+    """Memory that is left on each device of the arrays; infinite where the backend does not say.
+
+    The least of all processes, which all must call this: what they decide by it, they must decide alike.
+    """
     devices = devices_of(leaves)
     if devices[0].platform == "cpu":
-        return _free_on_host() / len(devices)
+        return min(processes.gathered(_free_on_host() / len(devices)))
     stats = devices[0].memory_stats() or {}
-    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+    return min(processes.gathered(stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)))
 
 
 def _shard_size(leaf: Any) -> int:
@@ -53,10 +57,10 @@ def _shard_size(leaf: Any) -> int:
 
 
 def _free_on_host() -> float:
-    """Memory that new arrays can take: free pages and those that the system would give back."""
+    """Memory that new arrays of this process can take: free pages and those that the system would give back."""
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":") for line in file)
-        return 1024 * float(lines["MemAvailable"].split()[0])
+        return 1024 * float(lines["MemAvailable"].split()[0]) / processes.neighbours()
     except (OSError, KeyError):  # not Linux
         return host_bytes()

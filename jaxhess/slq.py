@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhess import processes, watch
 from jaxhess.checkpoint import Checkpoint, Interrupted, Saver, termination
 from jaxhess.krylov.basis import BasisMemory
 from jaxhess.krylov.lanczos import (
@@ -206,12 +207,13 @@ class _Run:
                     self.callback(self._progress(state, chosen))
                 step = int(state.step)
                 due = saver is not None and (step % saver.every == 0 or step == self.steps)
-                if saver is not None and (due or stop()):
+                asked = saver is not None and processes.any_says(stop())
+                if saver is not None and (due or asked):
                     ended = step == self.steps
                     if ended:
                         self._finish(state, chosen)
                     self._save(saver, first + together if ended else first, None if ended else state)
-                    if stop():
+                    if asked:
                         raise Interrupted(
                             f"stopped by SIGTERM after step {step} of probe {first + 1}; what was done is saved"
                         )
@@ -229,13 +231,13 @@ class _Run:
         length, done = 1, int(state.step)
         while done < self.steps:
             began = time.perf_counter()
-            end = min(done + length, self.steps)
+            end = min(done + processes.agreed(length), self.steps)
             if every is not None:
                 end = min(end, done - done % every + every)
             state = lanczos_segment(self.operator, state, end)
             ended = bool(np.all(state.broken))
             if ended:  # further steps only count
-                state = dataclasses.replace(state, step=jax.device_put(jnp.int32(self.steps), state.step.sharding))
+                state = dataclasses.replace(state, step=jax.device_put(np.int32(self.steps), state.step.sharding))
             seconds = time.perf_counter() - began
             length = _next_length(length, end - done, seconds)
             done = self.steps if ended else end
@@ -283,6 +285,7 @@ class _Run:
             "orthogonality": [float(x).hex() for x in self.orthogonality[:probe]],
         }
         saver.save(probe * self.steps + step, record, state)
+        watch.remark(f"the last save is of step {step} of probe {probe + 1}; go on with --resume")
 
     def _take_up(self, record: dict[str, Any]) -> int:
         """What a save holds of the probes that had ended; returns the first that had not."""

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import convert
 import jaxhess
 from convert.text import load_blocks
+from jaxhess import processes
 from jaxhess.command import one_sentence
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.models import LOGIT_CHUNK, abstract_params
@@ -133,13 +134,14 @@ class Options:
 
 
 def run(options: Options) -> jaxhess.Spectrum:
-    """The whole job; returns what it also saved."""
-    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).name}"
+    """The whole job; returns what it also saved. Of several processes every one runs it, and the first one writes."""
+    named = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).name}"
+    out = options.out or Path("runs") / processes.agreed(named)
     _check_options(options)
     checkpoint = jaxhess.Checkpoint(out / UNFINISHED, options.checkpoint_every or 1, options.resume)
     # A run that was stopped after its spectrum, or over a finished one, is still to be ended.
     overwrite = options.overwrite or (options.resume and checkpoint.unfinished)
-    refuse_unusable(out, overwrite)
+    processes.on_first(lambda: refuse_unusable(out, overwrite))
     if not options.overwrite:
         checkpoint.check()
     config = convert.load_config(options.model, options.dtype)
@@ -150,7 +152,7 @@ def run(options: Options) -> jaxhess.Spectrum:
     if "float64" in (config.dtype, options.compute_dtype, options.vector_dtype, options.accumulation_dtype):
         jax.config.update("jax_enable_x64", True)
     mesh = jaxhess.make_mesh(options.mesh)
-    console = Console()
+    console = Console(quiet=processes.index() > 0)
 
     clock = {"start": time.perf_counter()}
     blocks = load_blocks(
@@ -161,6 +163,8 @@ def run(options: Options) -> jaxhess.Spectrum:
         sequences=options.sequences,
         seed=options.seed,
     )
+    if processes.agreed(blocks.fingerprint()) != blocks.fingerprint():
+        raise ValueError(f"--data {options.data} gives other tokens in process {processes.index()} than in process 0.")
     batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
     clock["data"] = time.perf_counter()
     model = convert.load(options.model, mesh=mesh, dtype=options.dtype)
@@ -201,7 +205,7 @@ def run(options: Options) -> jaxhess.Spectrum:
             "axes": dict(mesh.shape),
             "devices": mesh.size,
             "kind": mesh.devices.flat[0].device_kind,
-            "processes": jax.process_count(),
+            "processes": processes.count(),
         },
         "versions": _versions(),
         "timings": {
@@ -233,17 +237,20 @@ def run(options: Options) -> jaxhess.Spectrum:
         result = with_eigenpairs(options, operator, result, out, console)
         write(result, out, overwrite=True)
     checkpoint.remove()
-    if jax.process_index() == 0:
+    if processes.index() == 0:
         _print_summary(console, result, out)
     return result
 
 
 def write(result: jaxhess.Spectrum, out: Path, overwrite: bool) -> None:
     """The run folder, from one process."""
-    if jax.process_index() == 0:
+
+    def saved() -> None:
         remove_report(out)
         result.save(out, overwrite=overwrite)
         write_report(out, result)
+
+    processes.on_first(saved)
 
 
 def with_eigenpairs(
@@ -309,7 +316,12 @@ def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any)
         operator = operator.restrict(*options.restrict, layers=layers)
     if options.hvp == "linearized" and isinstance(operator, jaxhess.Hessian):
         budget = None if options.residual_gb is None else 1e9 * options.residual_gb
-        return operator.linearize(budget, lambda n: print(f"Linearising keeps {n / 1e9:.3g} GB on each device."))
+
+        def announce(kept: int) -> None:
+            if processes.index() == 0:
+                print(f"Linearising keeps {kept / 1e9:.3g} GB on each device.")
+
+        return operator.linearize(budget, announce)
     return operator
 
 
@@ -427,6 +439,7 @@ def main() -> None:
     """Reads the options and runs."""
     options = tyro.cli(Options, description=__doc__)
     with one_sentence():
+        processes.initialize()
         run(options)
 
 

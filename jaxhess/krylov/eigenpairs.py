@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
+from jaxhess import processes
 from jaxhess.krylov.basis import BasisMemory, stacked_sharding
 from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import (
@@ -56,18 +57,21 @@ class Eigenpairs:
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes the vectors as an Orbax checkpoint, sharded as they are, with `eigenpairs.npz` beside it.
 
+        Each of several processes writes its own parts of the vectors, and none holds a whole one.
+
         Raises:
             FileExistsError: The folder exists and `overwrite` is False.
         """
         import orbax.checkpoint as ocp
 
         folder = Path(folder).absolute()
-        if folder.exists() and not overwrite:
+        if processes.on_first(folder.exists) and not overwrite:
             raise FileExistsError(f"{folder} exists; choose another folder, or pass overwrite=True.")
         named = {leaf_name(path): x for path, x in jax.tree.flatten_with_path(self.vectors)[0]}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(folder / "vectors", args=ocp.args.PyTreeSave(named), force=overwrite)
-        np.savez(folder / "eigenpairs.npz", values=self.values, residuals=self.residuals, converged=self.converged)
+        arrays = {"values": self.values, "residuals": self.residuals, "converged": self.converged}
+        processes.on_first(lambda: np.savez(folder / "eigenpairs.npz", **arrays))
 
 
 def leading_eigenpairs(

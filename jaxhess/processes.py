@@ -1,0 +1,191 @@
+"""Several processes as one run: start-up, values that all of them agree on, and work that only the first one does.
+
+Every process runs the same program on its own devices. Whatever a process decides by itself (a clock, free memory, a
+signal, a file) must be agreed on, or the processes compile other programs and wait for each other for ever. All
+functions here are collective: every process calls them, in the same order. In a single process they cost nothing.
+
+Agreement goes through the key-value store of `jax.distributed` (about a millisecond), not through the devices: it
+needs no compilation, takes text of any length, and has a time limit. `jaxhess.watch` ends all processes when one ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed  # the key-value store has no public name; Orbax takes it from here too
+
+T = TypeVar("T")
+
+PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LAUNCHERS = {
+    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+}
+"""What says that a launcher is there, how many processes it started, and which one this is."""
+
+PATIENCE = 3600
+"""Seconds that processes may be apart, in reading a checkpoint for example. One that has ended is noticed before."""
+
+HANDED_ON = (
+    *(FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError),
+    *(OSError, ImportError, ValueError),
+)
+"""Errors of the first process that the others raise too, in the first of these classes that they belong to."""
+
+_turn = 0
+"""Agreements so far, the same in every process: the next one's name in the store."""
+_swept = 0
+_neighbours = 1
+
+
+def initialize() -> None:
+    """Joins the processes of this run, where there are several; to be called before anything touches a device.
+
+    Under SLURM (`srun`) and Open MPI (`mpirun`) JAX finds out by itself; each process then takes the one GPU of its
+    local rank, unless `JAX_LOCAL_DEVICE_IDS` says otherwise. Elsewhere three variables tell: `JAX_COORDINATOR_ADDRESS`
+    (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. On CPUs collectives go through gloo.
+
+    Raises:
+        ValueError: Some of the three variables are set and some are not, or one is no number in its range.
+        ConnectionError: The others were not there in time.
+    """
+    global _neighbours
+    found = launched(os.environ)
+    if found is None:
+        return
+    count, process = found
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX would take SIGTERM for itself; see `jaxhess.checkpoint.termination`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(num_processes=count, process_id=process)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        address = os.environ.get(PLAIN[0], "the address that JAX found")
+        raise ConnectionError(
+            f"Process {process} of {count} could not join the others through {address} ({reason}); "
+            f"{PLAIN[0]}=host:port names the machine of process 0 and a free port on it."
+        ) from None
+    from jaxhess import watch  # it knows this module
+
+    watch.start()
+    if process > 0:
+        warnings.simplefilter("ignore")  # all say the same
+    _neighbours = gathered(socket.gethostname()).count(socket.gethostname())
+
+
+def launched(environment: Any) -> tuple[int, int] | None:
+    """How many processes were started and which one this is; None for a single one. See `initialize` for errors."""
+    counts = [
+        (environment[size], environment[rank])
+        for sign, size, rank in LAUNCHERS.values()
+        if sign in environment and size in environment and rank in environment
+    ]
+    given = [name for name in PLAIN if environment.get(name)]
+    if set(PLAIN[1:]) & set(given) or (given and not counts):
+        missing = [name for name in PLAIN if name not in given]
+        if missing:
+            raise ValueError(
+                f"{' and '.join(given)} set without {' and '.join(missing)}: several processes need all three, "
+                "a single one none of them."
+            )
+        counts = [(environment[PLAIN[1]], environment[PLAIN[2]])]
+    if not counts:
+        return None
+    count, process = counts[0]
+    if not count.isdigit() or not process.isdigit() or not int(process) < int(count):
+        raise ValueError(f"Process {process} of {count} processes: they are counted from 0.")
+    return (int(count), int(process)) if int(count) > 1 else None
+
+
+def count() -> int:
+    """Processes of this run; does not touch a device."""
+    return distributed.global_state.num_processes if client() is not None else 1
+
+
+def index() -> int:
+    """Which of them this is, counted from 0; does not touch a device."""
+    return distributed.global_state.process_id if client() is not None else 0
+
+
+def neighbours() -> int:
+    """Processes on this machine, which share its memory. (1 where `initialize` was not called.)"""
+    return _neighbours
+
+
+def agreed(value: T) -> T:
+    """The value of process 0, which must be JSON; what the others pass is ignored."""
+    if count() == 1:
+        return value
+    key = f"{_next_turn()}/agreed"
+    if index() > 0:
+        return json.loads(client().blocking_key_value_get(key, 1000 * PATIENCE))
+    text = json.dumps(value)
+    client().key_value_set(key, text)
+    return json.loads(text)
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in their order; each must be JSON."""
+    if count() == 1:
+        return [value]
+    global _swept
+    place = _next_turn()
+    client().key_value_set(f"{place}/{index():09d}", json.dumps(value))
+    meet(place)
+    found = sorted(client().key_value_dir_get(place))
+    while index() == 0 and _swept < _turn - 1:  # all have read what was agreed before
+        client().key_value_delete(f"jaxhess/turn/{_swept:09d}/")
+        _swept += 1
+    return [json.loads(text) for _, text in found]
+
+
+def any_says(flag: bool) -> bool:
+    """Whether it is true in any process."""
+    return any(gathered(bool(flag)))
+
+
+def on_first(action: Callable[[], T]) -> T:
+    """What `action` gives in process 0, which alone does it; must be JSON.
+
+    Raises:
+        OSError, ImportError, ValueError: In every process what it raised there.
+    """
+    if count() == 1:
+        return action()
+    if index() > 0:
+        kind, result = agreed(("", None))
+        for error in HANDED_ON:
+            if kind == error.__name__:
+                raise error(result)
+        return result  # type: ignore[return-value]
+    try:
+        result = action()
+    except HANDED_ON as raised:
+        agreed((next(error.__name__ for error in HANDED_ON if isinstance(raised, error)), str(raised)))
+        raise
+    agreed(("", result))
+    return result
+
+
+def meet(name: str) -> None:
+    """Returns when every process has come here."""
+    if count() > 1:
+        client().wait_at_barrier(name, 1000 * PATIENCE)
+
+
+def client() -> Any:
+    """The key-value store; None in a single process."""
+    return distributed.global_state.client
+
+
+def _next_turn() -> str:
+    global _turn
+    _turn += 1
+    return f"jaxhess/turn/{_turn - 1:09d}"

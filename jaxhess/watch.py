@@ -1,0 +1,142 @@
+"""One end for all processes: when one fails, is killed, or loses its machine, the others say so and end too.
+
+A process that waits for another in a collective waits in C++ and cannot look up; a thread does that. Every second
+each process moves its pulse in the key-value store and looks whether any has failed; process 0 also looks whether all
+pulses still move. The first failure that is written down is the one that all report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+
+from jaxhess import processes
+
+SILENCE = 30.0
+"""Seconds without a pulse after which a process is gone. Machines stall for some seconds under load, not for thirty."""
+
+GRACE = 3.0
+"""Seconds that a process has to find by itself what another has failed of: bad options are then reported once."""
+
+FAILURE, PULSE, LEFT = "jaxhess/failure", "jaxhess/pulse", "jaxhess/left"
+
+_over = threading.Event()
+_remark = ""
+
+
+def start() -> None:
+    """Starts the thread; `finish` ends it."""
+    threading.Thread(target=_watch, name="watch", daemon=True).start()
+
+
+def remark(sentence: str) -> None:
+    """What to add from now on when this process ends because of another, such as where the last save is."""
+    global _remark
+    _remark = sentence
+
+
+def finish() -> None:
+    """Waits until every process has come to its end, and leaves the run."""
+    if processes.count() > 1:
+        processes.meet("jaxhess/finish")
+        _over.set()
+        jax.distributed.shutdown()
+
+
+def fail(words: str, status: int) -> NoReturn:
+    """Ends this process and all others. Printed once where all fail of the same: by the one that was first."""
+    first = _written_down(words)
+    if first["process"] == processes.index():
+        _say(words)
+    elif first["words"] != words:
+        _say(_of_another(first))
+    _leave(status)
+
+
+def await_verdict() -> None:
+    """Waits for the news that another process has failed or gone, which ends this one; returns where none comes.
+
+    For a process whose collective failed: the cause is elsewhere, and the thread will know it.
+    """
+    time.sleep(SILENCE + 2 * GRACE)
+
+
+def _watch() -> None:
+    seen: dict[str, tuple[str, float]] = {}
+    beats = 0
+    while not _over.wait(1.0):
+        try:
+            beats += 1
+            _store().key_value_set(f"{PULSE}/{processes.index():09d}", str(beats), allow_overwrite=True)
+            if processes.index() == 0:
+                _look_for_silence(seen)
+            failure = _failure()
+        except jax.errors.JaxRuntimeError:
+            continue  # process 0 is gone, and JAX ends this one
+        if failure is not None and not _over.wait(0 if failure["gone"] else GRACE):
+            _say(_of_another(failure))
+            _leave(1)
+
+
+def _look_for_silence(seen: dict[str, tuple[str, float]]) -> None:
+    """Writes down the first process whose pulse has stopped. `seen`: each one's last pulse, and since when."""
+    now = time.monotonic()
+    for key, beat in _store().key_value_dir_get(PULSE):
+        if seen.get(key, ("", 0))[0] != beat:
+            seen[key] = (beat, now)
+        elif now - seen[key][1] > SILENCE:
+            process = int(key.rsplit("/", 1)[1])
+            _written_down("it was killed, or its machine is down or out of memory", process, gone=True)
+            return
+
+
+def _written_down(words: str, process: int | None = None, gone: bool = False) -> dict[str, Any]:
+    """The first failure: this one, unless there is one already."""
+    process = processes.index() if process is None else process
+    failure = {"process": process, "words": words, "gone": gone}
+    try:
+        _store().key_value_set(f"{FAILURE}/first", json.dumps(failure))
+    except jax.errors.JaxRuntimeError:  # there is one
+        return _failure() or failure
+    return failure
+
+
+def _failure() -> dict[str, Any] | None:
+    found = _store().key_value_dir_get(FAILURE)
+    return json.loads(found[0][1]) if found else None
+
+
+def _of_another(failure: dict[str, Any]) -> str:
+    what = "is gone" if failure["gone"] else "failed"
+    words = failure["words"].removeprefix("error: ").rstrip(".")
+    return f"error: process {failure['process']} {what}: {words}{'; ' if _remark else ''}{_remark}"
+
+
+def _say(words: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(f"{words}\n")
+    sys.stderr.flush()
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process at once, without the clean-up in which JAX would wait for the others. Process 0 goes last:
+    without it JAX aborts the others in the middle of their sentence."""
+    try:
+        _store().key_value_set(f"{LEFT}/{processes.index():09d}", "")
+        patience = time.monotonic() + 4 * GRACE
+        while processes.index() == 0 and time.monotonic() < patience:
+            if len(_store().key_value_dir_get(LEFT)) >= processes.count() - 1:
+                break
+            time.sleep(0.1)
+    finally:
+        os._exit(status)
+
+
+def _store() -> Any:
+    return processes.client()
