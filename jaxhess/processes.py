@@ -63,6 +63,9 @@ def initialize() -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX would take SIGTERM for itself; see `jaxhess.checkpoint.termination`.
     jax.config.update("jax_enable_preemption_service", False)
+    from jaxhess import watch  # it knows this module
+
+    watch.bring_a_witness(count, process)
     try:
         jax.distributed.initialize(num_processes=count, process_id=process)
     except (RuntimeError, ValueError) as error:
@@ -72,8 +75,6 @@ def initialize() -> None:
             f"Process {process} of {count} could not join the others through {address} ({reason}); "
             f"{PLAIN[0]}=host:port names the machine of process 0 and a free port on it."
         ) from None
-    from jaxhess import watch  # it knows this module
-
     watch.start()
     if process > 0:
         warnings.simplefilter("ignore")  # all say the same

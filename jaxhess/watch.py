@@ -3,12 +3,17 @@
 A process that waits for another in a collective waits in C++ and cannot look up; a thread does that. Every second
 each process moves its pulse in the key-value store and looks whether any has failed; process 0 also looks whether all
 pulses still move. The first failure that is written down is the one that all report.
+
+The store lives in process 0, and where that is gone JAX aborts the others at once, with words of its own. So every
+process has a witness, a small child that reads where the last save is and says it if the process ends without a word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -26,8 +31,29 @@ GRACE = 3.0
 
 FAILURE, PULSE, LEFT = "jaxhess/failure", "jaxhess/pulse", "jaxhess/left"
 
+DONE = "done"
+WITNESS = f"""
+import sys
+lines = [line.strip() for line in sys.stdin]
+if lines[-1] != {DONE!r}:
+    sys.stderr.write("; ".join(line for line in (lines[0], *lines[1:][-1:])) + "\\n")
+"""
+
 _over = threading.Event()
 _remark = ""
+_witness: subprocess.Popen[str] | None = None
+
+
+def bring_a_witness(count: int, process: int) -> None:
+    """Starts the child. Before the process has any connection that the child could inherit and keep open."""
+    global _witness
+    _witness = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", WITNESS], stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+    _tell(
+        f"error: process {process} of {count} was killed, or JAX aborted it because another is gone, process 0 if "
+        "nothing else is said above"
+    )
 
 
 def start() -> None:
@@ -39,6 +65,7 @@ def remark(sentence: str) -> None:
     """What to add from now on when this process ends because of another, such as where the last save is."""
     global _remark
     _remark = sentence
+    _tell(sentence)
 
 
 def finish() -> None:
@@ -47,6 +74,7 @@ def finish() -> None:
         processes.meet("jaxhess/finish")
         _over.set()
         jax.distributed.shutdown()
+        _tell(DONE)
 
 
 def fail(words: str, status: int) -> NoReturn:
@@ -118,6 +146,13 @@ def _of_another(failure: dict[str, Any]) -> str:
     return f"error: process {failure['process']} {what}: {words}{'; ' if _remark else ''}{_remark}"
 
 
+def _tell(words: str) -> None:
+    if _witness is not None and _witness.stdin is not None:
+        with contextlib.suppress(OSError):
+            _witness.stdin.write(f"{words}\n")
+            _witness.stdin.flush()
+
+
 def _say(words: str) -> None:
     sys.stdout.flush()
     sys.stderr.write(f"{words}\n")
@@ -127,13 +162,16 @@ def _say(words: str) -> None:
 def _leave(status: int) -> NoReturn:
     """Ends the process at once, without the clean-up in which JAX would wait for the others. Process 0 goes last:
     without it JAX aborts the others in the middle of their sentence."""
+    _tell(DONE)
     try:
         _store().key_value_set(f"{LEFT}/{processes.index():09d}", "")
+        failure = _failure()
+        expected = processes.count() - bool(failure and failure["gone"])
         patience = time.monotonic() + 4 * GRACE
         while processes.index() == 0 and time.monotonic() < patience:
-            if len(_store().key_value_dir_get(LEFT)) >= processes.count() - 1:
-                break
-            time.sleep(0.1)
+            if len(_store().key_value_dir_get(LEFT)) >= expected:
+                patience = 0
+            time.sleep(0.2)
     finally:
         os._exit(status)
 

@@ -1,0 +1,207 @@
+"""Several real processes on one machine: one spectrum, written once, and one end for all."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_models import TINY, scaled_up
+
+import convert
+from convert.orbax_checkpoint import save
+from jaxhess import Hessian, Microbatches, Spectrum, processes, spectrum
+from jaxhess.data import random_blocks
+from jaxhess.models import initialize
+from scripts import spectrum as script
+
+SMALL_RUN = ["--data", "random", "--seq-len", "8", "--sequences", "8", "--microbatch", "4", "--no-audit"]
+
+
+class Run:
+    """One run of several processes: their ids, and once it has ended their statuses, seconds and output."""
+
+    def __init__(self, server, folder: Path, count: int, job: str, **arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.server, self.count = server, count
+        self.log = folder / f"log-{time.monotonic_ns()}-"
+        line = {"count": count, "port": port, "log": str(self.log), "job": job, "arguments": arguments}
+        server.stdin.write(json.dumps(line) + "\n")
+        server.stdin.flush()
+        self.children = json.loads(server.stdout.readline())
+
+    def ended(self) -> "Run":
+        found = json.loads(self.server.stdout.readline())
+        self.statuses, self.seconds = ([row[k] for row in found] for k in (0, 1))
+        time.sleep(0.5)  # witnesses speak last
+        self.output = [Path(f"{self.log}{p}").read_text() for p in range(self.count)]
+        return self
+
+    def errors(self) -> list[str]:
+        return [line for text in self.output for line in text.splitlines() if re.match("error:|stopped", line)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`run(count, job, **arguments)` starts one."""
+    environment = {**os.environ, "PYTHONPATH": ".:tests"}
+    server = subprocess.Popen(
+        [sys.executable, "tests/process_server.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    yield lambda *job, **arguments: Run(server, tmp_path_factory.mktemp("logs"), *job, **arguments)
+    server.stdin.close()
+    assert server.wait() == 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save(scaled_up(initialize(TINY, jax.random.key(0))), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def single(model) -> Spectrum:
+    """The spectrum from this process alone, on one device."""
+    loaded = convert.load(model)
+    blocks = random_blocks(seq_len=8, vocab_size=TINY.vocab_size, sequences=8)
+    batches = Microbatches(blocks.microbatches(4))
+    return spectrum(Hessian(loaded.loss(), loaded.params, batches), steps=5, probes=2)
+
+
+def spectrum_of(run, model, count, out, *more, **other):
+    arguments = ["--model", model, *SMALL_RUN, "--steps", "5", "--probes", "2", "--out", str(out), *more]
+    return run(count, "command", arguments=arguments, more=other).ended()
+
+
+def same_spectrum(found: Spectrum, expected: Spectrum) -> None:
+    for name in ("alphas", "betas"):
+        a, b = getattr(found, name), getattr(expected, name)
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(expected.alphas).max())
+
+
+def test_two_processes_give_the_spectrum_of_one_and_write_it_once(run, model, single, tmp_path):
+    ended = spectrum_of(run, model, 2, tmp_path / "out")
+    assert ended.statuses == [0, 0], ended.output
+    same_spectrum(Spectrum.load(tmp_path / "out"), single)
+    assert Spectrum.load(tmp_path / "out").info["mesh"]["processes"] == 2
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("spectrum.npz", "spectrum.json", "density.png", "distribution.png", "stem.png", "report.html")
+    }
+    assert "written to" in ended.output[0]
+    assert not [line for line in ended.output[1].splitlines() if "Gloo" not in line]
+
+
+def test_what_all_refuse_is_said_once(run, model, tmp_path):
+    ended = spectrum_of(run, model, 2, tmp_path / "out", "--mesh", "fsdp=3")
+    assert ended.statuses == [2, 2]
+    assert len(ended.errors()) == 1
+    assert "fsdp=3 needs 3 devices but there are 2" in ended.errors()[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, None),
+        ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, None),
+        ({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3", "JAX_COORDINATOR_ADDRESS": "a:1"}, (4, 3)),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # in the batch script itself, not under srun
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "8", "SLURM_PROCID": "5"}, (8, 5)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "JAX_COORDINATOR_ADDRESS": "a:1"}, (2, 1)),
+    ],
+)
+def test_launchers_and_plain_variables_are_found(environment, found):
+    assert processes.launched(environment) == found
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"JAX_NUM_PROCESSES": "4"}, "set without JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "set without JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+        ({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "4", "JAX_COORDINATOR_ADDRESS": "a:1"}, "Process 4 of 4"),
+        ({"JAX_NUM_PROCESSES": "four", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, "of four"),
+    ],
+)
+def test_half_a_description_of_the_processes_is_refused(environment, words):
+    with pytest.raises(ValueError, match=words):
+        processes.launched(environment)
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_spectrum_of_one_with_its_eigenvectors(run, model, single, tmp_path):
+    ended = spectrum_of(run, model, 4, tmp_path / "out", "--eigenpairs", "1", "--eigenpair-steps", "8")
+    assert ended.statuses == [0] * 4, ended.output
+    found = Spectrum.load(tmp_path / "out")
+    same_spectrum(found, single)
+    saved = np.load(tmp_path / "out" / script.EIGENVECTORS / "eigenpairs.npz")
+    assert saved["values"].tolist() == found.info["eigenpairs"]["values"]
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        vectors = reader.restore(tmp_path / "out" / script.EIGENVECTORS / "vectors")
+    assert sum(np.sum(np.square(x)) for x in jax.tree.leaves(vectors)) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(run, model, tmp_path):
+    ended = spectrum_of(run, model, 2, tmp_path / "out", **{"1": ["--data", "nowhere.txt"]})
+    assert ended.statuses == [1, 2]
+    assert max(ended.seconds) < 60
+    assert "process 1 failed: nowhere.txt: no such file" in ended.output[0]
+    assert "error: nowhere.txt: no such file" in ended.output[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 2])
+def test_killing_one_of_four_ends_the_others_and_the_run_goes_on_in_the_same_bits(run, tmp_path, killed):
+    whole, rest, saves = (str(tmp_path / name) for name in ("whole.npz", "rest.npz", "saves"))
+    assert run(4, "diagonal", out=whole, checkpoint=None, slow=0).ended().statuses == [0] * 4
+
+    def begun(slow: float) -> Run:
+        return run(4, "diagonal", out=rest, checkpoint=saves, slow=slow)
+
+    def wait_for_saves() -> None:
+        before = {p.name for p in Path(saves).glob("steps/*")}
+        while {p.name for p in Path(saves).glob("steps/[0-9]*")} <= before:
+            time.sleep(0.05)
+
+    life = begun(0.2)
+    wait_for_saves()
+    os.kill(life.children[killed], signal.SIGKILL)
+    moment = time.monotonic()
+    life.ended()
+    assert time.monotonic() - moment < 60
+    assert life.statuses[killed] == -signal.SIGKILL
+    for process in {0, 1, 2, 3} - {killed}:
+        assert life.statuses[process] != 0
+        words = f"process {killed} is gone" if killed else "because another is gone, process 0 if"
+        assert words in life.output[process]
+        assert "the last save is of step" in life.output[process]
+
+    life = begun(0.2)
+    wait_for_saves()
+    os.kill(life.children[1], signal.SIGTERM)
+    life.ended()
+    assert life.statuses == [143] * 4
+    assert len(life.errors()) == 1
+    assert life.errors()[0].startswith("stopped by SIGTERM after step")
+
+    assert begun(0).ended().statuses == [0] * 4
+    with np.load(whole) as a, np.load(rest) as b:
+        np.testing.assert_array_equal(a["alphas"], b["alphas"])
+        np.testing.assert_array_equal(a["betas"], b["betas"])
