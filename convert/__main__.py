@@ -17,6 +17,7 @@ from convert.loading import load, load_config
 from convert.orbax_checkpoint import is_orbax, write_orbax
 from convert.tokenizer import add_tokenizer
 from convert.verify import TOLERANCE, verify
+from jaxhess import processes
 from jaxhess.command import one_sentence
 from jaxhess.mesh import make_mesh
 
@@ -32,7 +33,8 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """Dtype of the weights written; default: that of the source."""
     mesh: str | None = None
-    """Mesh to load on, such as fsdp=4,tensor=2; default: one device. The result loads onto any mesh."""
+    """Mesh to load on, such as fsdp=4,tensor=2; default: one device, or fsdp over all devices of several processes. The
+    result loads onto any mesh."""
     export: bool = False
     """Write Hugging Face safetensors instead of an Orbax checkpoint."""
     verify: bool = False
@@ -45,11 +47,15 @@ def main(args: list[str] | None = None) -> None:
     """Reads the options and runs."""
     options = tyro.cli(Options, prog="python -m convert", args=args)
     with one_sentence():
+        processes.initialize()
         run(options)
 
 
 def run(options: Options) -> None:
     """Converts; when `--verify` finds more than rounding that is an error, and nothing is written."""
+    several = processes.count() > 1
+    if several and (options.export or options.verify):
+        raise ValueError("--export and --verify see whole weights: run them in a single process.")
     check_destination(options.dst, options.overwrite)
     source = local_directory(options.src)
     if source.resolve().is_relative_to(options.dst.resolve()):
@@ -58,12 +64,13 @@ def run(options: Options) -> None:
         raise ValueError(f"--verify compares with a Hugging Face checkpoint, but {source} is none.")
     if load_config(source, options.dtype).dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    mesh = None if options.mesh is None else make_mesh(options.mesh)
+    mesh = make_mesh(options.mesh) if options.mesh or several else None
     model = load(source, mesh, options.dtype)
     hf_config = read_json(source / "config.json")
     with appearing(options.dst, options.overwrite) as partial:
         (write_hugging_face if options.export else write_orbax)(model, partial, hf_config)
-        add_tokenizer(source, partial)
+        if processes.index() == 0:
+            add_tokenizer(source, partial)
         num_params, dtype = model.num_params, model.config.dtype
         del model  # the comparison loads what was written: two copies would not always fit
         if options.verify:
@@ -77,7 +84,8 @@ def run(options: Options) -> None:
                 raise ValueError(
                     f"The logits differ by more than rounding ({TOLERANCE:g}); {options.dst} is not written."
                 )
-    print(f"{num_params:,} parameters in {dtype} written to {options.dst}.")
+    if processes.index() == 0:
+        print(f"{num_params:,} parameters in {dtype} written to {options.dst}.")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxhess import processes
+
 
 def check_destination(destination: Path, overwrite: bool) -> None:
     """Checks that `destination` is new, empty, or a checkpoint that may be replaced, and that it can be made.
@@ -17,6 +19,10 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         FileExistsError: It holds something else, or is a file.
         OSError: Its parent is a file or cannot be written.
     """
+    processes.on_first(lambda: _check(destination, overwrite))
+
+
+def _check(destination: Path, overwrite: bool) -> None:
     with _one_sentence(destination):
         if destination.is_dir():
             if any(destination.iterdir()):
@@ -52,27 +58,38 @@ def _one_sentence(destination: Path) -> Iterator[None]:
 def appearing(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling to write into, renamed to `destination` at the end, removed if anything is raised.
 
+    Of several processes all write into the same one.
+
     Raises:
         FileExistsError: `destination` is not empty (without `overwrite`), or is no checkpoint.
         OSError: Its parent is a file or cannot be written.
     """
     check_destination(destination, overwrite)
     destination = destination.absolute()
-    with _one_sentence(destination):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
-    partial.chmod(0o777 & ~_umask())
+
+    def made() -> str:
+        with _one_sentence(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            partial = tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
+        os.chmod(partial, 0o777 & ~_umask())
+        return partial
+
+    partial = Path(processes.on_first(made))
     try:
         yield partial
-        if destination.is_dir() and any(destination.iterdir()):
-            replaced = Path(tempfile.mkdtemp(prefix=f".{destination.name}.replaced-", dir=destination.parent))
-            os.replace(destination, replaced)
-            os.replace(partial, destination)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(partial, destination)
+        processes.on_first(lambda: _put_in_place(partial, destination))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, destination: Path) -> None:
+    if destination.is_dir() and any(destination.iterdir()):
+        replaced = Path(tempfile.mkdtemp(prefix=f".{destination.name}.replaced-", dir=destination.parent))
+        os.replace(destination, replaced)
+        os.replace(partial, destination)
+        shutil.rmtree(replaced)
+    else:
+        os.replace(partial, destination)
 
 
 def _umask() -> int:

@@ -29,6 +29,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from convert.configs import DTYPES, hugging_face_config, read_json
 from convert.destination import appearing
 from convert.tokenizer import add_tokenizer
+from jaxhess import processes
 from jaxhess.models import DecoderConfig, LanguageModel, abstract_params, model_shardings
 
 MODEL, PARAMS = "model.json", "params"
@@ -66,8 +67,9 @@ def write_orbax(model: LanguageModel, directory: Path, hf_config: dict[str, Any]
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(handler_impl=inner)) as checkpointer:
         checkpointer.save(directory.absolute() / PARAMS, args=ocp.args.PyTreeSave(model.params))
     record = {"format": FORMAT, "config": model.config.to_dict()}
-    (directory / MODEL).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+    if processes.index() == 0:
+        (directory / MODEL).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
 
 
 def _local_bytes(array: jax.Array) -> int:

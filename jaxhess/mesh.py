@@ -1,7 +1,11 @@
 """Device meshes, the table from logical axes to mesh axes, and the shardings that follow from it.
 
 A mesh always has the three axes `data`, `fsdp` and `tensor` (size 1 where unused). Batches are cut over `data` and
-`fsdp`; parameters and every vector like them over `fsdp` and `tensor`.
+`fsdp`; parameters and every vector like them over `fsdp` and `tensor`. A fourth name, `expert`, is reserved for models
+with experts, of which there are none yet.
+
+On several nodes the axes that talk the most lie inside a node: `tensor`, whose collectives are in every layer's way,
+then `fsdp`, whose gathers can run ahead; `data` crosses nodes first.
 """
 
 from __future__ import annotations
@@ -12,9 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
+RESERVED = "expert"
 
 AXIS_RULES: dict[str, str] = {
     "embed": "fsdp",
@@ -32,15 +39,23 @@ def make_mesh(axes: Mapping[str, int] | str | None = None, devices: Sequence[jax
     """The mesh of `axes` (`{"fsdp": 4, "tensor": 2}` or `"fsdp=4,tensor=2"`) over `devices`.
 
     Args:
-        axes: Sizes by axis; axes not named have size 1. None: `fsdp` over every device.
+        axes: Sizes by axis; axes not named have size 1. None: `fsdp` over every device, which is the least memory on
+            each, and right for any model.
         devices: Defaults to all devices of all processes.
 
+    Warns where `tensor` has to cross nodes: its size should divide the devices of a node.
+
     Raises:
-        ValueError: Unknown axis, a size below 1, or sizes that do not multiply to the number of devices.
+        ValueError: Unknown axis, a size below 1, sizes that do not multiply to the number of devices, experts; nodes
+            with different numbers of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"fsdp": len(devices)} if axes is None else parse_axes(axes) if isinstance(axes, str) else dict(axes)
     for name, size in sizes.items():
+        if name == RESERVED and size == 1:
+            continue
+        if name == RESERVED:
+            raise ValueError(f"Mesh axis expert={size} is reserved for models with experts; none is supported yet.")
         if name not in MESH_AXES:
             raise ValueError(f"Unknown mesh axis {name!r}; the axes are {', '.join(MESH_AXES)}.")
         if size < 1:
@@ -52,7 +67,50 @@ def make_mesh(axes: Mapping[str, int] | str | None = None, devices: Sequence[jax
             f"the sizes must multiply to {len(devices)}, for example fsdp={len(devices)}."
         )
     shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if len(nodes(devices)) == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    return Mesh(across_nodes(shape, devices), MESH_AXES, axis_types=types)
+
+
+def nodes(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices by what connects them fast: a slice (of a GPU the machine, or its NVLink domain), or a process."""
+    groups: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        node = getattr(device, "slice_index", None)
+        groups.setdefault(device.process_index if node is None else node, []).append(device)
+    return [groups[node] for node in sorted(groups)]
+
+
+def across_nodes(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of several nodes as an array of this shape, its last axes inside the nodes as far as they fit.
+
+    Neighbours along the last axis share a node where its size and the node's have a common divisor, then those along
+    the axis before it in what is left of the node. Warns where the last axis does not fit.
+
+    Raises:
+        ValueError: The nodes have different numbers of devices.
+    """
+    groups = nodes(devices)
+    counts = {len(group) for group in groups}
+    if len(counts) > 1:
+        raise ValueError(
+            f"The nodes have different numbers of devices ({', '.join(map(str, sorted(counts)))}): a mesh needs the "
+            "same of each."
+        )
+    left, inside = counts.pop(), []
+    if left % shape[-1]:
+        warnings.warn(
+            f"tensor={shape[-1]} crosses nodes, which have {left} devices each: every layer then waits for the network "
+            f"between them. Sizes that divide {left} stay inside a node.",
+            stacklevel=3,
+        )
+    for size in reversed(shape):
+        inside.insert(0, math.gcd(size, left))
+        left //= inside[0]
+    outside = [size // part for size, part in zip(shape, inside, strict=True)]
+    has_slices = getattr(devices[0], "slice_index", None) is not None
+    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, process_is_granule=not has_slices)
 
 
 def parse_axes(text: str) -> dict[str, int]:

@@ -11,7 +11,6 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint  # noqa: F401  (imported before the fork)
 from jax.sharding import NamedSharding, PartitionSpec

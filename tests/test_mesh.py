@@ -1,11 +1,14 @@
 """Meshes and the shardings that follow from logical axes."""
 
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxhess import DecoderConfig, make_mesh
-from jaxhess.mesh import partition_spec
+from jaxhess.mesh import across_nodes, partition_spec
 from jaxhess.models import abstract_params, initialize, model_shardings
 
 
@@ -17,6 +20,7 @@ from jaxhess.models import abstract_params, initialize, model_shardings
         ("fsdp", "axis=size"),
         ("pipeline=8", "Unknown mesh axis 'pipeline'; the axes are data, fsdp, tensor"),
         ({"fsdp": 0}, "fsdp=0: a size is at least 1"),
+        ("fsdp=2,expert=4", "expert=4 is reserved for models with experts"),
     ],
 )
 def test_bad_meshes_are_refused_in_a_sentence(axes, sentence):
@@ -26,6 +30,51 @@ def test_bad_meshes_are_refused_in_a_sentence(axes, sentence):
 
 def test_default_mesh_is_fsdp_over_all_devices():
     assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the order of devices is made from."""
+
+    id: int
+    process_index: int
+    slice_index: int | None = None
+    platform: str = "gpu"
+    device_kind: str = "imagined"
+
+
+def chips(nodes: int, per_node: int, one_process_each: bool) -> list[Chip]:
+    """Devices of several nodes in an order that knows nothing of them."""
+    found = [
+        Chip(id=k, process_index=k if one_process_each else k // per_node, slice_index=k // per_node)
+        for k in range(nodes * per_node)
+    ]
+    if not one_process_each:
+        found = [dataclasses.replace(chip, slice_index=None) for chip in found]
+    return found[::2] + found[1::2]
+
+
+@pytest.mark.parametrize("one_process_each", [True, False])
+@pytest.mark.parametrize("shape", [(1, 8, 4), (2, 4, 4), (4, 1, 8), (1, 32, 1), (4, 4, 2)])
+def test_on_several_nodes_tensor_stays_inside_one_and_fsdp_as_far_as_it_fits(shape, one_process_each):
+    mesh = across_nodes(shape, chips(4, 8, one_process_each))
+    assert mesh.shape == shape
+    assert sorted(chip.id for chip in mesh.flat) == list(range(32))
+    node = np.vectorize(lambda chip: chip.id // 8)(mesh)
+    assert (node == node[..., :1]).all()
+    inside = 8 // shape[2]  # places in a node that tensor leaves
+    rows = node[..., 0].reshape(shape[0], -1, min(inside, shape[1]))
+    assert (rows == rows[..., :1]).all()
+
+
+def test_a_tensor_axis_that_must_cross_nodes_is_told(recwarn):
+    mesh = across_nodes((1, 2, 16), chips(4, 8, True))
+    assert "tensor=16 crosses nodes, which have 8 devices each" in str(recwarn.pop().message)
+    assert all(len({chip.id // 8 for chip in row}) == 2 for row in mesh[0])  # and no more than it must
+    across_nodes((1, 4, 8), chips(4, 8, True))
+    assert not recwarn.list
+    with pytest.raises(ValueError, match=r"different numbers of devices \(4, 5, 8\)"):
+        across_nodes((1, 25, 1), chips(4, 8, True)[:25])
 
 
 def test_axes_that_do_not_divide_find_another_place():
