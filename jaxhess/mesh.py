@@ -98,7 +98,8 @@ def across_nodes(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndar
             f"The nodes have different numbers of devices ({', '.join(map(str, sorted(counts)))}): a mesh needs the "
             "same of each."
         )
-    left, inside = counts.pop(), []
+    left = counts.pop()
+    inside: list[int] = []
     if left % shape[-1]:
         warnings.warn(
             f"tensor={shape[-1]} crosses nodes, which have {left} devices each: every layer then waits for the network "

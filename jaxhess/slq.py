@@ -285,7 +285,7 @@ class _Run:
             "orthogonality": [float(x).hex() for x in self.orthogonality[:probe]],
         }
         saver.save(probe * self.steps + step, record, state)
-        watch.remark(f"the last save is of step {step} of probe {probe + 1}; go on with --resume")
+        _remark(probe, step)
 
     def _take_up(self, record: dict[str, Any]) -> int:
         """What a save holds of the probes that had ended; returns the first that had not."""
@@ -295,7 +295,12 @@ class _Run:
         for name in ("alphas", "betas"):
             getattr(self, name)[:probe] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
         self.orthogonality[:probe] = [float.fromhex(x) for x in record["orthogonality"]]
+        _remark(probe, record["step"])
         return probe
+
+
+def _remark(probe: int, step: int) -> None:
+    watch.remark(f"the last save is of step {step} of probe {probe + 1}; go on with --resume")
 
 
 def choose_batch_size(

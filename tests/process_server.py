@@ -28,15 +28,16 @@ def command(arguments: list[str], more: dict[str, list[str]]) -> None:
     script.main()
 
 
-def diagonal(out: str, checkpoint: str | None, slow: float) -> None:
-    """A spectrum of 8 probes, two at a time, with `slow` seconds more for each segment."""
+def diagonal(out: str, checkpoint: str | None, slow: float, pairs: str | None = None) -> None:
+    """A spectrum of 8 probes, two at a time, with `slow` seconds more for each segment; then eigenvectors."""
     with one_sentence():
         processes.initialize()
         values = np.concatenate([np.linspace(-1, 1, 4093), [3, 7, 30]]).astype(np.float32)
         sharding = NamedSharding(jaxhess.make_mesh(), PartitionSpec("fsdp"))
         entries = jax.make_array_from_callback(values.shape, sharding, lambda i: values[i])
+        operator = Diagonal(entries)
         found = jaxhess.spectrum(
-            Diagonal(entries),
+            operator,
             steps=40,
             probes=8,
             batch_size=2,
@@ -45,6 +46,8 @@ def diagonal(out: str, checkpoint: str | None, slow: float) -> None:
             callback=lambda _: time.sleep(slow),
         )
         processes.on_first(lambda: np.savez(out, alphas=found.alphas, betas=found.betas))
+        if pairs is not None:
+            jaxhess.leading_eigenpairs(operator, 2).save(pairs)
 
 
 def start(job: dict, process: int) -> int:

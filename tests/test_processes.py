@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from small_models import TINY, scaled_up
 
@@ -20,9 +21,11 @@ from convert.orbax_checkpoint import save
 from jaxhess import Hessian, Microbatches, Spectrum, processes, spectrum
 from jaxhess.data import random_blocks
 from jaxhess.models import initialize
-from scripts import spectrum as script
 
-SMALL_RUN = ["--data", "random", "--seq-len", "8", "--sequences", "8", "--microbatch", "4", "--no-audit"]
+SMALL_RUN = [
+    *("--data", "random", "--seq-len", "8", "--sequences", "8", "--microbatch", "4", "--no-audit"),
+    *("--steps", "5", "--probes", "2", "--batch-size", "1"),
+]
 
 
 class Run:
@@ -79,12 +82,11 @@ def single(model) -> Spectrum:
     loaded = convert.load(model)
     blocks = random_blocks(seq_len=8, vocab_size=TINY.vocab_size, sequences=8)
     batches = Microbatches(blocks.microbatches(4))
-    return spectrum(Hessian(loaded.loss(), loaded.params, batches), steps=5, probes=2)
+    return spectrum(Hessian(loaded.loss(), loaded.params, batches), steps=5, probes=2, batch_size=1)
 
 
 def spectrum_of(run, model, count, out, *more, **other):
-    arguments = ["--model", model, *SMALL_RUN, "--steps", "5", "--probes", "2", "--out", str(out), *more]
-    return run(count, "command", arguments=arguments, more=other).ended()
+    return run(count, "command", arguments=["--model", model, *SMALL_RUN, "--out", str(out), *more], more=other).ended()
 
 
 def same_spectrum(found: Spectrum, expected: Spectrum) -> None:
@@ -143,18 +145,10 @@ def test_half_a_description_of_the_processes_is_refused(environment, words):
 
 
 @pytest.mark.slow
-def test_four_processes_give_the_spectrum_of_one_with_its_eigenvectors(run, model, single, tmp_path):
-    ended = spectrum_of(run, model, 4, tmp_path / "out", "--eigenpairs", "1", "--eigenpair-steps", "8")
+def test_four_processes_give_the_spectrum_of_one(run, model, single, tmp_path):
+    ended = spectrum_of(run, model, 4, tmp_path / "out")
     assert ended.statuses == [0] * 4, ended.output
-    found = Spectrum.load(tmp_path / "out")
-    same_spectrum(found, single)
-    saved = np.load(tmp_path / "out" / script.EIGENVECTORS / "eigenpairs.npz")
-    assert saved["values"].tolist() == found.info["eigenpairs"]["values"]
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        vectors = reader.restore(tmp_path / "out" / script.EIGENVECTORS / "vectors")
-    assert sum(np.sum(np.square(x)) for x in jax.tree.leaves(vectors)) == pytest.approx(1, rel=1e-5)
+    same_spectrum(Spectrum.load(tmp_path / "out"), single)
 
 
 @pytest.mark.slow
@@ -166,19 +160,38 @@ def test_an_error_in_one_process_ends_all(run, model, tmp_path):
     assert "error: nowhere.txt: no such file" in ended.output[1]
 
 
+def check_eigenvectors(folder: Path) -> None:
+    """The two largest eigenvalues of the diagonal are its last entries, and the vectors stand on these."""
+    with np.load(folder / "eigenpairs.npz") as saved:
+        np.testing.assert_allclose(saved["values"], [30, 7], rtol=1e-5)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = reader.metadata(folder / "vectors").item_metadata.tree
+        whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        vectors = jax.tree.leaves(reader.restore(folder / "vectors", args=ocp.args.PyTreeRestore(restore_args=whole)))
+    np.testing.assert_allclose(np.abs(vectors[0][:, [-1, -2]]), np.eye(2), atol=1e-3)
+
+
 @pytest.mark.slow
 def test_four_processes_of_which_one_is_killed_end_and_go_on_in_the_same_bits(run, tmp_path):
     """Killed twice (process 0 keeps the store of all), then asked to stop by SIGTERM to one of them."""
     whole, rest, saves = (str(tmp_path / name) for name in ("whole.npz", "rest.npz", "saves"))
-    assert run(4, "diagonal", out=whole, checkpoint=None, slow=0).ended().statuses == [0] * 4
+    assert (
+        run(4, "diagonal", out=whole, checkpoint=None, slow=0, pairs=str(tmp_path / "pairs")).ended().statuses
+        == [0] * 4
+    )
+    check_eigenvectors(tmp_path / "pairs")
 
     def signalled(process: int, number: signal.Signals) -> Run:
         """A run in which a process gets a signal when there are two new saves: then all know of the first."""
-        seen = before = {p.name for p in Path(saves).glob("steps/[0-9]*")}
+
+        def saved() -> set[str]:
+            return {p.name for p in Path(saves).glob("steps/*") if p.name.isdigit()}  # others are being written
+
+        seen = before = saved()
         life = run(4, "diagonal", out=rest, checkpoint=saves, slow=0.2)
         deadline = time.monotonic() + 60
         while len(seen - before) < 2 and time.monotonic() < deadline:
-            seen = seen | {p.name for p in Path(saves).glob("steps/[0-9]*")}
+            seen = seen | saved()
             time.sleep(0.02)
         os.kill(life.children[process], number)
         moment = time.monotonic()
@@ -203,3 +216,20 @@ def test_four_processes_of_which_one_is_killed_end_and_go_on_in_the_same_bits(ru
     with np.load(whole) as a, np.load(rest) as b:
         np.testing.assert_array_equal(a["alphas"], b["alphas"])
         np.testing.assert_array_equal(a["betas"], b["betas"])
+
+
+@pytest.mark.parametrize("file", ["one_node", "several_nodes"])
+@pytest.mark.parametrize(("status", "queued_again"), [(0, False), (1, False), (143, True)])
+def test_batch_files_start_the_command_and_queue_a_stopped_run_again(tmp_path, file, status, queued_again):
+    for name, code in (("srun", status), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $@" >> {tmp_path}/calls\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    script = f"scripts/slurm/{file}.sbatch"
+    ended = subprocess.run(["bash", "-u", script, "--model", "a b", "--out", "x"], env=environment, check=False)
+    assert ended.returncode == status
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0].endswith(".venv/bin/python scripts/spectrum.py --resume --model a b --out x")
+    assert calls[1:] == (["scontrol requeue 7"] if queued_again else [])
+    options = set(re.findall(r"^#SBATCH (\S+)", Path(script).read_text(), re.MULTILINE))
+    assert {"--ntasks-per-node=8", "--gpus-per-node=8", "--signal=TERM@120", "--requeue"} <= options

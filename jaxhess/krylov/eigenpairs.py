@@ -70,8 +70,11 @@ class Eigenpairs:
         named = {leaf_name(path): x for path, x in jax.tree.flatten_with_path(self.vectors)[0]}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(folder / "vectors", args=ocp.args.PyTreeSave(named), force=overwrite)
-        arrays = {"values": self.values, "residuals": self.residuals, "converged": self.converged}
-        processes.on_first(lambda: np.savez(folder / "eigenpairs.npz", **arrays))
+
+        def save_scalars() -> None:
+            np.savez(folder / "eigenpairs.npz", values=self.values, residuals=self.residuals, converged=self.converged)
+
+        processes.on_first(save_scalars)
 
 
 def leading_eigenpairs(
