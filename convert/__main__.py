@@ -46,8 +46,7 @@ class Options:
 def main(args: list[str] | None = None) -> None:
     """Reads the options and runs."""
     options = tyro.cli(Options, prog="python -m convert", args=args)
-    with one_sentence():
-        processes.initialize()
+    with one_sentence(several=True):
         run(options)
 
 

@@ -24,12 +24,18 @@ OUT_OF_MEMORY = (
 
 
 @contextlib.contextmanager
-def one_sentence() -> Iterator[None]:
+def one_sentence(several: bool = False) -> Iterator[None]:
     """Turns an error of `USER_ERRORS` inside the block, or exhausted memory, into `error: ...` and exit status 2.
 
-    Where the block starts several processes (`jaxhess.processes.initialize`) they end together, also if only one fails.
+    Args:
+        several: The block is written for several processes: where there are some they are joined, and they end
+            together, also if only one of them fails. Otherwise they are refused.
     """
     try:
+        if several:
+            processes.initialize()
+        else:
+            processes.refuse_several()
         yield
         watch.finish()
     except (*USER_ERRORS, MemoryError, jax.errors.JaxRuntimeError) as error:

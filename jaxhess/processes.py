@@ -81,6 +81,13 @@ def initialize() -> None:
     _neighbours = gathered(socket.gethostname()).count(socket.gethostname())
 
 
+def refuse_several() -> None:
+    """Raises ValueError where several processes were started of what is written for one."""
+    found = launched(os.environ)
+    if found is not None:
+        raise ValueError(f"This command is for one process, and {found[0]} were started: each would do all of it.")
+
+
 def launched(environment: Any) -> tuple[int, int] | None:
     """How many processes were started and which one this is; None for a single one. See `initialize` for errors."""
     counts = [

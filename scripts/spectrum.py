@@ -438,8 +438,7 @@ def _versions() -> dict[str, str]:
 def main() -> None:
     """Reads the options and runs."""
     options = tyro.cli(Options, description=__doc__)
-    with one_sentence():
-        processes.initialize()
+    with one_sentence(several=True):
         run(options)
 
 

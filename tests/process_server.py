@@ -30,8 +30,7 @@ def command(arguments: list[str], more: dict[str, list[str]]) -> None:
 
 def diagonal(out: str, checkpoint: str | None, slow: float, pairs: str | None = None) -> None:
     """A spectrum of 8 probes, two at a time, with `slow` seconds more for each segment; then eigenvectors."""
-    with one_sentence():
-        processes.initialize()
+    with one_sentence(several=True):
         values = np.concatenate([np.linspace(-1, 1, 4093), [3, 7, 30]]).astype(np.float32)
         sharding = NamedSharding(jaxhess.make_mesh(), PartitionSpec("fsdp"))
         entries = jax.make_array_from_callback(values.shape, sharding, lambda i: values[i])

@@ -19,6 +19,7 @@ from small_models import TINY, scaled_up
 import convert
 from convert.orbax_checkpoint import save
 from jaxhess import Hessian, Microbatches, Spectrum, processes, spectrum
+from jaxhess.command import one_sentence
 from jaxhess.data import random_blocks
 from jaxhess.models import initialize
 
@@ -142,6 +143,14 @@ def test_launchers_and_plain_variables_are_found(environment, found):
 def test_half_a_description_of_the_processes_is_refused(environment, words):
     with pytest.raises(ValueError, match=words):
         processes.launched(environment)
+
+
+def test_a_command_for_one_process_refuses_several(monkeypatch, capsys):
+    for name, value in zip(processes.PLAIN, ("127.0.0.1:1", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit), one_sentence():
+        pytest.fail("the command has begun")
+    assert "for one process, and 2 were started" in capsys.readouterr().err
 
 
 @pytest.mark.slow

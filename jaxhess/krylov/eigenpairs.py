@@ -57,7 +57,8 @@ class Eigenpairs:
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes the vectors as an Orbax checkpoint, sharded as they are, with `eigenpairs.npz` beside it.
 
-        Each of several processes writes its own parts of the vectors, and none holds a whole one.
+        Each of several processes writes its own parts of the vectors, and none holds a whole one. On other devices they
+        are read with shardings, or as whole arrays by `orbax.checkpoint.RestoreArgs(restore_type=numpy.ndarray)`.
 
         Raises:
             FileExistsError: The folder exists and `overwrite` is False.
