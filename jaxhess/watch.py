@@ -5,7 +5,7 @@ each process moves its pulse in the key-value store and looks whether any has fa
 pulses still move. The first failure that is written down is the one that all report.
 
 The store lives in process 0, and where that is gone JAX aborts the others at once, with words of its own. So every
-process has a witness, a small child that reads where the last save is and says it if the process ends without a word.
+process has a witness, a small child that is told what to say if the process ends without a word.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ FAILURE, PULSE, LEFT = "jaxhess/failure", "jaxhess/pulse", "jaxhess/left"
 DONE = "done"
 WITNESS = f"""
 import sys
-lines = [line.strip() for line in sys.stdin]
-if lines[-1] != {DONE!r}:
-    sys.stderr.write("; ".join(line for line in (lines[0], *lines[1:][-1:])) + "\\n")
+last = [line.strip() for line in sys.stdin][-1]
+if last != {DONE!r}:
+    sys.stderr.write(last + "\\n")
 """
 
 _over = threading.Event()
@@ -51,13 +51,14 @@ def bring_a_witness(count: int, process: int) -> None:
         [sys.executable, "-I", "-S", "-c", WITNESS], stdin=subprocess.PIPE, text=True, start_new_session=True
     )
     _tell(
-        f"error: process {process} of {count} was killed, or JAX aborted it because another is gone, process 0 if "
-        "nothing else is said above"
+        f"error: process {process} of {count} was killed, or could not join the others: process 0 is not where "
+        f"{processes.PLAIN[0]} or the launcher says, or some did not start"
     )
 
 
 def start() -> None:
-    """Starts the thread; `finish` ends it."""
+    """Starts the thread; `finish` ends it. All processes are there."""
+    _tell(_last_words())
     threading.Thread(target=_watch, name="watch", daemon=True).start()
 
 
@@ -65,7 +66,7 @@ def remark(sentence: str) -> None:
     """What to add from now on when this process ends because of another, such as where the last save is."""
     global _remark
     _remark = sentence
-    _tell(sentence)
+    _tell(f"{_last_words()}; {sentence}")
 
 
 def finish() -> None:
@@ -146,7 +147,15 @@ def _of_another(failure: dict[str, Any]) -> str:
     return f"error: process {failure['process']} {what}: {words}{'; ' if _remark else ''}{_remark}"
 
 
+def _last_words() -> str:
+    return (
+        f"error: process {processes.index()} of {processes.count()} was killed, or JAX aborted it because another is "
+        "gone, process 0 if nothing else is said above"
+    )
+
+
 def _tell(words: str) -> None:
+    """Tells the witness what to say instead of what it was told before."""
     if _witness is not None and _witness.stdin is not None:
         with contextlib.suppress(OSError):
             _witness.stdin.write(f"{words}\n")
