@@ -153,6 +153,8 @@ def _headline(spectrum: Spectrum) -> Iterator[Sequence[str]]:
 
 def _extreme_words(extreme: Extreme) -> str:
     bound = f"residual bound {_number(extreme.residual_bound, 2)}: an eigenvalue lies that close, or within rounding"
+    if math.isnan(extreme.residual_bound):
+        bound = "residual bound unknown: the norm after the last step is not there"
     if math.isnan(extreme.spread):
         return bound + "; one probe, so no spread to judge rounding by"
     return bound + f"; the probes' own values scatter by {_number(extreme.spread, 2)} (standard deviation)"
@@ -333,7 +335,9 @@ def _png(figure: Figure) -> bytes:
 
 
 def _number(x: float, digits: int) -> str:
-    """Rounded to so many digits, plain where that is readable: 120, 0.00058, 3.2e−13."""
+    """Rounded to so many digits, plain where that is readable: 120, 0.00058, 3.2e−13; "unknown" for NaN."""
+    if math.isnan(x):
+        return "unknown"
     rounded = float(f"{x:.{digits}g}")
     text = f"{rounded:.0f}" if 10**digits <= abs(rounded) < 1e6 else f"{x:.{digits}g}"
     return text.replace("-", "\N{MINUS SIGN}")

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxhess.density import Axis, Density, smoothed
+from jaxhess.interchange import read_spectrum, to_csv, to_json
 from jaxhess.krylov.bounds import distribution_bounds
 from jaxhess.krylov.ghosts import (
     FLOAT32_ROUNDING,
@@ -63,7 +64,8 @@ class Spectrum:
 
     Attributes:
         alphas: [probes, steps] float64 diagonals of T; NaN beyond a probe's size.
-        betas: [probes, steps] float64 norms after each step (the last one bounds residuals); NaN beyond a probe's size.
+        betas: [probes, steps] float64 norms after each step; NaN beyond a probe's size. The last one bounds residuals;
+            NaN there says that it is not known (results of other tools), and no bound is then either.
         sizes: [probes] int, the steps each probe took: fewer than `steps` after a breakdown, which ends the Krylov
             space, within rounding: the quadrature is then exact for every function, up to that.
         dim: Rows of the operator: the number of parameters.
@@ -103,7 +105,8 @@ class Spectrum:
             raise ValueError(f"dim must be a positive number of parameters, got {self.dim}")
         beyond = np.arange(alphas.shape[1]) >= sizes[:, None]
         alphas[beyond] = betas[beyond] = np.nan
-        bad = ~beyond & ~(np.isfinite(alphas) & np.isfinite(betas) & (betas >= 0))
+        unknown = np.isnan(betas) & (np.arange(alphas.shape[1]) == sizes[:, None] - 1)
+        bad = ~beyond & ~(np.isfinite(alphas) & (unknown | (np.isfinite(betas) & (betas >= 0))))
         if bad.any():
             probe, step = np.argwhere(bad)[0]
             raise ValueError(
@@ -179,13 +182,16 @@ class Spectrum:
     @property
     def broke_down(self) -> npt.NDArray[np.bool_]:
         """[probes] whether the Krylov space was exhausted within rounding: the quadrature is exact but for that."""
-        return (self.sizes < self.num_steps) | (self.betas[np.arange(self.num_probes), self.sizes - 1] == 0)
+        return ((self.sizes < self.num_steps) & ~self._open) | (self._last_betas == 0)
 
     @property
     def exact_degree(self) -> int | None:
-        """Highest k for which `moment(k)` is exact on every probe, 2 min(size); None when every probe broke down."""
-        sizes = self.sizes[~self.broke_down]
-        return 2 * int(sizes.min()) if sizes.size else None
+        """Highest k for which `moment(k)` is exact on every probe; None when every probe broke down.
+
+        2 min(size), or one less where the last beta is not known.
+        """
+        degrees = (2 * self.sizes - self._open)[~self.broke_down]
+        return int(degrees.min()) if degrees.size else None
 
     def moment(self, k: int) -> Estimate:
         """The estimate of tr(H^k)/dim: the mean over probes of v'H^k v = sum_i w_i theta_i^k, and its standard error.
@@ -284,10 +290,9 @@ class Spectrum:
         if x.ndim != 1:
             raise ValueError(f"x must be one-dimensional, got shape {x.shape}")
         bounds = np.empty((2, self.num_probes, x.size))
-        last = self.betas[np.arange(self.num_probes), self.sizes - 1]
         for probe, (nodes, broke) in enumerate(zip(self._quadratures, self.broke_down, strict=True)):
             slack = relative_tolerance(self.sizes[probe], self.rounding) * np.abs(nodes.ritz_values).max()
-            slack += last[probe] if broke else 0.0  # What the breakdown took for rounding.
+            slack += self._last_betas[probe] if broke else 0.0  # What the breakdown took for rounding.
             bounds[:, probe] = distribution_bounds(nodes.ritz_values, nodes.weights, x, slack, exhausted=broke)
         return bounds[0], bounds[1]
 
@@ -355,15 +360,23 @@ class Spectrum:
         write_run(folder, arrays, {"info": self.info, "summary": self.summary()})
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Spectrum:
+    def load(cls, folder: str | os.PathLike[str], dim: int | None = None) -> Spectrum:
         """The spectrum that `save` wrote; what follows from alphas and betas is computed again.
 
-        A folder that was written before the rounding was kept is taken for a float32 run.
+        A folder that was written before the rounding was kept is taken for a float32 run. A file is read as
+        `jaxhess.interchange` says: results of HessFormer, PyHessian and hessian-eigenthings, plain JSON, CSV or npz.
+
+        Args:
+            folder: A run folder, or such a file.
+            dim: Number of parameters, for a file that does not say.
 
         Raises:
-            FileNotFoundError: The folder or one of its two files is missing.
-            ValueError: A file is corrupt or of another format.
+            FileNotFoundError: The folder, one of its two files, or the file is missing.
+            ValueError: A file is corrupt or of another format; the number of parameters is missing, or another.
+            ImportError: It is a torch file, and torch is not installed.
         """
+        if not Path(folder).is_dir() and Path(folder).suffix:
+            return read_spectrum(cls, Path(folder), dim)
         arrays, record = read_run(folder)
         try:
             alphas, betas, sizes, dim = (arrays[name] for name in _STORED)
@@ -372,15 +385,36 @@ class Spectrum:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from error
 
+    def to_json(self) -> str:
+        """The spectrum as a JSON object that any tool reads: see `jaxhess.interchange`."""
+        return to_json(self)
+
+    def to_csv(self) -> str:
+        """One row per Ritz value: probe, ritz_value, weight, residual_bound, ghost."""
+        return to_csv(self)
+
     def plot(self, axis: Axis = "symlog") -> Figure:
         """The figure of the eigenvalue density."""
         from jaxhess.plotting import density_figure
 
         return density_figure(self, axis)
 
+    @property
+    def _last_betas(self) -> Array:
+        return self.betas[np.arange(self.num_probes), self.sizes - 1]
+
+    @property
+    def _open(self) -> npt.NDArray[np.bool_]:
+        """[probes] whether the last beta is not known."""
+        return np.isnan(self._last_betas)
+
     @functools.cached_property
     def _quadratures(self) -> list[Quadrature]:
-        return [quadrature(a[:m], b[:m]) for a, b, m in zip(self.alphas, self.betas, self.sizes, strict=True)]
+        def one(alphas: Array, betas: Array) -> Quadrature:
+            nodes = quadrature(alphas, np.append(betas[:-1], np.nan_to_num(betas[-1])))
+            return nodes._replace(residual_bounds=nodes.residual_bounds * np.nan) if np.isnan(betas[-1]) else nodes
+
+        return [one(a[:m], b[:m]) for a, b, m in zip(self.alphas, self.betas, self.sizes, strict=True)]
 
     @functools.cached_property
     def _ghosts(self) -> list[Ghosts]:

@@ -1,0 +1,232 @@
+"""The papers' algorithms in PyTorch, written plainly: a reference to check jaxhess against, and to read.
+
+- Exact Hessian-vector products by double backward: Algorithm 1 of *HessFormer* (arXiv 2505.11564).
+- Central differences of the gradient, shard by shard: Algorithm 1 of *Hessian Spectral Analysis at Foundation Model
+  Scale* (arXiv 2602.00816). Nothing here looks at more than one parameter at a time but for scalars, which is all that
+  its sharded form needs: each shard shifts and subtracts what it holds.
+- Lanczos with and without orthogonalisation: Algorithm 2 of the first, section 4 of the second.
+
+Vectors are dictionaries of tensors by parameter name. Never forward mode: in torch 2.13 its derivative of LayerNorm is
+wrong (pytorch issues 196700 and 198017).
+
+HessFormer's published code (github.com/PureStrength-AI/HessFormer, commit 5adcfbd) is not this, and its numbers must
+not be expected to agree with any tool's, nor with its own paper: it differentiates `logits.float().mean()` and not the
+cross-entropy, it evaluates at the probe (`hvp_fn(batch_loss, v_dict, v_dict)`) and not at the model's weights, so that
+its operator is not linear, and by default it uses forward mode. Its T has the betas from before re-orthogonalisation.
+`run_lanczos` of it returns what `Spectrum.load` reads; the spectrum is of another matrix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+Vector = dict[str, torch.Tensor]
+Product = Callable[[Vector], Vector]
+
+
+class Tridiagonal(NamedTuple):
+    """What Lanczos found after m steps.
+
+    Attributes:
+        alphas: [m] float64.
+        betas: [m] float64; the last one is the norm that was left.
+        orthogonality: [m] the largest |Q'Q - I| over the vectors of the first j + 1 steps.
+    """
+
+    alphas: torch.Tensor
+    betas: torch.Tensor
+    orthogonality: torch.Tensor
+
+
+def load(directory: str | Path, dtype: str | None = None) -> Any:
+    """The causal language model in a Hugging Face directory, with attention written out (double backward needs it).
+
+    Args:
+        dtype: Of weights and computation; None: as stored.
+
+    Raises:
+        ValueError: `transformers` cannot read it.
+    """
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto" if dtype is None else getattr(torch, dtype), attn_implementation="eager"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"transformers cannot read {directory}: {' '.join(str(error).split())}") from None
+    model.config.use_cache = False
+    return model.eval()
+
+
+def loss_sum(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Summed next-token cross-entropy of tokens [B, T + 1] in nats, from logits in at least float32."""
+    logits = model(tokens[:, :-1]).logits.float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+
+def gradient(model: Any, tokens: torch.Tensor, microbatch: int) -> tuple[float, Vector]:
+    """The mean loss over all tokens, and its gradient in at least float32."""
+    names, weights = zip(*model.named_parameters(), strict=True)
+    total, sums = 0.0, _zeros(model)
+    for batch in tokens.split(microbatch):
+        loss = loss_sum(model, batch)
+        total += loss.item()
+        for name, part in zip(names, torch.autograd.grad(loss, weights), strict=True):
+            sums[name] += part
+    count = tokens[:, 1:].numel()
+    return total / count, {name: x / count for name, x in sums.items()}
+
+
+def double_backward(model: Any, tokens: torch.Tensor, microbatch: int) -> Product:
+    """v -> Hv, exact: the gradient of <gradient, v> (Pearlmutter 1994). v is rounded to the weights' dtype first."""
+    names, weights = zip(*model.named_parameters(), strict=True)
+
+    def product(v: Vector) -> Vector:
+        sums = _zeros(model)
+        for batch in tokens.split(microbatch):
+            gradients = torch.autograd.grad(loss_sum(model, batch), weights, create_graph=True)
+            slope = sum((g * v[name].to(g.dtype)).sum() for name, g in zip(names, gradients, strict=True))
+            for name, part in zip(names, torch.autograd.grad(slope, weights), strict=True):
+                sums[name] += part
+        count = tokens[:, 1:].numel()
+        return {name: x / count for name, x in sums.items()}
+
+    return product
+
+
+def central_difference(model: Any, tokens: torch.Tensor, microbatch: int, step: float) -> Product:
+    """v -> (gradient(theta + e u) - gradient(theta - e u)) |v| / 2e with u = v / |v| and e = step sqrt(parameters).
+
+    `step` is thus the root mean square entry of the shift, as in the paper. Each parameter is shifted in float32 and
+    rounded to its own dtype where it lies, and put back from a copy, bit for bit. What is divided by is the part along
+    u of the shift that was representable: in bfloat16 that is not what was asked for.
+    """
+    parameters = dict(model.named_parameters())
+
+    def product(v: Vector) -> Vector:
+        length = math.sqrt(_dot(v, v))
+        e = step * math.sqrt(sum(p.numel() for p in parameters.values()))
+        sums, moved = _zeros(model), 0.0
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        for sign in (1, -1):
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(_wide(before[name]) + (sign * e / length) * _wide(v[name]))
+                    moved += sign * float(((_wide(p) - _wide(before[name])) * _wide(v[name])).sum()) / length
+            for name, g in gradient(model, tokens, microbatch)[1].items():
+                sums[name] += sign * g
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name])
+        return {name: x * (length / moved) for name, x in sums.items()}
+
+    return product
+
+
+def lanczos(
+    product: Product, probe: Vector, steps: int, orthogonalise: Literal["none", "full"] = "none"
+) -> Tridiagonal:
+    """`steps` steps of the three-term recurrence from the probe (Paige 1972, variant A1).
+
+    Vectors are stored in the probe's dtype, everything else is in at least float32. "full" keeps them all and takes
+    their components away twice. So does "none" with the last two, once; it keeps the others only to measure what became
+    of orthogonality.
+    """
+    length = math.sqrt(_dot(probe, probe))
+    basis = [{name: (_wide(x) / length).to(x.dtype) for name, x in probe.items()}]
+    alphas, betas, orthogonality = [], [], []
+    worst = 0.0
+    for j in range(steps):
+        q = basis[j]
+        w = product({name: _wide(x) for name, x in q.items()})
+        if j:
+            _subtract(w, betas[-1], basis[j - 1])
+        alphas.append(_dot(w, q))
+        _subtract(w, alphas[-1], q)
+        for vectors in [basis, basis] if orthogonalise == "full" else [basis[-2:]]:
+            for overlap, x in [(_dot(w, x), x) for x in vectors]:
+                _subtract(w, overlap, x)
+        betas.append(math.sqrt(_dot(w, w)))
+        for k, x in enumerate(basis):
+            worst = max(worst, abs(_dot(q, x) - (k == j)))
+        orthogonality.append(worst)
+        basis.append({name: (x / betas[-1]).to(q[name].dtype) for name, x in w.items()})
+    return Tridiagonal(*(torch.tensor(x, dtype=torch.float64) for x in (alphas, betas, orthogonality)))
+
+
+def activations(model: Any, tokens: torch.Tensor, layers: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The residual stream [B, T, D] before the first layer, after each, and normalised after the last; and the logits.
+
+    Args:
+        layers: Name of the module that holds the layers, such as `model.layers`.
+    """
+    blocks = model.get_submodule(layers)
+    seen: list[torch.Tensor] = []
+    hooks = [blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]
+    hooks += [
+        b.register_forward_hook(lambda _, __, out: seen.append(out if torch.is_tensor(out) else out[0])) for b in blocks
+    ]
+    hooks.append(model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
+    try:
+        with torch.no_grad():
+            logits = model(tokens).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen, logits
+
+
+@contextlib.contextmanager
+def in_float64(model: Any) -> Iterator[Any]:
+    """A copy of the model that computes in float64 throughout.
+
+    `model.double()` alone leaves RMSNorm, softmax and the rotary tables of `transformers` in float32, about 1e-7 on a
+    Hessian-vector product: they ask for `torch.float32` by name, which inside this block means float64.
+    """
+    narrow, method = torch.float32, torch.Tensor.float
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    try:
+        wide = copy.deepcopy(model).double()
+        for module in wide.modules():
+            if hasattr(module, "inv_freq") and hasattr(module, "rope_type"):
+                module.inv_freq = _rotary_frequencies(module)
+                module.original_inv_freq = module.inv_freq
+        yield wide
+    finally:
+        torch.float32 = torch.float = narrow  # type: ignore[misc]
+        torch.Tensor.float = method  # type: ignore[method-assign]
+
+
+def _rotary_frequencies(module: Any) -> torch.Tensor:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    compute = ROPE_INIT_FUNCTIONS.get(module.rope_type, getattr(module, "compute_default_rope_parameters", None))
+    return compute(module.config)[0].double()
+
+
+def _zeros(model: Any) -> Vector:
+    return {name: torch.zeros_like(_wide(p.detach())) for name, p in model.named_parameters()}
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _dot(x: Vector, y: Vector) -> float:
+    """Summed in float64: a sum has no part in what is compared."""
+    return sum(float((a.double() * y[name].double()).sum()) for name, a in x.items())
+
+
+def _subtract(w: Vector, factor: float, x: Vector) -> None:
+    for name, e in w.items():
+        e -= factor * _wide(x[name])
