@@ -16,7 +16,7 @@ from convert.configs import comparable, decoder_config, family_of, hugging_face_
 from convert.destination import appearing
 from convert.mapping import Row, axis_sizes, mapping_rows
 from convert.tokenizer import add_tokenizer
-from jaxhess.models import LanguageModel
+from jaxhess.models import DecoderConfig, LanguageModel
 
 SHARD_BYTES = 5 * 10**9
 """Largest weight file, as `transformers` writes them by default."""
@@ -70,10 +70,7 @@ def write_hugging_face(
 
     family = family_of(hf_config)
     sizes = axis_sizes(config)
-    tensors: dict[str, list[tuple[Row, int]]] = {}  # the parameters (and which layer of them) in each file tensor
-    for row in mapping_rows(family, config, prefix=family.prefix, head=family.head):
-        for layer, name in enumerate(row.names):
-            tensors.setdefault(name, []).append((row, layer))
+    tensors = parts_of_tensors(mapping_rows(family, config, prefix=family.prefix, head=family.head))
     # In the order in which `safetensors` itself writes, so that one file comes back byte for byte.
     shapes = {name: tensors[name][0][0].layout.shape(sizes) for name in sorted(tensors)}
     files = _cut_into_files({name: math.prod(s) * dtype.itemsize for name, s in shapes.items()}, shard_bytes)
@@ -81,12 +78,23 @@ def write_hugging_face(
         with (directory / file).open("wb") as stream:
             stream.write(_header({name: shapes[name] for name in names}, dtype))
             for name in names:
-                stream.write(_file_tensor(model, tensors[name], shapes[name], dtype).data.cast("B"))
+                tensor = file_tensor(model.params, config, tensors[name], shapes[name], dtype)
+                # bfloat16 has no buffer protocol
+                stream.write(tensor.view(f"uint{8 * dtype.itemsize}").data.cast("B"))
     if len(files) > 1:
         total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def parts_of_tensors(rows: list[Row]) -> dict[str, list[tuple[Row, int]]]:
+    """For each file tensor the parameters, and which layer of them, that it holds."""
+    tensors: dict[str, list[tuple[Row, int]]] = {}
+    for row in rows:
+        for layer, name in enumerate(row.names):
+            tensors.setdefault(name, []).append((row, layer))
+    return tensors
 
 
 def _cut_into_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
@@ -120,18 +128,18 @@ def _header(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _file_tensor(
-    model: LanguageModel, parts: list[tuple[Row, int]], shape: tuple[int, ...], dtype: np.dtype
+def file_tensor(
+    params: Any, config: DecoderConfig, parts: list[tuple[Row, int]], shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """One tensor as the file has it, put together from the parameters it holds."""
+    """One tensor as the file has it, put together from the parameters (or what is like them) that it holds."""
     tensor = np.empty(shape, dtype)
     for row, layer in parts:
-        array: Any = model.params
+        array: Any = params
         for key in row.path:
             array = array[key]
         values = np.asarray(_layer(array, layer) if row.stacked else array)
-        row.layout.write(tensor, values, row.layer_axes, axis_sizes(model.config))
-    return tensor.view(f"uint{8 * dtype.itemsize}")  # bfloat16 has no buffer protocol
+        row.layout.write(tensor, values, row.layer_axes, axis_sizes(config))
+    return tensor
 
 
 @jax.jit

@@ -86,9 +86,7 @@ def coefficients(ritz_values: npt.ArrayLike, weights: npt.ArrayLike) -> tuple[Ar
     """
     theta, w = np.asarray(ritz_values, np.float64), np.asarray(weights, np.float64)
     if theta.ndim != 1 or theta.shape != w.shape:
-        raise ValueError(
-            f"{theta.shape} Ritz values and {w.shape} weights; a probe has as many of one as of the other."
-        )
+        raise ValueError(f"{theta.shape} Ritz values and {w.shape} weights; a probe has as many of both.")
     theta, w = theta[~np.isnan(theta)], w[~np.isnan(theta)]
     if not (np.isfinite(theta).all() and np.isfinite(w).all() and (w >= 0).all()):
         raise ValueError("a Ritz value or weight is not finite, or a weight is negative.")

@@ -25,9 +25,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
+
+from convert.agreement import Coefficients, Side
+from convert.measurement import MODES
+from jaxhess.data import TokenBlocks
 
 Vector = dict[str, torch.Tensor]
 Product = Callable[[Vector], Vector]
@@ -67,43 +72,51 @@ def load(directory: str | Path, dtype: str | None = None) -> Any:
     return model.eval()
 
 
-def loss_sum(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Summed next-token cross-entropy of tokens [B, T + 1] in nats, from logits in at least float32."""
-    logits = model(tokens[:, :-1]).logits.float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+class Batch(NamedTuple):
+    """Tokens [B, T + 1], and weights [B, T] of the predicted ones: 0 where one is padding."""
+
+    tokens: torch.Tensor
+    weights: torch.Tensor
 
 
-def gradient(model: Any, tokens: torch.Tensor, microbatch: int) -> tuple[float, Vector]:
-    """The mean loss over all tokens, and its gradient in at least float32."""
-    names, weights = zip(*model.named_parameters(), strict=True)
+def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
+    """Weighted sum of next-token cross-entropies in nats, from logits in at least float32."""
+    logits, targets = model(batch.tokens[:, :-1]).logits.float(), batch.tokens[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return (batch.weights.flatten().to(losses.dtype) * losses).sum()
+
+
+def gradient(model: Any, batches: list[Batch]) -> tuple[float, Vector]:
+    """The mean loss over all tokens that count, and its gradient in at least float32."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
     total, sums = 0.0, _zeros(model)
-    for batch in tokens.split(microbatch):
+    for batch in batches:
         loss = loss_sum(model, batch)
         total += loss.item()
-        for name, part in zip(names, torch.autograd.grad(loss, weights), strict=True):
+        for name, part in zip(names, torch.autograd.grad(loss, parameters), strict=True):
             sums[name] += part
-    count = tokens[:, 1:].numel()
+    count = _count(batches)
     return total / count, {name: x / count for name, x in sums.items()}
 
 
-def double_backward(model: Any, tokens: torch.Tensor, microbatch: int) -> Product:
+def double_backward(model: Any, batches: list[Batch]) -> Product:
     """v -> Hv, exact: the gradient of <gradient, v> (Pearlmutter 1994). v is rounded to the weights' dtype first."""
-    names, weights = zip(*model.named_parameters(), strict=True)
+    names, parameters = zip(*model.named_parameters(), strict=True)
 
     def product(v: Vector) -> Vector:
         sums = _zeros(model)
-        for batch in tokens.split(microbatch):
-            gradients = torch.autograd.grad(loss_sum(model, batch), weights, create_graph=True)
+        for batch in batches:
+            gradients = torch.autograd.grad(loss_sum(model, batch), parameters, create_graph=True)
             slope = sum((g * v[name].to(g.dtype)).sum() for name, g in zip(names, gradients, strict=True))
-            for name, part in zip(names, torch.autograd.grad(slope, weights), strict=True):
+            for name, part in zip(names, torch.autograd.grad(slope, parameters), strict=True):
                 sums[name] += part
-        count = tokens[:, 1:].numel()
+        count = _count(batches)
         return {name: x / count for name, x in sums.items()}
 
     return product
 
 
-def central_difference(model: Any, tokens: torch.Tensor, microbatch: int, step: float) -> Product:
+def central_difference(model: Any, batches: list[Batch], step: float) -> Product:
     """v -> (gradient(theta + e u) - gradient(theta - e u)) |v| / 2e with u = v / |v| and e = step sqrt(parameters).
 
     `step` is thus the root mean square entry of the shift, as in the paper. Each parameter is shifted in float32 and
@@ -122,7 +135,7 @@ def central_difference(model: Any, tokens: torch.Tensor, microbatch: int, step: 
                 for name, p in parameters.items():
                     p.copy_(_wide(before[name]) + (sign * e / length) * _wide(v[name]))
                     moved += sign * float(((_wide(p) - _wide(before[name])) * _wide(v[name])).sum()) / length
-            for name, g in gradient(model, tokens, microbatch)[1].items():
+            for name, g in gradient(model, batches)[1].items():
                 sums[name] += sign * g
         with torch.no_grad():
             for name, p in parameters.items():
@@ -163,6 +176,52 @@ def lanczos(
     return Tridiagonal(*(torch.tensor(x, dtype=torch.float64) for x in (alphas, betas, orthogonality)))
 
 
+def measure(
+    model: Any,
+    blocks: TokenBlocks,
+    probe: dict[str, np.ndarray],
+    *,
+    layers: str,
+    microbatch: int,
+    steps: int,
+    step: float,
+) -> Side:
+    """What `convert.measurement.measure` measures on our side, by the algorithms of this module."""
+    tokens, weights = torch.from_numpy(blocks.tokens).long(), torch.from_numpy(blocks.weights)
+    batches = [Batch(*pair) for pair in zip(tokens.split(microbatch), weights.split(microbatch), strict=True)]
+    start = {name: torch.from_numpy(probe[name].astype("float32")).to(p.dtype) for name, p in model.named_parameters()}
+    states, logits = activations(model, batches[0].tokens[:, :-1], layers)
+    inside = {f"activations after layer {i}": _array(x) for i, x in enumerate(states[1:-1])}
+    loss, slope = gradient(model, batches)
+    exact = double_backward(model, batches)
+    difference = central_difference(model, batches, step)
+
+    def named(v: Vector) -> dict[str, np.ndarray]:
+        return {name: _array(x) for name, x in v.items()}
+
+    return Side(
+        weights=named(dict(model.named_parameters())),
+        quantities={
+            "activations before the layers": _array(states[0]),
+            **inside,
+            "activations after the final norm": _array(states[-1]),
+            "logits": _array(logits),
+            "loss": np.asarray(loss),
+            "gradient": named(slope),
+            "exact Hessian product": named(exact(start)),
+            "finite-difference Hessian product": named(difference(start)),
+        },
+        lanczos={mode: Coefficients(*map(_array, lanczos(exact, start, steps, mode))) for mode in MODES},
+    )
+
+
+def quadrature(found: Tridiagonal) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ritz values, ascending, and weights, both [m] float64: eigenvalues of T and squared first components."""
+    off = found.betas[:-1]
+    values, vectors = torch.linalg.eigh(torch.diag(found.alphas) + torch.diag(off, 1) + torch.diag(off, -1))
+    return values, vectors[0] ** 2
+
+
 def activations(model: Any, tokens: torch.Tensor, layers: str) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The residual stream [B, T, D] before the first layer, after each, and normalised after the last; and the logits.
 
@@ -183,6 +242,16 @@ def activations(model: Any, tokens: torch.Tensor, layers: str) -> tuple[list[tor
         for hook in hooks:
             hook.remove()
     return seen, logits
+
+
+@contextlib.contextmanager
+def widened(model: Any, dtype: str) -> Iterator[Any]:
+    """A copy of the model that computes in float32, or by `in_float64` in float64."""
+    if dtype == "float64":
+        with in_float64(model) as wide:
+            yield wide
+    else:
+        yield copy.deepcopy(model).float()
 
 
 @contextlib.contextmanager
@@ -214,8 +283,18 @@ def _rotary_frequencies(module: Any) -> torch.Tensor:
     return compute(module.config)[0].double()
 
 
+def _count(batches: list[Batch]) -> float:
+    return float(sum(batch.weights.sum() for batch in batches))
+
+
 def _zeros(model: Any) -> Vector:
     return {name: torch.zeros_like(_wide(p.detach())) for name, p in model.named_parameters()}
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    """As numpy has it; bfloat16, which it lacks, in float32."""
+    x = x.detach()
+    return (x.to(torch.float32) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

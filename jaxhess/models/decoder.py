@@ -64,24 +64,36 @@ class Decoder(nnx.Module):
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """Final normalised states [B, T, D] of tokens [B, T] (int32)."""
+        x, _ = self._through_layers(self._embedded(tokens))
+        return self.final_norm(x)
+
+    def states(self, tokens: jax.Array) -> jax.Array:
+        """The residual stream before the first layer and after each, [L + 1, B, T, D]: all of it, for small inputs."""
+        x = self._embedded(tokens)
+        return jnp.concatenate([x[None], self._through_layers(x, keep=True)[1]])
+
+    def _embedded(self, tokens: jax.Array) -> jax.Array:
+        """What enters the first layer, [B, T, D]."""
         x = self._lookup(tokens)
         if self.positions is not None:
             self.config.check_length(tokens.shape[1])
             x = x + self.positions.kernel[: tokens.shape[1]].astype(self.config.dtype)
-        x = constrain_batch(x, self.mesh)
+        return constrain_batch(x, self.mesh)
 
+    def _through_layers(self, x: jax.Array, keep: bool = False) -> tuple[jax.Array, jax.Array | None]:
+        """x [B, T, D] after the last layer; with `keep` also after each, [L, B, T, D]."""
         graphdef, layers = nnx.split(self.layers)
-        windows = layer_windows(self.config, tokens.shape[1])
+        windows = layer_windows(self.config, x.shape[1])
 
-        def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, None]:
+        def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array | None]:
             params, window = layer
-            return constrain_batch(nnx.merge(graphdef, params)(x, window), self.mesh), None
+            x = constrain_batch(nnx.merge(graphdef, params)(x, window), self.mesh)
+            return x, x if keep else None
 
         # Without rematerialisation the results of matrix products are stored and what lies between them is recomputed:
         # it costs less than its memory's traffic.
         policy = None if self.config.remat else jax.checkpoint_policies.dots_saveable
-        x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=policy), x, (layers, windows))
-        return self.final_norm(x)
+        return jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=policy), x, (layers, windows))
 
     def _lookup(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [B, T, D], read where the table's columns lie; the caller exchanges them for whole rows."""

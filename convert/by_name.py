@@ -1,0 +1,76 @@
+"""Our parameters, and vectors like them, under the names that they have in a `transformers` model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from convert.configs import family_of, hugging_face_config
+from convert.hugging_face import file_tensor, parts_of_tensors
+from convert.mapping import Row, axis_sizes, mapping_rows
+from jaxhess.krylov.eigenpairs import Eigenpairs
+from jaxhess.models import DecoderConfig
+from jaxhess.vectors import Vector
+
+
+def tensors_by_name(vector: Vector, config: DecoderConfig) -> dict[str, np.ndarray]:
+    """A tree like the parameters as tensors named and shaped as in `named_parameters()` of transformers 5.
+
+    Order is that of the model: embedding, layer by layer, head. A tied head is the embedding and not listed.
+
+    Args:
+        vector: Nested dictionaries like `LanguageModel.params`, in one dtype; fully addressable.
+        config: The model's.
+    """
+    dtype = np.dtype(jax.tree.leaves(vector)[0].dtype)
+    parts, sizes = _parts(config), axis_sizes(config)
+    return {
+        name: file_tensor(vector, config, held, held[0][0].layout.shape(sizes), dtype) for name, held in parts.items()
+    }
+
+
+def layers_module(config: DecoderConfig) -> str:
+    """Name of the module that holds the layers, such as `model.layers`."""
+    stacked = next(name for name, held in _parts(config).items() if held[0][0].stacked)
+    return stacked[: stacked.index(".0.")]
+
+
+def save_directions(pairs: Eigenpairs, config: DecoderConfig, file: str | Path) -> None:
+    """Writes the eigenvectors as safetensors: `NAME` of `named_parameters()`, [k, *shape], and `eigenvalues` [k].
+
+    Together the k-th entries of all names are a unit vector. For PyTorch:
+
+        vectors = safetensors.torch.load_file(file)
+        for name, p in model.named_parameters():
+            p.data += step * vectors[name][0]
+
+    Raises:
+        ValueError: The vectors are not like the parameters of this model (of a block of them, say).
+    """
+    vectors = pairs.vectors
+    count = len(pairs.values)
+    try:
+        each = [tensors_by_name(jax.tree.map(lambda x, i=i: x[i], vectors), config) for i in range(count)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The eigenvectors are not like this model's parameters: {error}.") from None
+    tensors = {name: np.stack([vector[name] for vector in each]) for name in each[0]}
+    facts = {name: np.asarray(getattr(pairs, name), np.float64) for name in ("values", "residuals")}
+    save_file(
+        {**tensors, "eigenvalues": facts["values"], "residuals": facts["residuals"]}, file, metadata={"format": "pt"}
+    )
+
+
+def _parts(config: DecoderConfig) -> dict[str, list[tuple[Row, int]]]:
+    family = family_of(hugging_face_config(config))
+    rows = mapping_rows(family, config, prefix=family.prefix, head=family.head_alias or family.head)
+    parts = parts_of_tensors(rows)
+
+    def place(name: str) -> tuple[int, int]:
+        row, layer = parts[name][0]
+        before = next(i for i, r in enumerate(rows) if r.stacked)
+        return (1, layer) if row.stacked else (0 if rows.index(row) < before else 2, 0)
+
+    return {name: parts[name] for name in sorted(parts, key=place)}

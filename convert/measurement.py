@@ -1,0 +1,114 @@
+"""Everything between the weights and the spectrum, measured on our side, under the names of `transformers`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.agreement import Coefficients, Side
+from convert.by_name import tensors_by_name
+from jaxhess.data import TokenBlocks
+from jaxhess.krylov.lanczos import lanczos_segment, start_lanczos
+from jaxhess.models import LanguageModel, Params, model_graph
+from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
+from jaxhess.operators.loss import divided
+from jaxhess.operators.microbatches import sum_over_microbatches
+from jaxhess.vectors import Vector, cast, random_probe, widen
+
+MODES: tuple[Literal["none", "full"], ...] = ("none", "full")
+"""Of re-orthogonalisation."""
+
+
+def probe_of(model: LanguageModel, seed: int) -> Vector:
+    """A random vector like the parameters: that of the first probe of `jaxhess.spectrum` with this seed."""
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0)
+    return random_probe(key, model.params)
+
+
+def measure(
+    model: LanguageModel, blocks: TokenBlocks, probe: Vector, *, microbatch: int, steps: int, step: float
+) -> Side:
+    """Our side, with the library's own operators and Lanczos.
+
+    Args:
+        model: The model; float64 needs `jax.enable_x64`.
+        blocks: All that the loss is over. Activations are of the first microbatch.
+        probe: What products are taken with and Lanczos starts from; cast to the parameters' dtype.
+        microbatch: Sequences at once.
+        steps: Lanczos steps.
+        step: Of finite differences, per coordinate.
+    """
+    batches = Microbatches(blocks.microbatches(microbatch, model.mesh))
+    operator = Hessian(model.loss(), model.params, batches)
+    probe = cast(probe, model.params)
+    # Sequences that fill up the batch for a mesh are no part of what is compared.
+    present = min(microbatch, blocks.num_sequences)
+    states, final, logits = _activations(model, batches.stacked.tokens[0][:, :-1])
+    inside = {f"activations after layer {i}": np.asarray(x)[:present] for i, x in enumerate(states[1:])}
+    loss, gradient = _gradient(operator)
+    difference = FiniteDifferenceHessian(model.loss(), model.params, batches, step=step, per="coordinate")
+
+    def named(v: Vector) -> dict[str, np.ndarray]:
+        return tensors_by_name(v, model.config)
+
+    return Side(
+        weights=named(model.params),
+        quantities={
+            "activations before the layers": np.asarray(states[0])[:present],
+            **inside,
+            "activations after the final norm": np.asarray(final)[:present],
+            "logits": np.asarray(logits)[:present],
+            "loss": np.asarray(loss),
+            "gradient": named(gradient),
+            "exact Hessian product": named(operator @ widen(probe)),
+            "finite-difference Hessian product": named(difference @ widen(probe)),
+        },
+        lanczos={mode: _lanczos(operator, probe, steps, mode) for mode in MODES},
+    )
+
+
+def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Literal["none", "full"]) -> Coefficients:
+    """Step by step, every vector kept on the host."""
+    accumulation = str(jnp.promote_types(jax.tree.leaves(probe)[0].dtype, "float32"))
+    state = start_lanczos(probe, steps, mode, accumulation_dtype=accumulation)
+    vectors, orthogonality, worst = [], [], 0.0
+    for j in range(steps):
+        vectors.append(np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(state.current)]))
+        overlaps = np.array([q @ vectors[-1] for q in vectors])
+        overlaps[-1] -= 1
+        worst = max(worst, float(np.abs(overlaps).max()))
+        orthogonality.append(worst)
+        state = lanczos_segment(operator, state, j + 1)
+    return Coefficients(
+        np.asarray(state.alphas, np.float64), np.asarray(state.betas, np.float64), np.array(orthogonality)
+    )
+
+
+def _activations(model: LanguageModel, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The residual stream [L + 1, B, T, D], the final states [B, T, D], and the logits [B, T, V]."""
+
+    @jax.jit
+    def all_three(params: Params, tokens: jax.Array) -> Any:
+        decoder = nnx.merge(model_graph(model.config, model.mesh), params)
+        with jax.default_matmul_precision("highest"):
+            return decoder.states(tokens), decoder.hidden(tokens), decoder(tokens)
+
+    return all_three(model.params, tokens)
+
+
+@jax.jit
+def _gradient(operator: Hessian) -> tuple[jax.Array, Vector]:
+    """The mean loss and its gradient in at least float32, summed over microbatches as the operator sums products."""
+    value_and_gradient = jax.value_and_grad(operator.sum_and_count, has_aux=True)
+
+    def parts(batch: Any) -> Any:
+        (total, count), gradient = value_and_gradient(operator.free, batch)
+        return total, count, operator.pin(gradient)
+
+    with jax.default_matmul_precision("highest"):
+        total, count, gradient = sum_over_microbatches(parts, operator.groups, operator.accumulation_dtype)
+    return total / count, operator.pin(divided(gradient, count, widen(operator.free)))
