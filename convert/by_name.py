@@ -12,7 +12,8 @@ from convert.configs import family_of, hugging_face_config
 from convert.hugging_face import file_tensor, parts_of_tensors
 from convert.mapping import Row, axis_sizes, mapping_rows
 from jaxhess.krylov.eigenpairs import Eigenpairs
-from jaxhess.models import DecoderConfig
+from jaxhess.models import DecoderConfig, abstract_params
+from jaxhess.operators.base import check_structure
 from jaxhess.vectors import Vector
 
 
@@ -50,12 +51,10 @@ def save_directions(pairs: Eigenpairs, config: DecoderConfig, file: str | Path) 
     Raises:
         ValueError: The vectors are not like the parameters of this model (of a block of them, say).
     """
-    vectors = pairs.vectors
-    count = len(pairs.values)
-    try:
-        each = [tensors_by_name(jax.tree.map(lambda x, i=i: x[i], vectors), config) for i in range(count)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The eigenvectors are not like this model's parameters: {error}.") from None
+    vectors = [jax.tree.map(lambda x, i=i: x[i], pairs.vectors) for i in range(len(pairs.values))]
+    for vector in vectors[:1]:
+        check_structure(vector, abstract_params(config))
+    each = [tensors_by_name(vector, config) for vector in vectors]
     tensors = {name: np.stack([vector[name] for vector in each]) for name in each[0]}
     facts = {name: np.asarray(getattr(pairs, name), np.float64) for name in ("values", "residuals")}
     save_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,8 +20,10 @@ from jaxhess.operators.loss import divided
 from jaxhess.operators.microbatches import sum_over_microbatches
 from jaxhess.vectors import Vector, cast, random_probe, widen
 
-MODES: tuple[Literal["none", "full"], ...] = ("none", "full")
-"""Of re-orthogonalisation."""
+Mode = Literal["none", "full"]
+MODES: tuple[Mode, ...] = ("none", "full")
+"""Of re-orthogonalisation. In exact arithmetic they are the same: of a run in a wider dtype "full" is the reference for
+both."""
 
 
 def probe_of(model: LanguageModel, seed: int) -> Vector:
@@ -30,7 +33,14 @@ def probe_of(model: LanguageModel, seed: int) -> Vector:
 
 
 def measure(
-    model: LanguageModel, blocks: TokenBlocks, probe: Vector, *, microbatch: int, steps: int, step: float
+    model: LanguageModel,
+    blocks: TokenBlocks,
+    probe: Vector,
+    *,
+    microbatch: int,
+    steps: int,
+    step: float,
+    modes: Sequence[Mode] = MODES,
 ) -> Side:
     """Our side, with the library's own operators and Lanczos.
 
@@ -39,7 +49,8 @@ def measure(
         blocks: All that the loss is over. Activations are of the first microbatch.
         probe: What products are taken with and Lanczos starts from; cast to the parameters' dtype.
         microbatch: Sequences at once.
-        steps: Lanczos steps.
+        steps: Lanczos steps; 0: none is run.
+        modes: Of re-orthogonalisation.
         step: Of finite differences, per coordinate.
     """
     batches = Microbatches(blocks.microbatches(microbatch, model.mesh))
@@ -67,11 +78,11 @@ def measure(
             "exact Hessian product": named(operator @ widen(probe)),
             "finite-difference Hessian product": named(difference @ widen(probe)),
         },
-        lanczos={mode: _lanczos(operator, probe, steps, mode) for mode in MODES},
+        lanczos={mode: _lanczos(operator, probe, steps, mode) for mode in modes if steps},
     )
 
 
-def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Literal["none", "full"]) -> Coefficients:
+def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Mode) -> Coefficients:
     """Step by step, every vector kept on the host."""
     accumulation = str(jnp.promote_types(jax.tree.leaves(probe)[0].dtype, "float32"))
     state = start_lanczos(probe, steps, mode, accumulation_dtype=accumulation)

@@ -42,7 +42,7 @@ class NotebookFigure(Figure):
 def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
     """The eigenvalue density on a logarithmic axis, a band of two standard errors, the outliers ticked below."""
     density = spectrum.density(axis=axis)
-    figure, axes = _figure()
+    figure, axes = new_figure()
     mean, (lower, upper) = density.density, density.band
     bottom = _density_floor(spectrum, density)
     axes.plot(density.centers, np.maximum(mean, bottom / 10), color=ACCENT, linewidth=1.6, label="mean over probes")
@@ -57,8 +57,8 @@ def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
         axes.plot(outliers, floor, "|", markersize=12, color=RUG, alpha=0.8, label=label, transform=below)
     axes.set_yscale("log")
     axes.set_ylim(bottom, mean.max() * 30)
-    _log_ticks(axes)
-    _eigenvalue_axis(axes, density)
+    log_ticks(axes)
+    eigenvalue_axis(axes, density.edges[0], density.edges[-1], density.linthresh)
     axes.set_ylabel("density (share of all eigenvalues\nper unit of eigenvalue)")
     note = "" if spectrum.num_probes > 1 else "; one probe: no error band"
     axes.set_title(
@@ -82,7 +82,7 @@ def distribution_figure(spectrum: Spectrum) -> Figure:
     own distribution functions. Shares are on a logit axis that ends at a tenth of one eigenvalue, from 0 and from 1.
     """
     density = spectrum.density()
-    figure, axes = _figure()
+    figure, axes = new_figure()
     taken = np.isfinite(spectrum.ritz_values)
     order = np.argsort(spectrum.ritz_values[taken])
     nodes = spectrum.ritz_values[taken][order]
@@ -98,7 +98,7 @@ def distribution_figure(spectrum: Spectrum) -> Figure:
     axes.set_yscale("logit")
     axes.set_ylim(floor, 1 - floor)
     _logit_ticks(axes, floor)
-    _eigenvalue_axis(axes, density)
+    eigenvalue_axis(axes, density.edges[0], density.edges[-1], density.linthresh)
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("share of all eigenvalues at or below")
     title = f"Distribution of the eigenvalues of the {spectrum.matrix_name}\n{_provenance(spectrum)}"
@@ -113,7 +113,7 @@ def stem_figure(spectrum: Spectrum) -> Figure:
     Ghosts are hollow.
     """
     density = spectrum.density()
-    figure, axes = _figure()
+    figure, axes = new_figure()
     share = 1 / spectrum.dim
     # Ghosts can weigh 1e-50; six decades below one eigenvalue nothing says more about H than its absence.
     floor = 1e-6 * share
@@ -134,8 +134,8 @@ def stem_figure(spectrum: Spectrum) -> Figure:
     axes.axhline(share, color=RUG, linestyle="--", linewidth=1.2, label=f"one eigenvalue: 1/{spectrum.dim:,}")
     axes.set_yscale("log")
     axes.set_ylim(bottom, max(weights.max(), share) * 30)
-    _log_ticks(axes)
-    _eigenvalue_axis(axes, density)
+    log_ticks(axes)
+    eigenvalue_axis(axes, density.edges[0], density.edges[-1], density.linthresh)
     axes.set_xlabel("Ritz value")
     axes.set_ylabel("weight (estimated share of all eigenvalues)")
     hidden = int((weights < bottom).sum())
@@ -152,7 +152,8 @@ def format_number(x: float) -> str:
     return f"{x:.5g}".replace("-", "\N{MINUS SIGN}") if x == 0 or 1e-3 <= abs(x) <= 1e4 else _power(x)
 
 
-def _figure() -> tuple[Figure, Axes]:
+def new_figure() -> tuple[Figure, Axes]:
+    """An empty figure in the style of all of them, and its axes."""
     figure = NotebookFigure(figsize=(9, 5), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -186,12 +187,13 @@ def _outliers(spectrum: Spectrum) -> Array:
     return theta[((upto < tail) | (upto - weights / weights.sum() > 1 - tail)) & ~ghosts]
 
 
-def _eigenvalue_axis(axes: Axes, density: Density) -> None:
-    axes.set_xlim(density.edges[0], density.edges[-1])
+def eigenvalue_axis(axes: Axes, low: float, high: float, linthresh: float | None) -> None:
+    """The horizontal axis of eigenvalues from low to high, linear or asinh(x / linthresh)."""
+    axes.set_xlim(low, high)
     ticks = []
-    if density.linthresh is not None:
-        axes.set_xscale("asinh", linear_width=density.linthresh)
-        ticks = _asinh_ticks(density.edges[0], density.edges[-1], density.linthresh)
+    if linthresh is not None:
+        axes.set_xscale("asinh", linear_width=linthresh)
+        ticks = _asinh_ticks(low, high, linthresh)
     if len(ticks) >= 3:
         plain = all(x == 0 or 1e-3 <= abs(x) <= 1e4 for x in ticks)
         axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -222,7 +224,8 @@ def _asinh_ticks(low: float, high: float, linthresh: float, most: int = 13) -> l
     return sorted(ticks)
 
 
-def _log_ticks(axes: Axes) -> None:
+def log_ticks(axes: Axes) -> None:
+    """Few ticks on a logarithmic vertical axis."""
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from convert.agreement import Coefficients, Side
-from convert.measurement import MODES
+from convert.measurement import MODES, Mode
 from jaxhess.data import TokenBlocks
 
 Vector = dict[str, torch.Tensor]
@@ -185,6 +185,7 @@ def measure(
     microbatch: int,
     steps: int,
     step: float,
+    modes: Sequence[Mode] = MODES,
 ) -> Side:
     """What `convert.measurement.measure` measures on our side, by the algorithms of this module."""
     tokens, weights = torch.from_numpy(blocks.tokens).long(), torch.from_numpy(blocks.weights)
@@ -211,7 +212,7 @@ def measure(
             "exact Hessian product": named(exact(start)),
             "finite-difference Hessian product": named(difference(start)),
         },
-        lanczos={mode: Coefficients(*map(_array, lanczos(exact, start, steps, mode))) for mode in MODES},
+        lanczos={mode: Coefficients(*map(_array, lanczos(exact, start, steps, mode))) for mode in modes if steps},
     )
 
 

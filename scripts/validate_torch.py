@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +27,10 @@ from rich.table import Table
 
 import convert
 import jaxhess
-from convert.agreement import Verdict, judge
+from convert.agreement import Side, Verdict, judge
 from convert.by_name import layers_module, tensors_by_name
 from convert.hub import local_directory
-from convert.measurement import Side, measure, probe_of
+from convert.measurement import MODES, Mode, measure, probe_of
 from convert.text import load_blocks
 from jaxhess.command import one_sentence
 from jaxhess.memory import available_bytes
@@ -40,13 +41,16 @@ from jaxhess.vectors import cast
 
 TINY = Path(__file__).parent / "tiny"
 RECORD, PAGE = "agreement.json", "agreement.html"
-HEAD = ("quantity", "ours", "theirs", "difference", "rounding explains", "difference, wider", "verdict")
+HEAD = ("quantity", "ours", "theirs", "apart", "rounding", "apart, wider", "")
 WORDS = {"none": "Lanczos without re-orthogonalisation", "full": "Lanczos with full re-orthogonalisation"}
-HOW_TO_READ = """Differences are norms over the norm of theirs; of densities the Wasserstein-1 distance over the mean
-absolute eigenvalue. What rounding explains is the distance of each side from its own run in {wider}, added up: by the
-triangle inequality the two sides then differ by no more than that, and the difference of the two wider runs. So the
-verdict is on that difference, which has no rounding of the narrow dtype in it, and on our own error, which may not be
-more than ten times theirs."""
+SMALL = 2**24
+"""Parameters below which torch gets one thread: its operations are then so short that threads mostly wait for each
+other, ten times as long where cores are shared."""
+HOW_TO_READ = """Apart: how far the two sides are apart, in norm over the norm of theirs; of densities the
+Wasserstein-1 distance over the mean absolute eigenvalue. Rounding: what it explains, the distance of each side from its
+own run in {wider}, added up: by the triangle inequality the two sides are no farther apart than that and the two wider
+runs together (apart, wider). So the verdict is on the latter, which has no rounding of the narrow dtype in it, and on
+our own error, which may not be more than ten times theirs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Options:
     microbatch: int = 2
     """Sequences whose activations exist at once."""
     steps: int = 8
-    """Lanczos steps."""
+    """Lanczos steps; 0 leaves Lanczos out."""
     step: float = 1e-3
     """Of finite differences, per coordinate: the root mean square entry of the shift, as in arXiv 2602.00816."""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
@@ -87,6 +91,7 @@ def run(options: Options) -> bool:
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-validate-{Path(options.model).name}"
     check(options, out)
     try:
+        import torch
         import torch_reference
     except ImportError:
         raise ImportError("PyTorch is missing; install the extra: pip install -e '.[torch]'.") from None
@@ -110,19 +115,32 @@ def run(options: Options) -> bool:
             f"{options.model}: {model.num_params:,} parameters in {config.dtype}, {blocks.num_sequences} sequences of "
             f"{blocks.seq_len} tokens; {f'both sides again in {wider}' if wider else 'bounds only, nothing wider'}."
         )
-        probe = probe_of(model, options.seed)
-        cut = {"microbatch": options.microbatch, "steps": options.steps, "step": options.step}
-
-        def both(model: LanguageModel, network: Any) -> tuple[Side, Side]:
-            by_name = tensors_by_name(probe, config)
-            theirs = torch_reference.measure(network, blocks, by_name, layers=layers_module(config), **cut)
-            return measure(model, blocks, probe, **cut), theirs
-
-        narrow, wide = both(model, network), None
+        models, wide = [model], None
         if wider is not None:
-            wide_model = LanguageModel(dataclasses.replace(config, dtype=wider), cast(model.params, wider), mesh)
-            with torch_reference.widened(network, wider) as wide_network:
-                wide = both(wide_model, wide_network)
+            models.append(LanguageModel(dataclasses.replace(config, dtype=wider), cast(model.params, wider), mesh))
+        probe = probe_of(model, options.seed)
+        by_name = tensors_by_name(probe, config)
+    if model.num_params < SMALL:
+        torch.set_num_threads(1)
+    cut = {"microbatch": options.microbatch, "steps": options.steps, "step": options.step}
+
+    def ours(model: LanguageModel) -> Side:
+        modes = MODES if model is models[0] else ("full",)
+        with jax.enable_x64(True):
+            return measure(model, blocks, probe, modes=modes, **cut)
+
+    def theirs(network: Any, modes: Sequence[Mode]) -> Side:
+        layers = layers_module(config)
+        return torch_reference.measure(network, blocks, by_name, layers=layers, modes=modes, **cut)
+
+    # On one device together: nearly all of a small model's time is compilation. Two programs with collectives at once
+    # could wait for each other.
+    with ThreadPoolExecutor(2 if mesh is None else 1) as pool:
+        own = list(pool.map(ours, models))
+    narrow = own[0], theirs(network, MODES)
+    if wider is not None:
+        with torch_reference.widened(network, wider) as wide_network:
+            wide = own[1], theirs(wide_network, ("full",))
     verdict = judge(narrow, wide, dtype=config.dtype, wider=wider, depth=config.num_layers)
     record = {
         **dataclasses.asdict(verdict),
@@ -145,9 +163,9 @@ def run(options: Options) -> bool:
 
 def check(options: Options, out: Path) -> None:
     """Raises ValueError for numbers out of range, and where nothing can be written."""
-    for name in ("seq_len", "sequences", "microbatch", "steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+    for name, least in (("seq_len", 1), ("sequences", 1), ("microbatch", 1), ("steps", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}.")
     if not 0 < options.step < math.inf:
         raise ValueError(f"--step is {options.step}; it must be positive.")
     refuse_unusable(out)
@@ -193,10 +211,10 @@ def rows(verdict: Verdict) -> Iterator[list[str]]:
 def sentences(verdict: Verdict) -> Iterator[str]:
     """What the table does not say."""
     for mode, steps in verdict.lanczos.items():
+        ends = [found[-1] for found in steps["orthogonality"]]
         yield (
-            f"{WORDS[mode]}: compared over {steps['compared']} of {len(steps['alphas'])} steps, as long as "
-            f"|Q'Q - I| is below {steps['limit']:.1g} on both sides (in the end {steps['orthogonality'][0][-1]:.1g} and "
-            f"{steps['orthogonality'][1][-1]:.1g})."
+            f"{WORDS[mode]}: compared over {steps['compared']} of {len(steps['alphas'][0])} steps, as long as "
+            f"|Q'Q - I| is below {steps['limit']:.1g} on both sides (in the end {ends[0]:.1g} and {ends[1]:.1g})."
         )
     yield "All agree within rounding." if verdict.agrees else verdict.first_difference or ""
 

@@ -77,6 +77,29 @@ class Eigenpairs:
 
         processes.on_first(save_scalars)
 
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Eigenpairs:
+        """What `save` wrote, vectors as nested dictionaries of arrays on the host; `steps` is not kept and 0.
+
+        Raises:
+            FileNotFoundError: There are no eigenpairs in the folder.
+        """
+        import orbax.checkpoint as ocp
+
+        folder = Path(folder).absolute()
+        if not (folder / "eigenpairs.npz").is_file() or not (folder / "vectors").is_dir():
+            raise FileNotFoundError(f"{folder} holds no eigenpairs: eigenpairs.npz and the folder vectors.")
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            stored = checkpointer.metadata(folder / "vectors").item_metadata.tree
+            on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            named = checkpointer.restore(folder / "vectors", args=ocp.args.PyTreeRestore(restore_args=on_host))
+        vectors: dict[str, Any] = {}
+        for name, x in named.items():
+            *path, last = name.split("/")
+            functools.reduce(lambda place, key: place.setdefault(key, {}), path, vectors)[last] = x
+        with np.load(folder / "eigenpairs.npz") as found:
+            return cls(found["values"], vectors, found["residuals"], found["converged"], 0)
+
 
 def leading_eigenpairs(
     operator: LinearOperator,

@@ -1,0 +1,113 @@
+"""Any number of spectra side by side: extremes, moments, distances, and what chance in their probes explains.
+
+A spectrum is a run folder, or a file of another tool: `jaxhess.interchange` says which are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from jaxhess.command import one_sentence
+from jaxhess.comparison import Distance, Row, densities_figure, distance, row, stems_figure
+from jaxhess.run_folder import json_ready, refuse_unusable
+from jaxhess.spectra import Spectrum
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The first spectrum is what the others are compared with."""
+
+    spectra: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders, or files of other tools."""
+    dim: int | None = None
+    """Parameters of the model, for files that do not say; by default those of the first spectrum that does."""
+    out: Path | None = None
+    """Folder for comparison.json, densities.png and stems.png; by default runs/<date>-compare."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The whole comparison; returns what it also saved."""
+    if not options.spectra:
+        raise ValueError("Give at least one run folder or file.")
+    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-compare"
+    refuse_unusable(out)
+    labels = names(options.spectra)
+    spectra = load(options)
+    rows = [row(label, s) for label, s in zip(labels, spectra, strict=True)]
+    distances = [distance(spectra[0], s) for s in spectra[1:]]
+    record = {
+        "spectra": [{**dataclasses.asdict(r), "path": str(p)} for r, p in zip(rows, options.spectra, strict=True)],
+        "distances_from_the_first": [{**d._asdict(), "same": d.same} for d in distances],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    densities_figure(spectra, labels).savefig(out / "densities.png")
+    stems_figure(spectra, labels).savefig(out / "stems.png")
+    (out / "comparison.json").write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n")
+    show(Console(), rows, distances, spectra)
+    print(f"{out} has densities.png, stems.png and comparison.json.")
+    return record
+
+
+def load(options: Options) -> list[Spectrum]:
+    """The spectra; where a file does not say how many parameters, --dim does, or a spectrum that knows."""
+    known = options.dim
+    folders = [path for path in options.spectra if path.is_dir()]
+    if known is None and folders:
+        known = Spectrum.load(folders[0]).dim
+    loaded = []
+    for path in options.spectra:
+        try:
+            loaded.append(Spectrum.load(path))
+        except ValueError as error:
+            if known is None or "how many parameters" not in str(error):
+                raise
+            loaded.append(Spectrum.load(path, known))
+    return loaded
+
+
+def names(paths: tuple[Path, ...]) -> list[str]:
+    """Short labels: the last part of each path, more of it or a number where two would be the same."""
+    short = [path.name for path in paths]
+    if len(set(short)) < len(short):
+        short = [str(path) for path in paths]
+    return [f"{name} ({i})" if short.count(name) > 1 else name for i, name in enumerate(short, 1)]
+
+
+def show(console: Console, rows: list[Row], distances: list[Distance], spectra: list[Spectrum]) -> None:
+    """Both tables."""
+    most = max(len(r.moments) for r in rows)
+    table = Table("", "probes x steps", "smallest", "largest", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for k in range(1, most + 1):
+        table.add_column("mean eigenvalue" if k == 1 else f"moment {k}")
+    for r, s in zip(rows, spectra, strict=True):
+        moments = [f"{m.value:.4g} ± {m.standard_error:.1g}" for m in r.moments]
+        table.add_row(r.label, f"{s.num_probes} x {s.num_steps}", f"{r.smallest:.5g}", f"{r.largest:.5g}", *moments)
+    console.print(table)
+    for r, d in zip(rows[1:], distances, strict=True):
+        chance = "chance unknown: no spectrum has two probes" if math.isnan(d.chance) else f"by chance {d.chance:.2g}"
+        verdict = {None: "", True: ": the same, as far as these probes tell", False: ": different"}[d.same]
+        console.print(
+            f"{rows[0].label} to {r.label}: Wasserstein-1 distance {d.wasserstein:.3g}, {chance}, mean |eigenvalue| "
+            f"{d.scale:.3g}{verdict}."
+        )
+
+
+def main() -> None:
+    """Reads the options and runs."""
+    options = tyro.cli(Options, description=__doc__)
+    with one_sentence():
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Parameters and directions under the names of `transformers`: loaded into PyTorch they mean the same."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torch_reference
+from checkpoints import DEFAULTS, VOCAB, write_checkpoint
+from safetensors.torch import load_file
+from small_models import batch_of, run_command, tokens
+
+import convert
+import jaxhess
+from convert.by_name import layers_module, save_directions, tensors_by_name
+from scripts import export as script
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_names_shapes_and_values_are_those_of_named_parameters(family, tied, tmp_path):
+    reference = write_checkpoint(tmp_path, family, tie_word_embeddings=tied)
+    model = convert.load(tmp_path)
+    found = tensors_by_name(model.params, model.config)
+    expected = {name: p.detach().numpy() for name, p in reference.named_parameters()}
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    order = [int(name.split(".layers.")[1].split(".")[0]) for name in found if ".layers." in name]
+    assert order == sorted(order)
+    assert len(reference.get_submodule(layers_module(model.config))) == 2
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The torch model, the batch, and the exported eigenvectors, by way of a run folder and the command."""
+    folder = tmp_path_factory.mktemp("model")
+    reference = write_checkpoint(folder, "gpt_neox")
+    model = convert.load(folder)
+    ids = tokens(4, 12, VOCAB)
+    operator = jaxhess.Hessian(model.loss(), model.params, [batch_of(ids)])
+    pairs = jaxhess.leading_eigenpairs(operator, 2, steps=40)
+    run = folder / "run"
+    result = jaxhess.Spectrum(
+        np.ones((1, 2)),
+        np.ones((1, 2)),
+        np.array([2]),
+        operator.dim,
+        {"model": {"config": model.config.to_dict()}, "eigenpairs": {"vectors": "eigenvectors"}},
+    )
+    result.save(run)
+    pairs.save(run / "eigenvectors")
+    run_command(script, str(run))
+    return reference, ids, pairs, run, model
+
+
+def test_the_loss_along_an_exported_eigenvector_bends_by_its_eigenvalue(exported):
+    """(L(theta + e v) + L(theta - e v) - 2 L(theta)) / e^2 is v'Hv up to e^2 and rounding: in float64, 1e-5."""
+    reference, ids, pairs, run, _ = exported
+    vectors = load_file(run / "eigenvectors.safetensors")
+    batches = [torch_reference.Batch(torch.from_numpy(ids).long(), torch.ones(4, 12))]
+    e = 1e-3
+    for k, value in enumerate(pairs.values):
+        assert np.isclose(float(sum((vectors[n][k] ** 2).sum() for n, _ in reference.named_parameters())), 1, atol=1e-5)
+        losses = []
+        for step in (e, 0, -e):
+            with torch_reference.in_float64(reference) as moved, torch.no_grad():
+                for name, p in moved.named_parameters():
+                    p += step * vectors[name][k].double()
+                losses.append(torch_reference.loss_sum(moved, batches[0]).item() / 48)
+        bend = (losses[0] + losses[2] - 2 * losses[1]) / e**2
+        assert bend == pytest.approx(value, rel=1e-3)
+        assert float(vectors["eigenvalues"][k]) == value
+
+
+def test_export_writes_csv_and_json_that_read_back(exported):
+    run = exported[3]
+    assert jaxhess.Spectrum.load(run / "quadrature.json") == jaxhess.Spectrum.load(run)
+    found = jaxhess.Spectrum.load(run / "spectrum.csv", dim=10)
+    np.testing.assert_allclose(found.ritz_values, jaxhess.Spectrum.load(run).ritz_values)
+
+
+def test_eigenpairs_read_back(exported):
+    _, _, pairs, run, _ = exported
+    found = jaxhess.Eigenpairs.load(run / "eigenvectors")
+    np.testing.assert_array_equal(found.values, pairs.values)
+    jax.tree.map(np.testing.assert_array_equal, found.vectors, jax.device_get(pairs.vectors))
+    with pytest.raises(FileNotFoundError, match="no eigenpairs"):
+        jaxhess.Eigenpairs.load(run)
+
+
+def test_directions_of_a_block_are_refused(exported, tmp_path: Path):
+    pairs, model = exported[2], exported[4]
+    some = {**pairs.vectors, "layers": jax.tree.map(lambda x: x[:, :1], pairs.vectors["layers"])}
+    block = jaxhess.Eigenpairs(pairs.values, some, pairs.residuals, pairs.converged, 1)
+    with pytest.raises(ValueError, match="must be"):
+        save_directions(block, model.config, tmp_path / "vectors.safetensors")
