@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from convert.agreement import Coefficients, Side
 from convert.by_name import tensors_by_name
 from jaxhess.data import TokenBlocks
 from jaxhess.krylov.lanczos import lanczos_segment, start_lanczos
-from jaxhess.models import LanguageModel, Params, model_graph
+from jaxhess.models import DecoderConfig, LanguageModel, Params, model_graph
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
 from jaxhess.operators.loss import divided
 from jaxhess.operators.microbatches import sum_over_microbatches
@@ -58,7 +60,7 @@ def measure(
     probe = cast(probe, model.params)
     # Sequences that fill up the batch for a mesh are no part of what is compared.
     present = min(microbatch, blocks.num_sequences)
-    states, final, logits = _activations(model, batches.stacked.tokens[0][:, :-1])
+    states, final, logits = _activations(model.config, model.mesh, model.params, batches.stacked.tokens[0][:, :-1])
     inside = {f"activations after layer {i}": np.asarray(x)[:present] for i, x in enumerate(states[1:])}
     loss, gradient = _gradient(operator)
     difference = FiniteDifferenceHessian(model.loss(), model.params, batches, step=step, per="coordinate")
@@ -99,16 +101,12 @@ def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Mode) -> Coeffi
     )
 
 
-def _activations(model: LanguageModel, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _activations(config: DecoderConfig, mesh: Mesh | None, params: Params, tokens: jax.Array) -> tuple[jax.Array, ...]:
     """The residual stream [L + 1, B, T, D], the final states [B, T, D], and the logits [B, T, V]."""
-
-    @jax.jit
-    def all_three(params: Params, tokens: jax.Array) -> Any:
-        decoder = nnx.merge(model_graph(model.config, model.mesh), params)
-        with jax.default_matmul_precision("highest"):
-            return decoder.states(tokens), decoder.hidden(tokens), decoder(tokens)
-
-    return all_three(model.params, tokens)
+    decoder = nnx.merge(model_graph(config, mesh), params)
+    with jax.default_matmul_precision("highest"):
+        return decoder.states(tokens), decoder.hidden(tokens), decoder(tokens)
 
 
 @jax.jit

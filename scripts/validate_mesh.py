@@ -24,7 +24,7 @@ from rich.table import Table
 import convert
 import jaxhess
 from convert.text import load_blocks
-from jaxhess.command import one_sentence
+from jaxhess.command import compile_quickly, one_sentence
 from jaxhess.comparison import wasserstein
 from jaxhess.data import TokenBlocks
 from jaxhess.models import LanguageModel
@@ -188,6 +188,7 @@ def show(console: Console, rows: list[tuple], mesh: jax.sharding.Mesh) -> None:
 def main() -> None:
     """Reads the options and runs."""
     options = tyro.cli(Options, description=__doc__)
+    compile_quickly()
     with one_sentence():
         agrees = run(options)
     raise SystemExit(0 if agrees else 1)

@@ -32,7 +32,7 @@ from convert.by_name import layers_module, tensors_by_name
 from convert.hub import local_directory
 from convert.measurement import MODES, Mode, measure, probe_of
 from convert.text import load_blocks
-from jaxhess.command import one_sentence
+from jaxhess.command import compile_quickly, one_sentence
 from jaxhess.memory import available_bytes
 from jaxhess.models import LanguageModel
 from jaxhess.report import STYLE
@@ -82,6 +82,9 @@ class Options:
     """Device mesh of our side, for example fsdp=8; by default one device."""
     seed: int = 0
     """Of the probe (and of random tokens)."""
+    quick_compilation: bool = True
+    """Leave out compiler optimisations, which change speed on CPUs and not what is computed: compiling is most of a
+    small model's time. Not for models whose products take minutes."""
     out: Path | None = None
     """Folder for agreement.json and agreement.html; by default runs/<date>-validate-<model>."""
 
@@ -141,7 +144,7 @@ def run(options: Options) -> bool:
     if wider is not None:
         with torch_reference.widened(network, wider) as wide_network:
             wide = own[1], theirs(wide_network, ("full",))
-    verdict = judge(narrow, wide, dtype=config.dtype, wider=wider, depth=config.num_layers)
+    verdict = judge(narrow, wide, dtype=config.dtype, wider=wider, depth=config.num_layers, step=options.step)
     record = {
         **dataclasses.asdict(verdict),
         "agrees": verdict.agrees,
@@ -252,6 +255,8 @@ def page(options: Options, verdict: Verdict, record: dict[str, Any]) -> str:
 def main() -> None:
     """Reads the options and runs."""
     options = tyro.cli(Options, description=__doc__)
+    if options.quick_compilation:
+        compile_quickly()
     with one_sentence():
         agrees = run(options)
     raise SystemExit(0 if agrees else 1)

@@ -1,0 +1,147 @@
+"""Both frameworks say the same, and where they do not the command says which parameter."""
+
+import json
+import sys
+
+import jax
+import pytest
+import torch
+from checkpoints import DEFAULTS, write_checkpoint
+
+import convert
+from scripts import validate_torch as script
+
+SHAPES = {
+    "llama": {"num_hidden_layers": 3, "num_key_value_heads": 1, "vocab_size": 37},
+    "mistral": {"sliding_window": 5, "hidden_size": 24},
+    "qwen2": {"num_hidden_layers": 1, "intermediate_size": 40},
+    "qwen3": {"num_attention_heads": 2, "head_dim": 10},
+    "gpt_neox": {"rotary_pct": 0.25, "use_parallel_residual": False},
+    "gpt2": {"n_layer": 1, "n_head": 2, "n_inner": 40},
+}
+SMALL = {"data": "random", "seq_len": 12, "sequences": 3, "microbatch": 2, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, "llama")
+    return folder
+
+
+def validated(folder, out, **options):
+    agrees = script.run(script.Options(model=str(folder), out=out, **{**SMALL, **options}))
+    return agrees, json.loads((out / "agreement.json").read_text())
+
+
+def test_everything_agrees_and_says_for_how_many_steps(checkpoint, tmp_path, capsys):
+    agrees, record = validated(checkpoint, tmp_path / "out")
+    assert agrees
+    assert record["first_difference"] is None
+    assert [line["quantity"] for line in record["lines"]][:4] == [
+        "weights",
+        "activations before the layers",
+        "activations after layer 0",
+        "activations after layer 1",
+    ]
+    for line in record["lines"][1:]:
+        assert line["wider"] <= 1e-10, line
+        assert line["difference"] <= line["explained"] + line["wider"], line
+    assert record["lanczos"]["none"]["compared"] == 4
+    page = (tmp_path / "out" / "agreement.html").read_text()
+    assert "exact Hessian product" in page
+    assert "All agree within rounding" in page
+    assert "4 of 4 steps" in " ".join(capsys.readouterr().out.split())
+
+
+def broken_theirs(change):
+    """`torch_reference.load` of a model with one tensor changed."""
+    load = sys.modules["torch_reference"].load
+
+    def changed(*arguments):
+        model = load(*arguments)
+        with torch.no_grad():
+            change(model)
+        return model
+
+    return changed
+
+
+def transpose(model):
+    weight = model.model.layers[1].self_attn.o_proj.weight
+    weight.copy_(weight.T.clone())
+
+
+def one_value(model):
+    model.model.layers[0].mlp.down_proj.weight[3, 5] *= 1.01
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "how", "quantity"),
+    [
+        (transpose, "model.layers.1.self_attn.o_proj.weight", "transpose", "activations after layer 1"),
+        (one_value, "model.layers.0.mlp.down_proj.weight", "first at [3, 5], by up to 0.01", "activations after layer 0"),
+    ],
+    ids=["transposed", "one value"],
+)  # fmt: skip
+def test_a_broken_weight_of_theirs_is_named_and_its_layer_too(
+    checkpoint, tmp_path, monkeypatch, change, name, how, quantity
+):
+    import torch_reference
+
+    monkeypatch.setattr(torch_reference, "load", broken_theirs(change))
+    agrees, record = validated(checkpoint, tmp_path / "out", steps=0)
+    assert not agrees
+    assert record["first_difference"].startswith(f"The weights differ, first {name}: ")
+    assert how in record["first_difference"]
+    assert f"departs at: {quantity}" in record["first_difference"]
+
+
+def test_a_broken_weight_of_ours_is_named_and_its_layer_too(checkpoint, tmp_path, monkeypatch):
+    load = convert.load
+
+    def changed(*arguments):
+        model = load(*arguments)
+        kernel = model.params["layers"]["attention"]["query"]["kernel"]
+        model.params["layers"]["attention"]["query"]["kernel"] = kernel.at[1, 2, 0, 1].multiply(1.01)
+        return model
+
+    monkeypatch.setattr(convert, "load", changed)
+    monkeypatch.setattr(sys, "argv", ["validate", "--model", str(checkpoint), "--out", str(tmp_path / "out")])
+    for name, value in {**SMALL, "steps": 0}.items():
+        sys.argv += [f"--{name.replace('_', '-')}", str(value)]
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 1
+    where = json.loads((tmp_path / "out" / "agreement.json").read_text())["first_difference"]
+    assert "first model.layers.1.self_attn.q_proj.weight: 1 of 256 values" in where
+    assert "departs at: activations after layer 1" in where
+
+
+def test_without_anything_wider_bounds_are_used_and_called_so(checkpoint, tmp_path, capsys):
+    agrees, record = validated(checkpoint, tmp_path / "out", steps=0, wider="none")
+    assert agrees
+    assert {line["kind"] for line in record["lines"]} == {"bits", "bound"}
+    assert "(bound)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"steps": -1}, {"step": 0.0}, {"seq_len": 0}])
+def test_numbers_out_of_range_are_refused(checkpoint, tmp_path, change):
+    with pytest.raises(ValueError, match=next(iter(change)).replace("_", "-")):
+        validated(checkpoint, tmp_path / "out", **change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_every_family_agrees_in_float32_and_bfloat16(family, tmp_path):
+    write_checkpoint(tmp_path / "model", family, **SHAPES[family])
+    for dtype in ("float32", "bfloat16"):
+        agrees, record = validated(tmp_path / "model", tmp_path / dtype, dtype=dtype)
+        assert agrees, record["first_difference"]
+        assert record["lanczos"]["none"]["compared"] == record["lanczos"]["full"]["compared"] == 4
+    jax.clear_caches()
+
+
+@pytest.mark.slow
+def test_the_tiny_model_agrees_in_bfloat16(tmp_path):
+    assert script.run(script.Options(out=tmp_path / "out", dtype="bfloat16", steps=4))
