@@ -80,7 +80,7 @@ def one_value(model):
     ("change", "name", "how", "quantity"),
     [
         (transpose, "model.layers.1.self_attn.o_proj.weight", "transpose", "activations after layer 1"),
-        (one_value, "model.layers.0.mlp.down_proj.weight", "first at [3, 5], by up to 0.01", "activations after layer 0"),
+        (one_value, "model.layers.0.mlp.down_proj.weight", "values, first at [3, 5], by", "activations after layer 0"),
     ],
     ids=["transposed", "one value"],
 )  # fmt: skip

@@ -1,0 +1,106 @@
+"""Spectra side by side: the same operator's are the same within chance, another's are not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import run_command
+
+from jaxhess import Spectrum
+from jaxhess.comparison import distance, row, wasserstein
+from scripts import compare as script
+
+ROOT = Path(__file__).parent.parent
+BULK = np.random.default_rng(0).normal(size=300)
+OUTLIERS = np.append(BULK[:-2], [20.0, 35.0])
+
+
+def lanczos(eigenvalues: np.ndarray, probes: int, seed: int, steps: int = 8) -> Spectrum:
+    """Of a diagonal matrix, fully re-orthogonalised, in float64."""
+    rng = np.random.default_rng(seed)
+    alphas, betas = np.zeros((2, probes, steps))
+    for p in range(probes):
+        q = rng.normal(size=eigenvalues.size)
+        basis = [q / np.linalg.norm(q)]
+        for j in range(steps):
+            w = eigenvalues * basis[j]
+            alphas[p, j] = w @ basis[j]
+            for _ in range(2):
+                for x in basis:
+                    w = w - (w @ x) * x
+            betas[p, j] = np.linalg.norm(w)
+            basis.append(w / betas[p, j])
+    return Spectrum(alphas, betas, np.full(probes, steps), eigenvalues.size)
+
+
+def test_the_distance_is_how_far_mass_moves():
+    a = lanczos(BULK, 3, 1)
+    shifted = Spectrum(a.alphas + 0.25, a.betas, a.sizes, a.dim)
+    assert wasserstein(a, shifted) == pytest.approx(0.25, rel=1e-9)
+    assert distance(a, a).wasserstein == 0
+
+
+@pytest.mark.parametrize("eigenvalues", [BULK, OUTLIERS], ids=["bulk", "outliers"])
+@pytest.mark.parametrize("probes", [(2, 2), (4, 4), (2, 8)])
+def test_the_same_operator_is_the_same_within_twice_chance_in_nearly_all_runs(eigenvalues, probes):
+    """The yardstick itself is estimated from few pairs: from two probes on either side it errs in one run of ten."""
+    found = [
+        distance(lanczos(eigenvalues, probes[0], 2 * k), lanczos(eigenvalues, probes[1], 2 * k + 1)) for k in range(60)
+    ]
+    assert np.mean([d.same for d in found]) >= (0.8 if min(probes) == 2 and sum(probes) == 4 else 0.9)
+    # The yardstick is neither generous: on average it is what such distances are.
+    ratio = np.sqrt(np.mean([d.wasserstein**2 for d in found]) / np.mean([d.chance**2 for d in found]))
+    assert 0.7 < ratio < 1.4
+
+
+def test_another_operator_is_different():
+    a, b = lanczos(BULK, 4, 1), lanczos(1.3 * BULK, 4, 2)
+    assert distance(a, b).same is False
+    assert distance(a, lanczos(BULK, 4, 2)).same is True
+
+
+def test_one_probe_each_has_no_yardstick():
+    assert distance(lanczos(BULK, 1, 1), lanczos(BULK, 1, 2)).same is None
+
+
+def test_a_row_holds_only_moments_that_the_steps_know():
+    assert len(row("a", lanczos(BULK, 2, 1, steps=1)).moments) == 2
+    found = row("a", lanczos(BULK, 2, 1)).moments
+    assert len(found) == 4
+    assert found[1].value == pytest.approx(np.mean(BULK**2), abs=4 * found[1].standard_error)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spectra")
+    spectrum = lanczos(OUTLIERS, 4, 1)
+    spectrum.save(folder / "run")
+    (folder / "ours.json").write_text(spectrum.to_json())
+    (folder / "plain.csv").write_text(lanczos(OUTLIERS, 4, 2).to_csv())
+    (folder / "other.csv").write_text(lanczos(2 * OUTLIERS, 4, 3).to_csv())
+    return folder
+
+
+def test_the_command_compares_folders_and_files(files, tmp_path, capsys):
+    paths = [str(files / name) for name in ("run", "ours.json", "plain.csv", "other.csv")]
+    record = script.run(script.Options(spectra=tuple(map(Path, paths)), out=tmp_path / "out"))
+    assert [d["same"] for d in record["distances_from_the_first"]] == [True, True, False]
+    assert record["distances_from_the_first"][0]["wasserstein"] == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"comparison.json", "densities.png", "stems.png"}
+    text = " ".join(capsys.readouterr().out.split())
+    assert "run to other.csv" in text
+    assert "different" in text
+
+
+def test_the_number_of_parameters_is_asked_for_where_nothing_says_it(files, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_command(script, str(files / "plain.csv"), "--out", str(tmp_path / "a"))
+    assert "--dim" in capsys.readouterr().err
+    run_command(script, str(files / "plain.csv"), "--dim", "300", "--out", str(tmp_path / "b"))
+
+
+def test_comparing_needs_no_torch():
+    code = "import sys, scripts.compare; assert not {'torch', 'transformers', 'convert'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
