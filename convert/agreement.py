@@ -177,7 +177,8 @@ def judge(
         for what, taken in _of_lanczos(mode).items():
             found: list[Quantity] = [taken(run, kept) for run in runs]
             name = f"{what} ({'' if mode == 'full' else 'no '}re-orth.)"
-            lines.append(compare(name, *found[:2], (found[2], found[3]) if wide else None, **options))
+            pair = (found[2], found[3]) if wide else None
+            lines.append(compare(name, found[0], found[1], pair, **options))
     return Verdict(lines, weights, steps)
 
 

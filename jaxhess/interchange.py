@@ -171,7 +171,7 @@ def _read_torch(path: Path) -> Any:
     except ImportError:
         raise ImportError(f"{path} is a torch file; install the extra: pip install -e '.[torch]'.") from None
     scalar = np.float64(0).__reduce__()[0]  # PyHessian's lists are of numpy's scalars
-    numpy_scalars = [scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64"))]
+    numpy_scalars: list[Any] = [scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64"))]
     with torch.serialization.safe_globals([*numpy_scalars, *_result_classes()]):
         return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -379,9 +379,9 @@ class Spectrum:
             return read_spectrum(cls, Path(folder), dim)
         arrays, record = read_run(folder)
         try:
-            alphas, betas, sizes, dim = (arrays[name] for name in _STORED)
+            alphas, betas, sizes, rows = (arrays[name] for name in _STORED)
             rounding = float(arrays.get("rounding", FLOAT32_ROUNDING))
-            return cls(alphas, betas, sizes, int(dim), record.get("info", {}), rounding=rounding)
+            return cls(alphas, betas, sizes, int(rows), record.get("info", {}), rounding=rounding)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from error
 

@@ -107,7 +107,8 @@ def double_backward(model: Any, batches: list[Batch]) -> Product:
         sums = _zeros(model)
         for batch in batches:
             gradients = torch.autograd.grad(loss_sum(model, batch), parameters, create_graph=True)
-            slope = sum((g * v[name].to(g.dtype)).sum() for name, g in zip(names, gradients, strict=True))
+            parts = [(g * v[name].to(g.dtype)).sum() for name, g in zip(names, gradients, strict=True)]
+            slope = torch.stack(parts).sum()
             for name, part in zip(names, torch.autograd.grad(slope, parameters), strict=True):
                 sums[name] += part
         count = _count(batches)
@@ -156,7 +157,9 @@ def lanczos(
     """
     length = math.sqrt(_dot(probe, probe))
     basis = [{name: (_wide(x) / length).to(x.dtype) for name, x in probe.items()}]
-    alphas, betas, orthogonality = [], [], []
+    alphas: list[float] = []
+    betas: list[float] = []
+    orthogonality: list[float] = []
     worst = 0.0
     for j in range(steps):
         q = basis[j]
@@ -263,7 +266,7 @@ def in_float64(model: Any) -> Iterator[Any]:
     Hessian-vector product: they ask for `torch.float32` by name, which inside this block means float64.
     """
     narrow, method = torch.float32, torch.Tensor.float
-    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     try:
         wide = copy.deepcopy(model).double()
@@ -273,14 +276,15 @@ def in_float64(model: Any) -> Iterator[Any]:
                 module.original_inv_freq = module.inv_freq
         yield wide
     finally:
-        torch.float32 = torch.float = narrow  # type: ignore[misc]
+        torch.float32 = torch.float = narrow
         torch.Tensor.float = method  # type: ignore[method-assign]
 
 
 def _rotary_frequencies(module: Any) -> torch.Tensor:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    compute = ROPE_INIT_FUNCTIONS.get(module.rope_type, getattr(module, "compute_default_rope_parameters", None))
+    default = module.rope_type == "default"
+    compute = module.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[module.rope_type]
     return compute(module.config)[0].double()
 
 

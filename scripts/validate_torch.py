@@ -125,7 +125,7 @@ def run(options: Options) -> bool:
         by_name = tensors_by_name(probe, config)
     if model.num_params < SMALL:
         torch.set_num_threads(1)
-    cut = {"microbatch": options.microbatch, "steps": options.steps, "step": options.step}
+    cut: dict[str, Any] = {"microbatch": options.microbatch, "steps": options.steps, "step": options.step}
 
     def ours(model: LanguageModel) -> Side:
         modes = MODES if model is models[0] else ("full",)

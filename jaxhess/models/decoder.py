@@ -70,7 +70,9 @@ class Decoder(nnx.Module):
     def states(self, tokens: jax.Array) -> jax.Array:
         """The residual stream before the first layer and after each, [L + 1, B, T, D]: all of it, for small inputs."""
         x = self._embedded(tokens)
-        return jnp.concatenate([x[None], self._through_layers(x, keep=True)[1]])
+        _, after = self._through_layers(x, keep=True)
+        assert after is not None
+        return jnp.concatenate([x[None], after])
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:
         """What enters the first layer, [B, T, D]."""
