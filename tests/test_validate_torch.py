@@ -1,7 +1,10 @@
 """Both frameworks say the same, and where they do not the command says which parameter."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
