@@ -24,8 +24,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import wasserstein_distance
 
-from jaxhess.krylov.quadrature import quadrature
-
 EXACT = {"float64": 1e-10, "float32": 1e-4}
 """By the wider dtype: far above its rounding (measured 1e-16 to 1e-12, and 1e-7 to 1e-5), and far below what a single
 weight changed by 1% does to a Hessian product of the model in scripts/tiny."""
@@ -73,11 +71,13 @@ class Side:
         weights: By name, as stored.
         quantities: In the order in which they depend on each other; vectors are by name.
         lanczos: For each mode of re-orthogonalisation.
+        quadrature: From alphas [m] and betas [m] to Ritz values and weights, each side's own.
     """
 
     weights: dict[str, Array]
     quantities: dict[str, Quantity]
     lanczos: dict[str, Coefficients]
+    quadrature: Callable[[Array, Array], Measure]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,32 +166,29 @@ def judge(
         lines.append(compare(name, value, theirs.quantities[name], pair, magnified=magnified, **options))
     limit = EPS[dtype] ** 0.5
     for mode in ours.lanczos:
-        runs = [side.lanczos[mode] for side in narrow] + [side.lanczos["full"] for side in wide or ()]
-        within = [int(np.sum(run.orthogonality <= limit)) for run in runs[:2]]
-        kept = min(within)
+        runs = [(side, side.lanczos[mode]) for side in narrow] + [(s, s.lanczos["full"]) for s in wide or ()]
+        kept = max(1, min(int(np.sum(run.orthogonality <= limit)) for _, run in runs[:2]))
         steps[mode] = {
-            **{name: [getattr(run, name) for run in runs[:2]] for name in ("alphas", "betas", "orthogonality")},
+            **{name: [getattr(run, name) for _, run in runs[:2]] for name in Coefficients._fields},
             "compared": kept,
             "limit": limit,
         }
-        for what, taken in _of_lanczos(mode).items():
-            found: list[Quantity] = [taken(run, kept) for run in runs]
+        found = [_of_lanczos(side, run, kept) for side, run in runs]
+        for what in found[0]:
+            pair = (found[2][what], found[3][what]) if wide else None
             name = f"{what} ({'' if mode == 'full' else 'no '}re-orth.)"
-            pair = (found[2], found[3]) if wide else None
-            lines.append(compare(name, found[0], found[1], pair, **options))
+            lines.append(compare(name, found[0][what], found[1][what], pair, **options))
     return Verdict(lines, weights, steps)
 
 
-def _of_lanczos(mode: str) -> dict[str, Callable[[Coefficients, int], Quantity]]:
-    def nodes(run: Coefficients, kept: int) -> Measure:
-        found = quadrature(run.alphas[:kept], run.betas[:kept])
-        return Measure(found.ritz_values, found.weights)
-
+def _of_lanczos(side: Side, run: Coefficients, kept: int) -> dict[str, Quantity]:
+    """What is compared of the first so many steps."""
+    nodes = side.quadrature(run.alphas[:kept], run.betas[:kept])
     return {
-        "alphas": lambda run, kept: run.alphas[:kept],
-        "betas": lambda run, kept: run.betas[:kept],
-        "Ritz values": lambda run, kept: nodes(run, kept).values,
-        "weights": lambda run, kept: nodes(run, kept).weights,
+        "alphas": run.alphas[:kept],
+        "betas": run.betas[:kept],
+        "Ritz values": nodes.values,
+        "weights": nodes.weights,
         "density": nodes,
     }
 

@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert.agreement import Coefficients, Side
+from convert.agreement import Coefficients, Measure, Side
 from convert.by_name import tensors_by_name
 from jaxhess.data import TokenBlocks
 from jaxhess.krylov.lanczos import lanczos_segment, start_lanczos
+from jaxhess.krylov.quadrature import quadrature
 from jaxhess.models import DecoderConfig, LanguageModel, Params, model_graph
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
 from jaxhess.operators.loss import divided
@@ -81,6 +82,7 @@ def measure(
             "finite-difference Hessian product": named(difference @ widen(probe)),
         },
         lanczos={mode: _lanczos(operator, probe, steps, mode) for mode in modes if steps},
+        quadrature=_quadrature,
     )
 
 
@@ -99,6 +101,11 @@ def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Mode) -> Coeffi
     return Coefficients(
         np.asarray(state.alphas, np.float64), np.asarray(state.betas, np.float64), np.array(orthogonality)
     )
+
+
+def _quadrature(alphas: np.ndarray, betas: np.ndarray) -> Measure:
+    nodes = quadrature(alphas, betas)
+    return Measure(nodes.ritz_values, nodes.weights)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -30,7 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from convert.agreement import Coefficients, Side
+from convert.agreement import Coefficients, Measure, Side
 from convert.measurement import MODES, Mode
 from jaxhess.data import TokenBlocks
 
@@ -216,14 +216,15 @@ def measure(
             "finite-difference Hessian product": named(difference(start)),
         },
         lanczos={mode: Coefficients(*map(_array, lanczos(exact, start, steps, mode))) for mode in modes if steps},
+        quadrature=quadrature,
     )
 
 
-def quadrature(found: Tridiagonal) -> tuple[torch.Tensor, torch.Tensor]:
+def quadrature(alphas: np.ndarray, betas: np.ndarray) -> Measure:
     """Ritz values, ascending, and weights, both [m] float64: eigenvalues of T and squared first components."""
-    off = found.betas[:-1]
-    values, vectors = torch.linalg.eigh(torch.diag(found.alphas) + torch.diag(off, 1) + torch.diag(off, -1))
-    return values, vectors[0] ** 2
+    diagonal, off = torch.from_numpy(alphas), torch.from_numpy(betas[:-1])
+    values, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
+    return Measure(values.numpy(), vectors[0].square().numpy())
 
 
 def activations(model: Any, tokens: torch.Tensor, layers: str) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -48,7 +48,11 @@ def side(**changes) -> Side:
     weights = {"first.weight": np.arange(9.0).reshape(3, 3), "second.weight": np.ones((2, 3))}
     quantities = {"logits": EXACT, "gradient": {name: 2.0 * x for name, x in weights.items()}}
     run = Coefficients(np.arange(1.0, 5), np.ones(4), np.array([1e-8, 1e-7, 1e-6, 0.1]))
-    return dataclasses.replace(Side(weights, quantities, {"none": run, "full": run}), **changes)
+
+    def nodes(alphas, betas):
+        return Measure(alphas, np.full(alphas.size, 1 / alphas.size))
+
+    return dataclasses.replace(Side(weights, quantities, {"none": run, "full": run}, nodes), **changes)
 
 
 def verdict(ours: Side):
