@@ -61,10 +61,11 @@ def cross_entropy_sum(hidden: jax.Array, slices: Slices, targets: jax.Array, wei
         weights: [B, T].
     """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    widened = hidden.astype(wide)  # its cotangent is a sum over slices: in bfloat16 every one of them would be rounded
 
     def add(carry: tuple[Normaliser, jax.Array], part: Slice) -> tuple[tuple[Normaliser, jax.Array], None]:
         normaliser, target_logit = carry
-        logits = logits_of(hidden, part)
+        logits = logits_of(widened.astype(hidden.dtype), part)
         # A masked sum, not a gather: elementwise on a vocabulary cut over devices, and its transpose is no scatter.
         chosen = jnp.sum(jnp.where(part.ids == targets[..., None], logits, 0), axis=-1)
         return (normaliser.add(logits)[0], target_logit + chosen), None

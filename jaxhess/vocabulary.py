@@ -1,7 +1,7 @@
 """The output matrix in slices of the vocabulary, so that neither all logits nor the whole matrix exist at once.
 
-A slice takes the same share of the rows that every device along the mesh's `tensor` axis holds, so none of them waits;
-along `fsdp` it is gathered when its logits are computed, and its gradient reduced.
+A slice takes the same share of the rows that every device holds where the mesh cuts them (as a rule along `tensor`), so
+none of them waits; along `fsdp` it is gathered when its logits are computed, and its gradient reduced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxhess.mesh import constrain
+from jaxhess.mesh import constrain, partition_spec
 
 Carry = TypeVar("Carry")
 
@@ -45,11 +45,14 @@ class Slices:
     Attributes:
         kernels: [n, parts, rows, D]: of each slice, the rows from each of the `parts` that devices hold.
         vocab_size: V; rows beyond V / parts of a part are padding.
+        rows_cut, columns_cut: Mesh axes that cut V and D.
         mesh: That of the matrix.
     """
 
     kernels: jax.Array
     vocab_size: int = dataclasses.field(metadata={"static": True})
+    rows_cut: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    columns_cut: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(metadata={"static": True})
 
     def __len__(self) -> int:
@@ -64,7 +67,7 @@ class Slices:
     def slice(self, kernel: jax.Array, k: jax.Array | int) -> Slice:
         """Slice k, whose rows `kernel` [parts, rows, D] are."""
         n, parts, rows, width = self.kernels.shape
-        kernel = _pinned(kernel, self.mesh)
+        kernel = _pinned(kernel, self.rows_cut, self.columns_cut, self.mesh)
         held = self.vocab_size // parts
         place = jnp.broadcast_to(k * rows + jnp.arange(rows, dtype=jnp.int32), (parts, rows))
         ids = place + held * jnp.arange(parts, dtype=jnp.int32)[:, None]
@@ -80,7 +83,7 @@ def vocabulary_slices(table: jax.Array, tokens: int, logit_chunk: int, gathered:
     A vocabulary with no divisor of about the right size is padded, which copies the matrix.
 
     Args:
-        table: Cut over `tensor` along V where that divides, and over `fsdp` along D.
+        table: Cut as `jaxhess.mesh.partition_spec` says: over `tensor` along V and `fsdp` along D, where these divide.
         tokens: Whose logits are computed together, on each device.
         logit_chunk: Logits per device that may exist at once.
         gathered: Entries of the matrix that may be gathered at once on each device, where `fsdp` cuts it; at least
@@ -88,17 +91,20 @@ def vocabulary_slices(table: jax.Array, tokens: int, logit_chunk: int, gathered:
         mesh: That of the matrix; None on one device.
     """
     vocab_size, width = table.shape
-    parts = 1 if mesh is None or vocab_size % mesh.shape["tensor"] else mesh.shape["tensor"]
-    most = logit_chunk // tokens
-    if mesh is not None and mesh.shape["fsdp"] > 1:
-        most = min(most, max(gathered, GATHERED) // width)
+    rows_cut, columns_cut = _cuts(table.shape, mesh)
+    sizes = {} if mesh is None else dict(mesh.shape)
+    parts = math.prod(sizes[axis] for axis in rows_cut)
+    joined = math.prod(sizes[axis] for axis in rows_cut if axis != "tensor")  # parts whose rows meet on one device
+    most = logit_chunk // (tokens * joined)
+    if sizes.get("fsdp", 1) > 1:
+        most = min(most, max(gathered, GATHERED) // (width * joined))
     held = vocab_size // parts
     n, rows = _cut(held, max(1, most))
     by_part = table.reshape(parts, held, width)
     if n * rows > held:
         by_part = jnp.pad(by_part, ((0, 0), (0, n * rows - held), (0, 0)))
     kernels = jnp.moveaxis(by_part.reshape(parts, n, rows, width), 1, 0)
-    return Slices(_pinned(kernels, mesh), vocab_size, mesh)
+    return Slices(_pinned(kernels, rows_cut, columns_cut, mesh), vocab_size, rows_cut, columns_cut, mesh)
 
 
 def scan_slices(
@@ -138,9 +144,22 @@ def matmul_transposed(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     rows = hidden.reshape(-1, hidden.shape[-1])  # one axis of tokens: see `jaxhess.models.layers.Projection`
     product = jax.lax.dot_general(
-        rows, kernel.astype(hidden.dtype), (((1,), (1,)), ((), ())), preferred_element_type=wide
+        rows,
+        kernel.astype(hidden.dtype),
+        (((1,), (1,)), ((), ())),
+        precision=narrow_precision(hidden.dtype),
+        preferred_element_type=wide,
     )
     return product.reshape(*hidden.shape[:-1], kernel.shape[0])
+
+
+def narrow_precision(dtype: Any) -> jax.lax.Precision | None:
+    """Precision of a product of arrays of `dtype` with a wider result; None, the default, for float32 and wider.
+
+    The cotangents of a wider result are float32. Beside operands in bfloat16 TF32 is exact enough, finer than the dtype
+    that the product ends in, and several times as fast on a GPU as the full precision that float32 models are given.
+    """
+    return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize < 4 else None
 
 
 def _cut(size: int, most: int) -> tuple[int, int]:
@@ -150,12 +169,14 @@ def _cut(size: int, most: int) -> tuple[int, int]:
     return (exact, size // exact) if exact else (n, math.ceil(size / n))
 
 
-def _pinned(kernels: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Rows [..., parts, rows, D] pinned to where they lie: they are gathered slice by slice, not all at once."""
-    parts, _, width = kernels.shape[-3:]
+def _cuts(shape: tuple[int, ...], mesh: Mesh | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that cut the rows and the columns of the output matrix [V, D]."""
     if mesh is None:
-        return kernels
-    cut = ("fsdp",) if parts == mesh.shape["tensor"] else ("fsdp", "tensor")
-    if width % math.prod(mesh.shape[axis] for axis in cut):
-        return kernels
-    return constrain(kernels, mesh, *(None,) * (kernels.ndim - 3), "tensor", None, cut)
+        return (), ()
+    rows, columns = (*partition_spec(shape, ("vocab", "embed"), mesh), None, None)[:2]
+    return tuple(() if cut is None else (cut,) if isinstance(cut, str) else tuple(cut) for cut in (rows, columns))
+
+
+def _pinned(kernels: jax.Array, rows_cut: tuple, columns_cut: tuple, mesh: Mesh | None) -> jax.Array:
+    """Rows [..., parts, rows, D] pinned to where they lie: they are gathered slice by slice, not all at once."""
+    return constrain(kernels, mesh, *(None,) * (kernels.ndim - 3), rows_cut or None, None, columns_cut or None)

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.layers import Norm, Projection
 from jaxhess.models.rotary import rotary_tables, rotate
+from jaxhess.vocabulary import narrow_precision
 
 
 class Attention(nnx.Module):
@@ -72,7 +73,8 @@ def _attend(
     wide = jnp.promote_types(query.dtype, jnp.float32)
     batch, kv_heads, groups, queries, width = query.shape
     rows = query.reshape(batch, kv_heads, groups * queries, width)  # the queries of all heads that share a key head
-    scores = jnp.einsum("bkqh,bksh->bkqs", rows, key, preferred_element_type=wide) * width**-0.5
+    precision = narrow_precision(query.dtype)
+    scores = jnp.einsum("bkqh,bksh->bkqs", rows, key, precision=precision, preferred_element_type=wide) * width**-0.5
     distance = positions[:, None] - jnp.arange(key.shape[2])[None, :]
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     scores = jnp.where(visible, scores.reshape(batch, kv_heads, groups, queries, -1), -jnp.inf)

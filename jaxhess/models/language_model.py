@@ -85,7 +85,9 @@ class NextTokenLoss:
 
     def _slices(self, table: jax.Array, batch: TokenBatch) -> Slices:
         """The output matrix in slices; what is gathered of it at once is no larger than a feed-forward matrix."""
-        tokens = max(1, batch.weights.size // data_shards(self.mesh))
+        shards = data_shards(self.mesh)
+        # What does not divide stays whole on every device.
+        tokens = batch.weights.size // (1 if len(batch.weights) % shards else shards)
         return vocabulary_slices(
             table, tokens, self.logit_chunk, self.config.mlp_dim * self.config.embed_dim, self.mesh
         )
