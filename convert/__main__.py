@@ -68,8 +68,7 @@ def run(options: Options) -> None:
     hf_config = read_json(source / "config.json")
     with appearing(options.dst, options.overwrite) as partial:
         (write_hugging_face if options.export else write_orbax)(model, partial, hf_config)
-        if processes.index() == 0:
-            add_tokenizer(source, partial)
+        processes.on_first(lambda: add_tokenizer(source, partial))
         num_params, dtype = model.num_params, model.config.dtype
         del model  # the comparison loads what was written: two copies would not always fit
         if options.verify:

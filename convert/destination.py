@@ -79,7 +79,8 @@ def appearing(destination: Path, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         processes.on_first(lambda: _put_in_place(partial, destination))
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if processes.index() == 0:  # another that ends early must not take it from those that still write
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _put_in_place(partial: Path, destination: Path) -> None:

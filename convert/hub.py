@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from jaxhess import processes
+
 _CONFIG_FILES = ["config.json", "generation_config.json"]
 
 TOKENIZER_FILES = [
@@ -25,17 +27,29 @@ TOKENIZER_FILES = [
 def local_directory(path_or_hub_id: str | Path) -> Path:
     """The directory itself, or where the hub's files of that id lie after downloading what is missing.
 
+    Of several processes, which all must call this, the first one downloads, and the others find the files where that
+    put them, or download them to a disk of their own. On a cluster it is better done before: compute nodes often do not
+    reach the hub.
+
     Raises:
         FileNotFoundError: No such directory, and no such id on the hub (or no way to ask).
     """
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    found = processes.gathered(path.is_dir())
+    if all(found):
         return path
+    if any(found):
+        raise FileNotFoundError(f"{path} is there for process {found.index(True)}, not for {found.index(False)}.")
     if path.exists():
         raise FileNotFoundError(f"{path} is a file; a checkpoint is a directory with config.json and its weights.")
     name = str(path_or_hub_id)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise FileNotFoundError(f"There is no directory {name}.")
+    first = processes.on_first(lambda: str(_downloaded(name)))
+    return Path(first) if processes.index() == 0 else _downloaded(name)
+
+
+def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:

@@ -52,7 +52,7 @@ def save(
     """Writes `model` as an Orbax checkpoint, which `convert.load` reads onto any mesh; arguments as for `export`."""
     with appearing(Path(directory), overwrite) as partial:
         write_orbax(model, partial, hf_config)
-        add_tokenizer(tokenizer_source, partial)
+        processes.on_first(lambda: add_tokenizer(tokenizer_source, partial))
 
 
 def write_orbax(model: LanguageModel, directory: Path, hf_config: dict[str, Any] | None) -> None:

@@ -72,9 +72,8 @@ class Checkpoint:
         if known is not None:
             _compare({k: v for k, v in known.items() if k in self.identity}, self.identity, self.folder)
 
-    @property
     def unfinished(self) -> bool:
-        """Whether the folder holds a run."""
+        """Whether the folder holds a run. All processes must call this."""
         return processes.on_first((Path(self.folder) / IDENTITY).exists)
 
     def remove(self) -> None:

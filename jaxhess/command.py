@@ -18,6 +18,10 @@ from jaxhess.checkpoint import Interrupted
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 """What the library raises at the door. Set `JAXHESS_TRACEBACK=1` to see where."""
 
+SAVED = 75
+"""Exit status of a run that SIGTERM stopped and that is saved (EX_TEMPFAIL of sysexits.h: try again). What a scheduler
+says of a process that SIGTERM killed is another, 143."""
+
 OUT_OF_MEMORY = (
     "Memory is exhausted: lower --microbatch, --query-chunk or --logit-chunk, use --reorthogonalize none, "
     "a narrower --dtype, or cut the parameters over more devices (--mesh fsdp=N)."
@@ -51,7 +55,7 @@ def one_sentence(several: bool = False) -> Iterator[None]:
             raise
         _end(f"error: {text}", 2)
     except Interrupted as stopped:
-        _end(f"{stopped}; go on with --resume", 143)
+        _end(f"{stopped}; go on with --resume", SAVED)
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception as error:

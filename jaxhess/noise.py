@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxhess import processes
 from jaxhess.memory import available_bytes
 from jaxhess.operators.base import LinearOperator, compiled_mv
 from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_probe, scale, widen
@@ -97,7 +98,7 @@ def _reference(operator: LinearOperator, dtype: str) -> tuple[LinearOperator | N
             return None, "there is no wider form of this operator"
         if type(abstract) is type(operator) and all(own == dtype for own in operator.dtypes):
             return None, f"the operator computes in {dtype}"
-        needed, left = operator.wide_bytes(itemsize), available_bytes(vectors)
+        needed, left = max(processes.gathered(operator.wide_bytes(itemsize))), available_bytes(vectors)
         if needed < left:
             exact = operator.exact(dtype)
             like = jax.tree.map(
@@ -106,6 +107,7 @@ def _reference(operator: LinearOperator, dtype: str) -> tuple[LinearOperator | N
             memory = compiled_mv.lower(exact, like).compile().memory_analysis()
             # The vector itself comes on top of the product and what the program needs to make it.
             needed = memory.temp_size_in_bytes + 2 * memory.output_size_in_bytes if memory else 0
+            needed = max(processes.gathered(needed))
             left = available_bytes(vectors)
             if needed < left:
                 return exact, ""

@@ -1,8 +1,9 @@
 """Several processes as one run: start-up, values that all of them agree on, and work that only the first one does.
 
 Every process runs the same program on its own devices. Whatever a process decides by itself (a clock, free memory, a
-signal, a file) must be agreed on, or the processes compile other programs and wait for each other for ever. All
-functions here are collective: every process calls them, in the same order. In a single process they cost nothing.
+signal, a file) must be agreed on, or the processes compile other programs and wait for each other for ever. That is
+what `agreed`, `gathered`, `any_says`, `on_first` and `meet` are for, which are collective: every process calls them, in
+the same order, and never inside what `on_first` does. In a single process they cost nothing. All others are local.
 
 Agreement goes through the key-value store of `jax.distributed` (about a millisecond), not through the devices: it
 needs no compilation, takes text of any length, and has a time limit. `jaxhess.watch` ends all processes when one ends.
@@ -24,10 +25,14 @@ T = TypeVar("T")
 
 PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LAUNCHERS = {
-    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "SLURM": ("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 }
-"""What says that a launcher is there, how many processes it started, and which one this is."""
+"""What says that a launcher is there, how many processes it started, and which one this is.
+
+`mpirun` inside a SLURM allocation hands on the SLURM variables of its own daemons, so it comes first. An interactive
+shell of `salloc` is a step of one task, though SLURM_NTASKS is that of the allocation.
+"""
 
 PATIENCE = 3600
 """Seconds that processes may be apart, in reading a checkpoint for example. One that has ended is noticed before."""
@@ -48,8 +53,9 @@ def initialize() -> None:
     """Joins the processes of this run, where there are several; to be called before anything touches a device.
 
     Under SLURM (`srun`) and Open MPI (`mpirun`) JAX finds out by itself; each process then takes the one GPU of its
-    local rank, unless `JAX_LOCAL_DEVICE_IDS` says otherwise. Elsewhere three variables tell: `JAX_COORDINATOR_ADDRESS`
-    (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. On CPUs collectives go through gloo.
+    local rank, unless `JAX_LOCAL_DEVICE_IDS` says otherwise. Open MPI 5 no longer says where process 0 is: it needs
+    `JAX_COORDINATOR_ADDRESS` (host:port of process 0). Elsewhere that, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` tell.
+    On CPUs collectives go through gloo.
 
     Raises:
         ValueError: Some of the three variables are set and some are not, or one is no number in its range.
@@ -66,9 +72,14 @@ def initialize() -> None:
     from jaxhess import watch  # it knows this module
 
     watch.bring_a_witness(count, process)
+    # Of version 5 JAX sees nothing, and would take all GPUs; inside SLURM it would take the daemon's local rank.
+    local = None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
     try:
-        jax.distributed.initialize(num_processes=count, process_id=process)
+        jax.distributed.initialize(
+            num_processes=count, process_id=process, local_device_ids=None if local is None else int(local)
+        )
     except (RuntimeError, ValueError) as error:
+        watch.dismiss()
         reason = " ".join(str(error).split())[:200]
         address = os.environ.get(PLAIN[0], "the address that JAX found")
         raise ConnectionError(

@@ -319,7 +319,7 @@ def choose_batch_size(
         if memory is None:
             return 1
         extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        needed = extra + bytes_per_device(jax.tree.leaves(state))
+        needed = max(processes.gathered(extra + bytes_per_device(jax.tree.leaves(state))))
         left = 0.9 * available_bytes(jax.tree.leaves(operator.shape_dtype))
         if needed <= left:
             return size

@@ -42,6 +42,7 @@ if last != {DONE!r}:
 _over = threading.Event()
 _remark = ""
 _witness: subprocess.Popen[str] | None = None
+_thread: threading.Thread | None = None
 
 
 def bring_a_witness(count: int, process: int) -> None:
@@ -58,8 +59,15 @@ def bring_a_witness(count: int, process: int) -> None:
 
 def start() -> None:
     """Starts the thread; `finish` ends it. All processes are there."""
+    global _thread
     _tell(_last_words())
-    threading.Thread(target=_watch, name="watch", daemon=True).start()
+    _thread = threading.Thread(target=_watch, name="watch", daemon=True)
+    _thread.start()
+
+
+def dismiss() -> None:
+    """Lets the witness go without a word: the process says itself what it ends of."""
+    _tell(DONE)
 
 
 def remark(sentence: str) -> None:
@@ -74,8 +82,10 @@ def finish() -> None:
     if processes.count() > 1:
         processes.meet("jaxhess/finish")
         _over.set()
+        if _thread is not None:
+            _thread.join(10)  # it may be at the store
         jax.distributed.shutdown()
-        _tell(DONE)
+        dismiss()
 
 
 def fail(words: str, status: int) -> NoReturn:
@@ -98,8 +108,11 @@ def await_verdict() -> None:
 
 def _watch() -> None:
     seen: dict[str, tuple[str, float]] = {}
-    beats = 0
+    beats, looked = 0, time.monotonic()
     while not _over.wait(1.0):
+        if time.monotonic() - looked > SILENCE / 2:
+            seen.clear()  # this process was stopped itself
+        looked = time.monotonic()
         try:
             beats += 1
             _store().key_value_set(f"{PULSE}/{processes.index():09d}", str(beats), allow_overwrite=True)
@@ -171,7 +184,7 @@ def _say(words: str) -> None:
 def _leave(status: int) -> NoReturn:
     """Ends the process at once, without the clean-up in which JAX would wait for the others. Process 0 goes last:
     without it JAX aborts the others in the middle of their sentence."""
-    _tell(DONE)
+    dismiss()
     try:
         _store().key_value_set(f"{LEFT}/{processes.index():09d}", "")
         failure = _failure()

@@ -140,7 +140,7 @@ def run(options: Options) -> jaxhess.Spectrum:
     _check_options(options)
     checkpoint = jaxhess.Checkpoint(out / UNFINISHED, options.checkpoint_every or 1, options.resume)
     # A run that was stopped after its spectrum, or over a finished one, is still to be ended.
-    overwrite = options.overwrite or (options.resume and checkpoint.unfinished)
+    overwrite = options.overwrite or (options.resume and checkpoint.unfinished())
     processes.on_first(lambda: refuse_unusable(out, overwrite))
     if not options.overwrite:
         checkpoint.check()

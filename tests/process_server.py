@@ -1,12 +1,14 @@
 """Real processes on loopback for tests: imports once and forks, so that a run costs its compilation only.
 
-Reads jobs, a JSON line each: {"count", "port", "log", "job", "arguments"}; prints the process ids of the run, and when
-all have ended their exit statuses (negative: the signal) and the seconds until each had ended. Process p writes to
-`log` followed by p. No device may be touched in this process: backends start in the children.
+Reads jobs, a JSON line each: {"count", "port", "log", "job", "arguments"} and what `start` knows; prints the process
+ids of the run, and when all have ended their exit statuses (negative: the signal) and the seconds until all had. What
+process p and its witness write is then in `log` followed by p. No device may be touched in this process: backends start
+in the children.
 """
 
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -17,14 +19,28 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal
 
 import jaxhess
-from jaxhess import processes
+from jaxhess import processes, watch
 from jaxhess.command import one_sentence
 from scripts import spectrum as script
+
+MPIRUN = {
+    "OMPI_COMM_WORLD_SIZE": "{count}",
+    "OMPI_COMM_WORLD_RANK": "{process}",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "{process}",
+}
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:{port}"}
+LAUNCHERS = {
+    "none": {**ADDRESS, "JAX_NUM_PROCESSES": "{count}", "JAX_PROCESS_ID": "{process}"},
+    "mpirun": {**ADDRESS, **MPIRUN},
+    "mpirun alone": MPIRUN,
+}
+"""What tells a process of the others."""
 
 
 def command(arguments: list[str], more: dict[str, list[str]]) -> None:
     """`scripts/spectrum.py`, with more arguments in some processes, by their number."""
-    sys.argv = ["spectrum.py", *arguments, *more.get(os.environ["JAX_PROCESS_ID"], [])]
+    _, process = processes.launched(os.environ)
+    sys.argv = ["spectrum.py", *arguments, *more.get(str(process), [])]
     script.main()
 
 
@@ -46,19 +62,25 @@ def diagonal(out: str, checkpoint: str | None, slow: float, pairs: str | None = 
         )
         processes.on_first(lambda: np.savez(out, alphas=found.alphas, betas=found.betas))
         if pairs is not None:
-            jaxhess.leading_eigenpairs(operator, 2).save(pairs)
+            jaxhess.leading_eigenpairs(operator, 2, reorthogonalize="selective").save(pairs)
 
 
-def start(job: dict, process: int) -> int:
+def start(job: dict, process: int) -> tuple[int, subprocess.Popen]:
+    """The process's id and its log's writer, which ends when the process has ended, and its witness."""
+    reading, writing = os.pipe()
+    with open(f"{job['log']}{process}", "wb") as log:
+        writer = subprocess.Popen(["cat"], stdin=reading, stdout=log)
+    os.close(reading)
     child = os.fork()
     if child > 0:
-        return child
-    os.environ["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{job['port']}"
-    os.environ["JAX_NUM_PROCESSES"] = str(job["count"])
-    os.environ["JAX_PROCESS_ID"] = str(process)
-    log = os.open(f"{job['log']}{process}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+        os.close(writing)
+        return child, writer
+    for name, value in LAUNCHERS[job["launcher"]].items():
+        os.environ[name] = value.format(process=process, **job)
+    jax.config.update("jax_num_cpu_devices", job["devices"])
+    watch.GRACE = job["grace"]
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
     status = 0
     try:
         {"command": command, "diagonal": diagonal}[job["job"]](**job["arguments"])
@@ -71,10 +93,11 @@ def start(job: dict, process: int) -> int:
 
 for line in sys.stdin:
     job = json.loads(line)
-    children = [start(job, process) for process in range(job["count"])]
+    children, writers = zip(*(start(job, process) for process in range(job["count"])), strict=True)
     print(json.dumps(children), flush=True)
-    began, ended = time.monotonic(), {}
-    while len(ended) < len(children):
-        child, status = os.wait()
-        ended[child] = (os.waitstatus_to_exitcode(status), time.monotonic() - began)
-    print(json.dumps([ended[child] for child in children]), flush=True)
+    began = time.monotonic()
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    seconds = time.monotonic() - began
+    for writer in writers:
+        writer.wait(10)
+    print(json.dumps([statuses, seconds]), flush=True)

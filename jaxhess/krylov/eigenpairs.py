@@ -173,19 +173,22 @@ def leading_eigenpairs(
         if callback is not None:
             callback(size, nodes.ritz_values[chosen], bounds)
         ended = bool(state.broken) or done == steps or (len(chosen) == count and bool(converged.all()))
+        ended = processes.agreed(ended)  # each machine's LAPACK rounds in its own way
     if bool(state.broken):
         converged = np.ones(len(chosen), bool)  # the space is invariant, within rounding
-    coefficients = _coefficients(alphas, betas, chosen)
+    found = (nodes.ritz_values[chosen], converged, _coefficients(alphas, betas, chosen))
+    values, converged, coefficients = (np.asarray(x) for x in processes.agreed([x.tolist() for x in found]))
+    coefficients = coefficients.reshape(-1, size)
     if keeps_all:
-        padded = np.zeros((len(chosen), steps))
+        padded = np.zeros((len(values), steps))
         padded[:, :size] = coefficients
         vectors = lanczos_vectors(state, padded)
         del state
     else:
         del state
         vectors = _second_pass(operator, start_lanczos(probe, steps, *options), coefficients)
-    vectors, residuals = _measured(operator, vectors, nodes.ritz_values[chosen])
-    return Eigenpairs(nodes.ritz_values[chosen], vectors, residuals, converged, size)
+    vectors, residuals = _measured(operator, vectors, values)
+    return Eigenpairs(values, vectors, residuals, converged.astype(bool), size)
 
 
 def _check(operator: LinearOperator, count: int, which: str, tolerance: float, steps: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy.linalg import eigh_tridiagonal
 
+from jaxhess import processes
 from jaxhess.krylov.basis import (
     BasisMemory,
     combine,
@@ -321,10 +322,11 @@ def _select(state: LanczosState) -> LanczosState:
     more = False
     for run, (m, broken) in enumerate(zip(np.atleast_1d(state.size), np.atleast_1d(state.broken), strict=True)):
         found = converged(run, m)
-        more |= not broken and len(found) > len(converged(run, m - 1))
+        more |= bool(not broken and len(found) > len(converged(run, m - 1)))
         coefficients[run, : len(found), :m] = found
-    if not more:
+    if not processes.agreed(more):  # each machine's LAPACK rounds in its own way
         return state
+    coefficients = np.asarray(processes.agreed(coefficients.tolist()))
     program = _selector(state)
     jax.tree.map(lambda x: x.delete(), state.ritz_vectors)  # room for the new ones
     return program(state, jnp.asarray(coefficients if state.is_batch else coefficients[0]))
