@@ -20,13 +20,17 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO: `%name = type opcode(operands), attributes`; `operands` are names, without `%`."""
+    """One line of HLO: `%name = type opcode(operands), attributes`; `operands` are names, without `%`.
+
+    `literal` stands where the operands would: the number of a parameter, the value of a constant.
+    """
 
     name: str
     type: str
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    literal: str = ""
 
     @property
     def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -107,7 +111,7 @@ class Program:
             return sum(cost(i, computation) + called(i) for i in computation.instructions.values())
 
         def called(instruction: Instruction) -> float:
-            names = [name for name in _called(instruction) if name in self.computations]
+            names = [name for name in callees(instruction) if name in self.computations]
             if instruction.opcode == "conditional":
                 return max((of(name) for name in names), default=0.0)
             if instruction.opcode == "fusion" and not inside_fusions:
@@ -171,6 +175,16 @@ def read_program(compiled: jax.stages.Compiled | Program) -> Program:
     return Program.read(text)
 
 
+def callees(instruction: Instruction) -> list[str]:
+    """Names of the computations that an instruction runs: a fusion's, a loop's body and condition, branches."""
+    single = r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
+    several = r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}"
+    names = re.findall(single, instruction.attributes)
+    for group in re.findall(several, instruction.attributes):
+        names += [name.strip().lstrip("%") for name in group.split(",")]
+    return names
+
+
 def arrays_of(type_text: str) -> list[tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every array in an HLO type: `(f32[2,3]{1,0}, s32[])` has two."""
     found = re.findall(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]", type_text)
@@ -199,7 +213,9 @@ def _instruction(line: str) -> Instruction | None:
     type_text, rest = _split_type(line[head.end() :])
     opcode, _, rest = rest.partition("(")
     inside, attributes = _closing(rest)
-    operands = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.-]+)", inside))
+    if opcode in ("constant", "parameter"):
+        return Instruction(head.group(1), type_text, opcode, (), attributes, inside)
+    operands = tuple(re.findall(r"%([\w.-]+)", inside))
     return Instruction(head.group(1), type_text, opcode.strip(), operands, attributes)
 
 
@@ -219,15 +235,6 @@ def _closing(text: str) -> tuple[str, str]:
         if depth == 0:
             return text[: found.start()], text[found.end() :]
     return text, ""
-
-
-def _called(instruction: Instruction) -> list[str]:
-    single = r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
-    several = r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}"
-    names = re.findall(single, instruction.attributes)
-    for group in re.findall(several, instruction.attributes):
-        names += [name.strip().lstrip("%") for name in group.split(",")]
-    return names
 
 
 def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
@@ -277,7 +284,7 @@ def _bytes_accessed(program: Program, instruction: Instruction, computation: Com
         return 0.0
     operands = list(computation.operands(instruction))
     if instruction.opcode == "fusion":
-        inner = program.computations[_called(instruction)[0]]
+        inner = program.computations[callees(instruction)[0]]
         return _fusion_bytes(inner, instruction)
     if instruction.opcode in ("dynamic-slice", "gather", "slice"):
         return 2.0 * bytes_of(instruction.type)
