@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 
 PEAK_MATMUL_FLOPS: dict[str, dict[str, float]] = {
@@ -13,6 +15,38 @@ PEAK_MATMUL_FLOPS: dict[str, dict[str, float]] = {
     "NVIDIA B200": {"bfloat16": 2250e12, "float16": 2250e12, "float32": 75e12},  # HGX B200 data sheet, one of eight
 }
 """Floating-point operations per second of one device in matrix products, by the beginning of its `device_kind`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """One device of a server of eight.
+
+    Attributes:
+        kind: The beginning of its `device_kind`, its key in `PEAK_MATMUL_FLOPS`.
+        memory: Bytes.
+        bandwidth: Of that memory, bytes per second.
+        link: Bytes per second that it receives from the others in its server (half of the data sheet's figure, which
+            adds both directions).
+        network: Bytes per second that it receives from other servers.
+        node: Devices in a server.
+    """
+
+    kind: str
+    memory: float
+    bandwidth: float
+    link: float
+    network: float
+    node: int = 8
+
+
+ACCELERATORS: dict[str, Accelerator] = {
+    # Data sheets as above. Network: the DGX server's ports over its eight devices.
+    "A100": Accelerator("NVIDIA A100", 80e9, 2.039e12, 300e9, 25e9),  # 80 GB SXM; DGX A100: 8 ports of 200 Gb/s
+    "H100": Accelerator("NVIDIA H100 80GB HBM3", 80e9, 3.35e12, 450e9, 50e9),  # SXM; DGX H100: 8 ports of 400 Gb/s
+    "H200": Accelerator("NVIDIA H200", 141e9, 4.8e12, 450e9, 50e9),  # SXM; DGX H200: 8 ports of 400 Gb/s
+    "B200": Accelerator("NVIDIA B200", 180e9, 8e12, 900e9, 50e9),  # DGX B200 data sheet: 1,440 GB, 64 TB/s of eight
+}
+"""Hardware to plan for, by the name it is rented under. Sizes in powers of ten, as in the data sheets."""
 
 
 def peak_matmul_flops(device_kind: str, dtype: str) -> float | None:

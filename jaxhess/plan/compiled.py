@@ -1,0 +1,80 @@
+"""What the compiler says of a run: memory, operations and traffic of the program itself, compiled for abstract arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+from jax.sharding import Mesh
+
+from jaxhess.collectives import bytes_by_kind, collective_traffic
+from jaxhess.krylov.lanczos import compile_segment
+from jaxhess.mesh import make_mesh
+from jaxhess.plan.job import Job
+from jaxhess.program import matmul_flops, read_program
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Facts of the compiled Lanczos segment; bytes and operations are those of one device.
+
+    Attributes:
+        arguments: Bytes of parameters, batch and Lanczos state.
+        outputs: Bytes of the state, which takes the place of the one that came in.
+        temporaries: Bytes at the peak beside both. On a CPU those of a bfloat16 program are too many: it widens matrix
+            products to float32, and keeps what it has widened.
+        flops: Operations of the matrix products in one step.
+        traffic: Bytes that one step receives through each kind of collective.
+        remote: Those of them that come from outside a server of `node` devices.
+        seconds: Of compilation.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    flops: float
+    traffic: dict[str, float]
+    remote: float
+    seconds: float
+
+
+def compiled(job: Job, mesh: Mesh | None = None, node: int = 8) -> Compiled:
+    """The job's program, compiled for this mesh (of simulated devices, as a rule) but never run.
+
+    Args:
+        job: What to compile; no weight and no token of it exist.
+        mesh: None: over all devices of this process.
+        node: Devices that one server holds, numbered one after the other.
+
+    Raises:
+        ValueError: The devices are not as many as the mesh's.
+    """
+    mesh = make_mesh(job.axes or {"fsdp": 1}) if mesh is None else mesh
+    began = time.perf_counter()
+    program = compile_segment(job.operator(mesh), job.state(mesh))
+    seconds = time.perf_counter() - began
+    memory = program.memory_analysis()
+    if memory is None:
+        raise ValueError("This backend does not say how much memory a compiled program takes.")
+    text = read_program(program)
+    traffic = collective_traffic(text, unknown_trips=1)
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+        matmul_flops(text, unknown_trips=1),
+        bytes_by_kind(traffic),
+        sum(t.received for t in traffic if t.reach > node),
+        seconds,
+    )
+
+
+def gradient_traffic(job: Job, mesh: Mesh) -> dict[str, float]:
+    """Bytes that one gradient of the job's loss receives on each device, through each kind of collective."""
+    return bytes_by_kind(collective_traffic(_gradient.lower(job.operator(mesh)).compile()))
+
+
+@jax.jit
+def _gradient(operator):
+    raise NotImplementedError

@@ -1,0 +1,136 @@
+"""What a run would be: what its memory and time depend on, and the abstract program that it would run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from jaxhess.krylov.basis import BasisMemory
+from jaxhess.krylov.lanczos import LanczosState, Reorthogonalize, abstract_lanczos, check_lanczos_options
+from jaxhess.losses import TokenBatch
+from jaxhess.mesh import MESH_AXES, batch_sharding, data_shards
+from jaxhess.models import DecoderConfig, Params, abstract_params, model_shardings
+from jaxhess.models.language_model import LOGIT_CHUNK, NextTokenLoss
+from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
+from jaxhess.slq import vectors_like
+
+Product = Literal["exact", "finite-difference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A spectrum to compute, one probe at a time; fields are the options of `scripts/spectrum.py` of the same names.
+
+    Attributes:
+        config: The model; its `dtype` is what the weights are stored in.
+        axes: Sizes of the mesh axes; those left out are 1.
+        microbatch: Sequences whose activations exist at once on all devices together; at least one on each of the
+            parts that a batch is cut into.
+        compute_dtype, vector_dtype: None: that of the weights.
+
+    Raises:
+        ValueError: A number is not positive, an unknown choice, or an axis that no mesh has.
+    """
+
+    config: DecoderConfig
+    axes: dict[str, int] = dataclasses.field(default_factory=dict)
+    seq_len: int = 2048
+    sequences: int = 512
+    microbatch: int = 1
+    hvp: Product = "exact"
+    step: float | Literal["auto"] = 1e-3
+    steps: int = 30
+    probes: int = 4
+    reorthogonalize: Reorthogonalize = "none"
+    basis_dtype: str | None = None
+    basis_memory: BasisMemory = "device"
+    compute_dtype: str | None = None
+    vector_dtype: str | None = None
+    accumulation_dtype: str = "float32"
+    logit_chunk: int = LOGIT_CHUNK
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "sequences", "microbatch", "steps", "probes", "logit_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.hvp not in ("exact", "finite-difference"):
+            raise ValueError(f"There is no plan for products {self.hvp!r}; there is for exact and finite-difference.")
+        for axis, size in self.axes.items():
+            if axis not in MESH_AXES or size < 1:
+                raise ValueError(f"Mesh axis {axis}={size}: the axes are {', '.join(MESH_AXES)}, of size 1 or more.")
+        check_lanczos_options(
+            self.steps, self.reorthogonalize, self.accumulation_dtype, self.basis_dtype, self.basis_memory
+        )
+        self.config.check_length(self.seq_len)
+
+    @property
+    def devices(self) -> int:
+        """How many the mesh has."""
+        return math.prod(self.axes.values())
+
+    @property
+    def shape(self) -> AbstractMesh:
+        """The mesh's shape, on no devices."""
+        return AbstractMesh(tuple(self.axes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+
+    @property
+    def dtype(self) -> str:
+        """What products are computed in."""
+        return self.compute_dtype or self.config.dtype
+
+    @property
+    def sequences_per_device(self) -> int:
+        """Sequences of one microbatch on one device."""
+        shards = data_shards(self.shape)
+        return -(-min(self.microbatch, self.sequences) // shards)
+
+    @property
+    def microbatches(self) -> int:
+        """How many there are."""
+        return -(-self.sequences // (self.sequences_per_device * data_shards(self.shape)))
+
+    @property
+    def tokens_per_device(self) -> int:
+        """Tokens of one microbatch on one device."""
+        return self.sequences_per_device * self.seq_len
+
+    @property
+    def products(self) -> int:
+        """Hessian products of the run."""
+        return self.steps * self.probes
+
+    def params(self, mesh: Mesh | AbstractMesh | None = None) -> Params:
+        """`jax.ShapeDtypeStruct` of every parameter with its sharding."""
+        shardings = model_shardings(self.config, self.shape if mesh is None else mesh)
+        return jax.tree.map(_struct, abstract_params(self.config), shardings)
+
+    def operator(self, mesh: Mesh | AbstractMesh) -> Hessian | FiniteDifferenceHessian:
+        """The abstract operator."""
+        cut = batch_sharding(mesh, axis=1)
+        size = (self.microbatches, self.sequences_per_device * data_shards(mesh))
+        batch = TokenBatch(
+            jax.ShapeDtypeStruct((*size, self.seq_len + 1), jnp.int32, sharding=cut),
+            jax.ShapeDtypeStruct((*size, self.seq_len), jnp.float32, sharding=cut),
+        )
+        loss = NextTokenLoss(dataclasses.replace(self.config, dtype=self.dtype), mesh, self.logit_chunk)
+        arguments: Any = (loss, self.params(mesh), Microbatches(batch))
+        options: Any = {"accumulation_dtype": self.accumulation_dtype}
+        if self.hvp == "exact":
+            return Hessian(*arguments, **options)
+        return FiniteDifferenceHessian(*arguments, step=self.step, **options)
+
+    def state(self, mesh: Mesh | AbstractMesh) -> LanczosState:
+        """The abstract state of a Lanczos run."""
+        like = vectors_like(self.operator(mesh), self.vector_dtype)
+        return abstract_lanczos(
+            like, self.steps, self.reorthogonalize, self.accumulation_dtype, self.basis_dtype, self.basis_memory
+        )
+
+
+def _struct(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
