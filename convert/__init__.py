@@ -2,8 +2,8 @@
 
 from convert.families import FAMILIES
 from convert.hugging_face import export
-from convert.loading import load, load_config
+from convert.loading import load, load_config, read_config
 from convert.orbax_checkpoint import save
 from convert.tokenizer import load_tokenizer
 
-__all__ = ["FAMILIES", "export", "load", "load_config", "load_tokenizer", "save"]
+__all__ = ["FAMILIES", "export", "load", "load_config", "load_tokenizer", "read_config", "save"]

@@ -42,9 +42,7 @@ def local_directory(path_or_hub_id: str | Path) -> Path:
         raise FileNotFoundError(f"{path} is there for process {found.index(True)}, not for {found.index(False)}.")
     if path.exists():
         raise FileNotFoundError(f"{path} is a file; a checkpoint is a directory with config.json and its weights.")
-    name = str(path_or_hub_id)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise FileNotFoundError(f"There is no directory {name}.")
+    name = _hub_id(str(path_or_hub_id))
     first = processes.on_first(lambda: str(_downloaded(name)))
     return Path(first) if processes.index() == 0 else _downloaded(name)
 
@@ -64,3 +62,29 @@ def _downloaded(name: str) -> Path:
             f"There is no directory {name}, and the hub gives no model of that id ({type(error).__name__}: {reason})."
         ) from None
     return directory
+
+
+def hub_config(name: str) -> Path:
+    """The `config.json` of that hub id, downloaded unless it was before.
+
+    Raises:
+        FileNotFoundError: No such id on the hub (or no way to ask).
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(_hub_id(name), "config.json"))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # its client's errors come from several libraries
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(
+            f"There is no file or directory {name}, and the hub gives no config.json of that id "
+            f"({type(error).__name__}: {reason})."
+        ) from None
+
+
+def _hub_id(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise FileNotFoundError(f"There is no directory {name}.")
+    return name

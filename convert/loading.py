@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert.configs import DTYPES, decoder_config, family_of, read_json
 from convert.families import Family
-from convert.hub import local_directory
+from convert.hub import hub_config, local_directory
 from convert.mapping import Row, axis_sizes, checked_rows
 from convert.orbax_checkpoint import is_orbax, parameter_shardings, restore, saved_config
 from convert.source import Source
@@ -74,6 +74,28 @@ def load_config(path_or_hub_id: str | Path, dtype: str | None = None) -> Decoder
     """
     directory = local_directory(path_or_hub_id)
     return saved_config(directory, dtype) if is_orbax(directory) else _open(directory, dtype)[1]
+
+
+def read_config(path_or_hub_id: str | Path, dtype: str | None = None) -> DecoderConfig:
+    """The configuration alone, of a checkpoint or of one that has no weights here: of a `config.json` by itself.
+
+    Args:
+        path_or_hub_id: A `config.json` (under any name), a directory with one, a directory that `python -m convert`
+            wrote, or a hub id, of which nothing else is downloaded.
+        dtype: None: the one that `config.json` names, or float32.
+
+    Raises:
+        FileNotFoundError: There is no such file, directory or hub id.
+        ValueError: An unsupported architecture or option, or an unknown dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
+    path = Path(path_or_hub_id).expanduser()
+    if is_orbax(path):
+        return saved_config(path, dtype)
+    hf_config = read_json(path / "config.json" if path.is_dir() else path if path.is_file() else hub_config(str(path)))
+    named = hf_config.get("dtype", hf_config.get("torch_dtype"))
+    return decoder_config(hf_config, dtype or (named if named in DTYPES else "float32"))
 
 
 def _open(directory: Path, dtype: str | None) -> tuple[Family, DecoderConfig, Source, list[Row]]:

@@ -1,9 +1,10 @@
-"""What the compiler says of a run: memory, operations and traffic of the program itself, compiled for abstract arrays."""
+"""What the compiler says of a run: memory, operations and traffic of the program, compiled for abstract arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -11,6 +12,8 @@ from jax.sharding import Mesh
 from jaxhess.collectives import bytes_by_kind, collective_traffic
 from jaxhess.krylov.lanczos import compile_segment
 from jaxhess.mesh import make_mesh
+from jaxhess.operators.loss import LossOperator
+from jaxhess.operators.microbatches import sum_over_microbatches
 from jaxhess.plan.job import Job
 from jaxhess.program import matmul_flops, read_program
 
@@ -76,5 +79,9 @@ def gradient_traffic(job: Job, mesh: Mesh) -> dict[str, float]:
 
 
 @jax.jit
-def _gradient(operator):
-    raise NotImplementedError
+def _gradient(operator: LossOperator) -> Any:
+    def one(batch: Any) -> tuple[Any, jax.Array]:
+        total, count = jax.grad(operator.sum_and_count, has_aux=True)(operator.free, batch)
+        return operator.pin(total), count
+
+    return operator.pin(sum_over_microbatches(one, operator.groups, operator.accumulation_dtype)[0])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from jaxhess.krylov.basis import BasisMemory
 from jaxhess.krylov.lanczos import LanczosState, Reorthogonalize, abstract_lanczos, check_lanczos_options
@@ -74,8 +74,8 @@ class Job:
         return math.prod(self.axes.values())
 
     @property
-    def shape(self) -> AbstractMesh:
-        """The mesh's shape, on no devices."""
+    def shape(self) -> Any:
+        """A mesh of that shape on no devices."""
         return AbstractMesh(tuple(self.axes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
 
     @property
@@ -104,27 +104,25 @@ class Job:
         """Hessian products of the run."""
         return self.steps * self.probes
 
-    def params(self, mesh: Mesh | AbstractMesh | None = None) -> Params:
+    def params(self, mesh: Any = None) -> Params:
         """`jax.ShapeDtypeStruct` of every parameter with its sharding."""
         shardings = model_shardings(self.config, self.shape if mesh is None else mesh)
         return jax.tree.map(_struct, abstract_params(self.config), shardings)
 
-    def operator(self, mesh: Mesh | AbstractMesh) -> Hessian | FiniteDifferenceHessian:
+    def operator(self, mesh: Any) -> Hessian | FiniteDifferenceHessian:
         """The abstract operator."""
         cut = batch_sharding(mesh, axis=1)
         size = (self.microbatches, self.sequences_per_device * data_shards(mesh))
-        batch = TokenBatch(
-            jax.ShapeDtypeStruct((*size, self.seq_len + 1), jnp.int32, sharding=cut),
-            jax.ShapeDtypeStruct((*size, self.seq_len), jnp.float32, sharding=cut),
-        )
+        tokens: Any = jax.ShapeDtypeStruct((*size, self.seq_len + 1), jnp.int32, sharding=cut)
+        weights: Any = jax.ShapeDtypeStruct((*size, self.seq_len), jnp.float32, sharding=cut)
         loss = NextTokenLoss(dataclasses.replace(self.config, dtype=self.dtype), mesh, self.logit_chunk)
-        arguments: Any = (loss, self.params(mesh), Microbatches(batch))
-        options: Any = {"accumulation_dtype": self.accumulation_dtype}
+        params, batches = self.params(mesh), Microbatches(TokenBatch(tokens, weights))
+        dtype = self.accumulation_dtype
         if self.hvp == "exact":
-            return Hessian(*arguments, **options)
-        return FiniteDifferenceHessian(*arguments, step=self.step, **options)
+            return Hessian(loss, params, batches, accumulation_dtype=dtype)
+        return FiniteDifferenceHessian(loss, params, batches, step=self.step, accumulation_dtype=dtype)
 
-    def state(self, mesh: Mesh | AbstractMesh) -> LanczosState:
+    def state(self, mesh: Any) -> LanczosState:
         """The abstract state of a Lanczos run."""
         like = vectors_like(self.operator(mesh), self.vector_dtype)
         return abstract_lanczos(

@@ -1,0 +1,26 @@
+"""What a run would take, before anything is rented: memory, operations, traffic, time; what to change where it is much.
+
+`formula` needs nothing but the model's configuration and the mesh's shape; `compiled` asks the compiler, on simulated
+devices. Neither needs weights or data.
+"""
+
+from jaxhess.plan.compiled import Compiled, compiled, gradient_traffic
+from jaxhess.plan.formula import Memory, flops, memory, traffic
+from jaxhess.plan.job import Job
+from jaxhess.plan.verdict import EFFICIENCY, USABLE, Estimate, changes, estimate
+
+__all__ = [
+    "EFFICIENCY",
+    "USABLE",
+    "Compiled",
+    "Estimate",
+    "Job",
+    "Memory",
+    "changes",
+    "compiled",
+    "estimate",
+    "flops",
+    "gradient_traffic",
+    "memory",
+    "traffic",
+]

@@ -1,0 +1,194 @@
+"""What a run takes, in closed form: bytes, operations and traffic of one device, without compiling anything.
+
+Arguments, outputs and operations are counts, and agree with the compiled program. Temporaries depend on what a compiler
+keeps alive together: their parts are counted, and how many of each are alive at the peak was measured (`ALIVE`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess.collectives import KINDS
+from jaxhess.memory import bytes_per_device
+from jaxhess.plan.job import Job
+from jaxhess.vocabulary import vocabulary_slices
+
+ALIVE: dict[str, dict[str, float]] = {
+    "exact": {"weights": 2.5, "feed_forward": 8, "states": 7, "scores": 14, "logits": 3.6, "slice": 8},
+    "finite-difference": {"weights": 1.3, "feed_forward": 2, "states": 2, "scores": 10, "logits": 2, "slice": 6},
+}
+"""How many arrays of a kind are alive at the peak: of a layer's weights, its states in the feed-forward and outside it,
+and its attention scores; or of a slice's logits and rows. Fitted to programs compiled for CPUs in float32, see
+`tests/test_plan.py`; a tangent beside every array, and gradients that wait to be reduced, are among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        theta: Parameters.
+        vector: One Lanczos vector; a run holds two.
+        basis: Vectors kept for re-orthogonalisation, none where the host keeps them.
+        batch: Tokens of all microbatches, and their weights.
+        result: The product and what it is summed up in; for finite differences also shifted parameters and a gradient.
+        saved: States between layers, kept for the backward pass, and their tangents.
+        working: What is alive within one layer or one slice of the vocabulary, whichever is more: gathered weights and
+            their gradients, activations, attention scores or logits.
+        temporaries: Those three together; or what it takes to update the vectors, where that is more.
+    """
+
+    theta: int
+    vector: int
+    basis: int
+    batch: int
+    result: int
+    saved: int
+    working: int
+    temporaries: int
+
+    @property
+    def outputs(self) -> int:
+        """What a program returns, in the place of what it was given."""
+        return 2 * self.vector + self.basis
+
+    @property
+    def arguments(self) -> int:
+        """What a program is given."""
+        return self.theta + self.outputs + self.batch
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.arguments + self.temporaries
+
+
+def memory(job: Job) -> Memory:
+    """What the job takes on each device."""
+    sizes = _Sizes.of(job)
+    params = jax.tree.leaves(job.params())
+    state = job.state(job.shape)
+    theta = bytes_per_device(params)
+    vector = bytes_per_device(jax.tree.leaves(state.current))
+    basis = 0 if job.basis_memory == "host" else bytes_per_device(jax.tree.leaves((state.basis, state.ritz_vectors)))
+    batch = bytes_per_device(jax.tree.leaves(job.operator(job.shape).batches))
+    wide = max(4, jnp.dtype(job.vector_dtype or job.config.dtype).itemsize, jnp.dtype(job.accumulation_dtype).itemsize)
+    summed = theta // jnp.dtype(job.config.dtype).itemsize * wide
+    if job.hvp == "exact":
+        result = summed if job.microbatches == 1 and wide == sizes.bytes else theta + summed * (job.microbatches > 1)
+    else:
+        result = summed + 2 * theta
+    alive, kept = ALIVE[job.hvp], 2 if job.hvp == "exact" else 1
+    saved = kept * job.config.num_layers * sizes.states
+    layer = sum(alive[kind] * getattr(sizes, kind) for kind in ("weights", "feed_forward", "scores"))
+    layer += alive["states"] * (sizes.states + sizes.heads)
+    head = alive["logits"] * sizes.logits + alive["slice"] * sizes.slice + 2 * sizes.states
+    working = int(max(layer, head))
+    # Leaf by leaf: the new vector grows while the product is still whole.
+    updating = summed + max(math.ceil(bytes_per_device([x]) / x.dtype.itemsize) for x in params) * wide
+    temporaries = max(result + saved + working, updating)
+    return Memory(theta, vector, basis, batch, result, saved, working, temporaries)
+
+
+def flops(job: Job) -> float:
+    """Operations of the matrix products in one Hessian product on each device: 2 m n k each.
+
+    In forward passes, with layers and slices of the vocabulary computed again in the backward pass: an exact product
+    takes 11 (3 forward, 3 again, 5 backward, for the gradient itself is not formed), a gradient 4, finite differences
+    two of these. The last product of a layer is not computed again, for nothing needs its result; attention scores are
+    computed once more, where there is more than one chunk of queries.
+    """
+    config, sizes = job.config, _Sizes.of(job)
+    chunks = -(-job.seq_len // config.query_chunk)
+    queries = chunks * config.query_chunk if chunks > 1 else job.seq_len
+    attention = 2 * config.num_layers * queries * config.num_heads * config.head_dim
+    layers, last = config.num_layers * sizes.layer, config.num_layers * sizes.last
+    head = config.vocab_size * config.embed_dim
+    if job.hvp == "exact":
+        passes = (
+            11 * layers - 3 * last + (13.5 if chunks > 1 else 12) * attention + (11 if sizes.slices > 1 else 8) * head
+        )
+    else:
+        gradient = 4 * layers - last + (4.5 if chunks > 1 else 4) * attention + (4 if sizes.slices > 1 else 3) * head
+        passes = (2 + (10 / job.microbatches if job.step == "auto" else 0)) * gradient
+    return 2 * job.tokens_per_device * job.microbatches * passes / job.axes.get("tensor", 1)
+
+
+def traffic(job: Job) -> dict[str, float]:
+    """Bytes that one Hessian product receives on each device, for every kind of collective.
+
+    `fsdp`: a layer's weights are gathered forward and again backward, with their tangents (or at two shifts); their
+    gradient is scattered, once for an exact product, twice for finite differences. `tensor`: ten sums of states in a
+    layer, either way: after attention and after the feed-forward, forward, backward, and the first of them again, each
+    twice. `data`: the gradient's shares are summed.
+    """
+    config, sizes = job.config, _Sizes.of(job)
+    data, fsdp, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+    moved = dict.fromkeys(KINDS, 0.0)
+    gradients = 1 if job.hvp == "exact" else 2 + (10 / job.microbatches if job.step == "auto" else 0)
+    gathers = 4 if job.hvp == "exact" else 2 * gradients
+    layers = config.num_layers * sizes.weights
+    head = config.vocab_size * config.embed_dim * sizes.bytes / tensor
+    around = (fsdp - 1) / fsdp
+    moved["all-gather"] = around * gathers * (layers + head * (1 if sizes.slices > 1 else 0.5))
+    moved["reduce-scatter"] = around * gradients * (layers + head)
+    between = 2 * (tensor - 1) / tensor * 10 * (gathers / 4) * config.num_layers * sizes.states
+    across = 2 * (data - 1) / data * gradients * (layers + head) / fsdp
+    moved["all-reduce"] = between + across
+    return {kind: job.microbatches * received for kind, received in moved.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Of one microbatch on one device: `bytes` of an entry, then bytes of arrays, then entries of weights.
+
+    `weights` are a layer's once gathered, `states` [tokens, D], `heads` [tokens, H h], `feed_forward` [tokens, F],
+    `scores` of a chunk of queries, `logits` and rows of a `slice`; `layer` and `last` count the weights in a layer's
+    products, and in its last one.
+    """
+
+    bytes: int
+    weights: float
+    states: int
+    heads: float
+    feed_forward: float
+    scores: float
+    logits: float
+    slice: float
+    slices: int
+    layer: int
+    last: int
+
+    @classmethod
+    def of(cls, job: Job) -> _Sizes:
+        config, tokens, tensor = job.config, job.tokens_per_device, job.axes.get("tensor", 1)
+        width, itemsize = config.embed_dim, jnp.dtype(job.dtype).itemsize
+        params: Any = job.params()
+        table = params.get("head", params["embed"])["kernel"]
+        cut = jax.eval_shape(
+            lambda x: vocabulary_slices(x, tokens, job.logit_chunk, config.mlp_dim * width, job.shape).kernels, table
+        )
+        slices, parts, rows, _ = cut.shape
+        rows = rows if parts == tensor else rows * parts
+        down = config.mlp_dim * width
+        out = config.num_heads * config.head_dim * width
+        layer = 2 * out + 2 * config.num_kv_heads * config.head_dim * width + (3 if config.gated_mlp else 2) * down
+        queries = min(config.query_chunk, job.seq_len)
+        return cls(
+            bytes=itemsize,
+            weights=layer * itemsize / tensor,
+            states=tokens * width * itemsize,
+            heads=tokens * config.num_heads * config.head_dim * itemsize / tensor,
+            feed_forward=tokens * config.mlp_dim * itemsize / tensor,
+            scores=job.sequences_per_device * config.num_heads * queries * job.seq_len * max(4, itemsize) / tensor,
+            logits=tokens * rows * max(4, itemsize),
+            slice=rows * width * itemsize,
+            slices=slices,
+            layer=layer,
+            last=down + (out if config.parallel_residual else 0),
+        )

@@ -1,0 +1,171 @@
+"""Time on rented hardware, whether a job fits it, and what to change where it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from jaxhess.mesh import data_shards
+from jaxhess.peaks import ACCELERATORS, Accelerator, peak_matmul_flops
+from jaxhess.plan import formula
+from jaxhess.plan.job import Job
+
+USABLE = 0.92
+"""Share of a device's memory that a program can have: the rest is the runtime's, the collectives' buffers and what is
+lost between blocks. JAX takes 0.75 of it unless `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise."""
+
+EFFICIENCY = 0.4
+"""Share of the peak rate that matrix products are assumed to reach: what large models are usually trained at. Not
+measured; the times of a plan scale with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a job takes on one kind of hardware.
+
+    Attributes:
+        needed, usable: Bytes on each device.
+        seconds_per_product: Matrix products, traffic and vector updates, one after the other; nothing overlaps.
+        device_hours: Of the whole run, its products alone: without loading, compiling and the audit of noise.
+    """
+
+    needed: int
+    usable: float
+    seconds_per_product: float
+    device_hours: float
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.usable
+
+
+def estimate(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Estimate:
+    """The job on `hardware`, a name in `ACCELERATORS`, by the formulas.
+
+    Raises:
+        ValueError: Unknown hardware, or one whose peak in the job's dtype is not known.
+    """
+    device = accelerator(hardware)
+    peak = peak_matmul_flops(device.kind, job.dtype)
+    if peak is None:
+        raise ValueError(f"The peak rate of {hardware} in {job.dtype} is not in the table.")
+    memory = formula.memory(job)
+    seconds = formula.flops(job) / (efficiency * peak) + _exchange_seconds(job, device)
+    # A step reads and writes some ten vectors; a stored basis is read twice by every pass.
+    passes = 0 if job.reorthogonalize == "none" else 2 if isinstance(job.reorthogonalize, int) else 4
+    seconds += (10 * memory.vector + passes * memory.basis) / device.bandwidth
+    hours = seconds * job.products * job.devices / 3600
+    return Estimate(memory.total, USABLE * device.memory, seconds, hours)
+
+
+def changes(job: Job, hardware: str) -> list[tuple[str, Job]]:
+    """What to change so that the job fits, with the job changed; the smallest change first.
+
+    Single changes, each as small as it may be: those that keep the result (microbatch, chunks, where the basis lies),
+    then those that cost precision (of the basis, of re-orthogonalisation, of the weights), then more devices. Where
+    none of them is enough alone, all of the first two kinds together, on as many devices as it takes. Empty where
+    nothing up to 4,096 devices helps.
+    """
+    device = accelerator(hardware)
+
+    def fits(candidate: Job) -> bool:
+        return formula.memory(candidate).total <= USABLE * device.memory
+
+    found: list[tuple[str, Job]] = []
+    for ladder in (_microbatch, _query_chunk, _logit_chunk, _host, _basis_dtype, _window, _dtype, _devices):
+        found += next(([step] for step in ladder(job) if fits(step[1])), [])
+    if found:
+        return found
+    words, smallest = [], job
+    for ladder in (_microbatch, _query_chunk, _basis_dtype, _window, _dtype):
+        if tried := list(ladder(smallest)):
+            words.append(tried[-1][0])
+            smallest = tried[-1][1]
+    together = [(", ".join(words), smallest)] if words else []
+    together += [(", ".join([*words, word]), more) for word, more in _devices(smallest)]
+    return next(([step] for step in together if fits(step[1])), [])
+
+
+def accelerator(name: str) -> Accelerator:
+    """The hardware of that name; ValueError lists the known ones."""
+    if name not in ACCELERATORS:
+        raise ValueError(f"Unknown hardware {name!r}; known are {', '.join(ACCELERATORS)}.")
+    return ACCELERATORS[name]
+
+
+def _exchange_seconds(job: Job, device: Accelerator) -> float:
+    """Time of the traffic: of `tensor` inside a server where it fits there, of the other axes inside one too where the
+    whole mesh does, and otherwise over the network."""
+    moved = formula.traffic(job)
+    tensor = job.axes.get("tensor", 1)
+    inside = job.devices <= device.node
+    alone = dataclasses.replace(job, axes={**job.axes, "data": 1, "fsdp": 1}, microbatch=job.sequences_per_device)
+    sums = formula.traffic(alone)["all-reduce"] / alone.microbatches * job.microbatches if tensor > 1 else 0.0
+    within = device.link if tensor <= device.node else device.network
+    return sums / within + (sum(moved.values()) - sums) / (device.link if inside else device.network)
+
+
+def _microbatch(job: Job) -> Iterator[tuple[str, Job]]:
+    shards = data_shards(job.shape)
+    each = job.sequences_per_device
+    while each > 1:
+        each = each // 2
+        yield _changed(job, "--microbatch", microbatch=each * shards)
+
+
+def _query_chunk(job: Job) -> Iterator[tuple[str, Job]]:
+    chunk = job.config.query_chunk
+    while chunk > 32:
+        chunk = chunk // 2
+        yield f"--query-chunk {chunk}", _configured(job, query_chunk=chunk)
+
+
+def _logit_chunk(job: Job) -> Iterator[tuple[str, Job]]:
+    chunk = job.logit_chunk
+    while chunk > 2**22:
+        chunk = chunk // 2
+        yield _changed(job, "--logit-chunk", logit_chunk=chunk)
+
+
+def _host(job: Job) -> Iterator[tuple[str, Job]]:
+    if job.reorthogonalize != "none" and job.basis_memory == "device":
+        yield _changed(job, "--basis-memory", basis_memory="host")
+
+
+def _basis_dtype(job: Job) -> Iterator[tuple[str, Job]]:
+    if job.reorthogonalize != "none" and (job.basis_dtype or job.vector_dtype or job.config.dtype) != "bfloat16":
+        yield _changed(job, "--basis-dtype", basis_dtype="bfloat16")
+
+
+def _window(job: Job) -> Iterator[tuple[str, Job]]:
+    if job.reorthogonalize in ("full", "selective"):
+        yield _changed(job, "--reorthogonalize", reorthogonalize=8)
+    if job.reorthogonalize != "none":
+        yield _changed(job, "--reorthogonalize", reorthogonalize="none")
+
+
+def _dtype(job: Job) -> Iterator[tuple[str, Job]]:
+    if job.config.dtype in ("float32", "float64"):
+        yield "--dtype bfloat16", _configured(job, dtype="bfloat16")
+
+
+def _devices(job: Job) -> Iterator[tuple[str, Job]]:
+    """More of them along fsdp, with a sequence on each more; twice as many, and again."""
+    each, fsdp = job.sequences_per_device, job.axes.get("fsdp", 1)
+    while 2 * job.devices <= 4096:
+        fsdp = 2 * fsdp
+        axes = {**job.axes, "fsdp": fsdp}
+        bigger = dataclasses.replace(job, axes=axes)
+        job = dataclasses.replace(bigger, microbatch=each * data_shards(bigger.shape))
+        text = ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1)
+        yield f"--mesh {text} --microbatch {job.microbatch}", job
+
+
+def _changed(job: Job, option: str, **field: Any) -> tuple[str, Job]:
+    (value,) = field.values()
+    return f"{option} {value}", dataclasses.replace(job, **field)
+
+
+def _configured(job: Job, **fields: Any) -> Job:
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, **fields))

@@ -1,0 +1,118 @@
+"""Makes every plan in this folder again, each in a process of its own, and prints the table of the README.
+
+The plans are those of `CONFIGS` on `MESHES`, exact and by finite differences: 512 sequences of 2,048 tokens, one on each
+device at a time, in the checkpoint's dtype, without re-orthogonalisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CONFIGS = {
+    "pythia-160m": "Pythia-160M",
+    "qwen3-0.6b": "Qwen3-0.6B",
+    "deepseek-r1-distill-qwen-1.5b": "DeepSeek-R1-Distill-Qwen-1.5B",
+    "llama-3.1-8b": "Llama-3.1-8B",
+    "deepseek-r1-distill-llama-70b": "DeepSeek-R1-Distill-Llama-70B",
+    "llama-shaped-109b": "109B, Llama-shaped (our own sizes)",
+}
+"""Published `config.json` values in `configs/`, the last one made up; by file name, with what the table calls them."""
+LARGE = ("deepseek-r1-distill-llama-70b", "llama-shaped-109b")
+PRODUCTS = ("exact", "finite-difference")
+DEVICES = (1, 8, 64, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to make."""
+
+    only: str = ""
+    """Only plans whose name contains this."""
+    table: bool = False
+    """Only print the table, from the plans that are there."""
+
+
+def mesh(name: str, devices: int) -> dict[str, int]:
+    """The mesh for a model on so many devices: `fsdp` up to 64; beyond, `tensor` in a server for large models, `data`
+    for small ones."""
+    if devices <= 8:
+        return {"fsdp": devices}
+    if name in LARGE:
+        return {"fsdp": devices // 8, "tensor": 8}
+    return {"data": devices // 64, "fsdp": 64} if devices > 64 else {"fsdp": devices}
+
+
+def arguments(name: str, devices: int, hvp: str) -> list[str]:
+    """Options of `scripts/plan.py` for one plan."""
+    axes = mesh(name, devices)
+    shards = axes["fsdp"] * axes.get("data", 1)
+    return [
+        *("--model", f"scripts/plans/configs/{name}.json", "--mesh", ",".join(f"{k}={v}" for k, v in axes.items())),
+        *("--hvp", hvp, *(("--step", "0.001") if hvp == "finite-difference" else ()), "--seq-len", "2048"),
+        *("--sequences", "512", "--microbatch", str(shards), "--reorthogonalize", "none"),
+    ]
+
+
+def path(name: str, devices: int, hvp: str) -> Path:
+    """Where a plan is kept."""
+    return HERE / f"{name}-{devices}-{hvp}.json"
+
+
+def table() -> str:
+    """The README's table, from the plans in this folder: a row for each model and number of devices."""
+    lines = [
+        "| model | devices | mesh | GB a device, exact (finite differences) | smallest that fits | TFLOPs a device "
+        "and product | GB received | GPU-hours on H100 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, title in CONFIGS.items():
+        for devices in DEVICES:
+            exact, central = (json.loads(path(name, devices, hvp).read_text()) for hvp in PRODUCTS)
+            lines.append(f"| {title} | {devices} | {_mesh_text(mesh(name, devices))} | {_row(exact, central)} |")
+    return "\n".join(lines)
+
+
+def _row(exact: dict[str, Any], central: dict[str, Any]) -> str:
+    formula, hardware = exact["formula"], exact["hardware"]
+    totals = [plan["formula"]["bytes_per_device"]["total"] / 1e9 for plan in (exact, central)]
+    fitting = next((kind for kind in ("A100", "H200", "B200") if hardware[kind]["fits"]), None)
+    verdict = {"A100": "80 GB", "H200": "141 GB", "B200": "180 GB"}[fitting] if fitting else _change(hardware["H100"])
+    received = sum(formula["traffic_per_product_per_device"].values()) / 1e9
+    hours = f"{hardware['H100']['device_hours']:,.3g}" if hardware["H100"]["fits"] else ""
+    tera = formula["flops_per_product_per_device"] / 1e12
+    return f"{totals[0]:.3g} ({totals[1]:.3g}) | {verdict} | {tera:,.4g} | {received:,.3g} | {hours}"
+
+
+def _change(found: dict[str, Any]) -> str:
+    return f"none; for 80 GB `{found['changes'][0]}`" if found["changes"] else "none"
+
+
+def _mesh_text(axes: dict[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or ""
+
+
+def main() -> None:
+    """Reads the options and makes the plans."""
+    options = tyro.cli(Options, description=__doc__)
+    for name in CONFIGS if not options.table else ():
+        for devices in DEVICES:
+            for hvp in PRODUCTS:
+                to = path(name, devices, hvp)
+                if options.only in to.name:
+                    made = ["scripts/plan.py", *arguments(name, devices, hvp), "--json", str(to)]
+                    print("python", *made, flush=True)
+                    subprocess.run([sys.executable, *made], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
