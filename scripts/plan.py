@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ from jaxhess.mesh import make_mesh, parse_axes  # noqa: E402
 from jaxhess.peaks import ACCELERATORS  # noqa: E402
 from jaxhess.spectra import json_ready  # noqa: E402
 from scripts import spectrum  # noqa: E402
+
+UNOPTIMISED = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""XLA's flags for a program that is never run: its memory and operations are settled before machine code is made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,8 @@ def run(options: Options) -> dict[str, Any]:
         "hardware": {name: _on(job, name, options.efficiency) for name in options.hardware},
     }
     if options.compile:
-        facts["compiled"] = dataclasses.asdict(planning.compiled(job, _simulated_mesh(job)))
+        found = dataclasses.asdict(planning.compiled(job, _simulated_mesh(job)))
+        facts["compiled"] = {key: value for key, value in found.items() if _is_sound(key, job)}
     if options.json is not None:
         options.json.write_text(json.dumps(json_ready(_rounded(facts)), indent=1) + "\n")
     show(Console(), facts)
@@ -145,7 +150,7 @@ def show(console: Console, facts: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, key in rows.items():
         found = compiled.get(key) if compiled else None
-        if key == "total" and compiled:
+        if key == "total" and compiled and "temporaries" in compiled:
             found = compiled["arguments"] + compiled["temporaries"]
         table.add_row(name, _giga(formula["bytes_per_device"][key]), "" if found is None else _giga(found))
     console.print(table)
@@ -160,9 +165,9 @@ def show(console: Console, facts: dict[str, Any]) -> None:
         f"{compiled['flops'] / 1e12:.4g}" if compiled else "",
     )
     for kind, received in formula["traffic_per_product_per_device"].items():
-        found = compiled["traffic"][kind] if compiled else 0
+        found = compiled["traffic"][kind] if compiled and "traffic" in compiled else None
         if received or found:
-            table.add_row(f"{kind}, GB received", _giga(received), _giga(found) if compiled else "")
+            table.add_row(f"{kind}, GB received", _giga(received), "" if found is None else _giga(found))
     console.print(table)
     table = Table("hardware", "GB needed", "GB usable", "seconds a product", "GPU-hours", "verdict")
     for name, found in facts["hardware"].items():
@@ -183,6 +188,11 @@ def _on(job: planning.Job, hardware: str, efficiency: float) -> dict[str, Any]:
     found = planning.estimate(job, hardware, efficiency)
     changes = [] if found.fits else [words for words, _ in planning.changes(job, hardware)]
     return {**dataclasses.asdict(found), "fits": found.fits, "changes": changes}
+
+
+def _is_sound(fact: str, job: planning.Job) -> bool:
+    """Whether a CPU's compiler gives this fact for other devices too: not where it widens narrow types."""
+    return job.dtype in ("float32", "float64") or fact not in ("temporaries", "traffic", "remote")
 
 
 def _simulated_mesh(job: planning.Job) -> jax.sharding.Mesh:
@@ -209,6 +219,7 @@ def main() -> None:
     with one_sentence():
         if options.compile:
             axes = parse_axes(options.mesh) if options.mesh else {}
+            os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + UNOPTIMISED
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", math.prod(axes.values()))
         run(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -13,11 +14,11 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jaxhess.krylov.basis import BasisMemory
 from jaxhess.krylov.lanczos import LanczosState, Reorthogonalize, abstract_lanczos, check_lanczos_options
 from jaxhess.losses import TokenBatch
-from jaxhess.mesh import MESH_AXES, batch_sharding, data_shards
-from jaxhess.models import DecoderConfig, Params, abstract_params, model_shardings
+from jaxhess.mesh import MESH_AXES, batch_sharding, data_shards, param_shardings
+from jaxhess.models import DecoderConfig, Params, abstract_params, logical_axes
 from jaxhess.models.language_model import LOGIT_CHUNK, NextTokenLoss
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
-from jaxhess.slq import vectors_like
+from jaxhess.vectors import check_vector_dtype
 
 Product = Literal["exact", "finite-difference"]
 
@@ -66,6 +67,7 @@ class Job:
         check_lanczos_options(
             self.steps, self.reorthogonalize, self.accumulation_dtype, self.basis_dtype, self.basis_memory
         )
+        check_vector_dtype("vector_dtype", self.vector_dtype)
         self.config.check_length(self.seq_len)
 
     @property
@@ -106,8 +108,8 @@ class Job:
 
     def params(self, mesh: Any = None) -> Params:
         """`jax.ShapeDtypeStruct` of every parameter with its sharding."""
-        shardings = model_shardings(self.config, self.shape if mesh is None else mesh)
-        return jax.tree.map(_struct, abstract_params(self.config), shardings)
+        abstract, axes = _abstract(dataclasses.replace(self.config, query_chunk=1))
+        return jax.tree.map(_struct, abstract, param_shardings(abstract, axes, self.shape if mesh is None else mesh))
 
     def operator(self, mesh: Any) -> Hessian | FiniteDifferenceHessian:
         """The abstract operator."""
@@ -124,10 +126,17 @@ class Job:
 
     def state(self, mesh: Any) -> LanczosState:
         """The abstract state of a Lanczos run."""
-        like = vectors_like(self.operator(mesh), self.vector_dtype)
+        dtype = jnp.dtype(self.vector_dtype or self.config.dtype)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), self.params(mesh))
         return abstract_lanczos(
             like, self.steps, self.reorthogonalize, self.accumulation_dtype, self.basis_dtype, self.basis_memory
         )
+
+
+@functools.cache
+def _abstract(config: DecoderConfig) -> tuple[Params, Params]:
+    """Shapes and logical axes of the parameters."""
+    return abstract_params(config), logical_axes(config)
 
 
 def _struct(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

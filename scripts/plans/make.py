@@ -1,7 +1,7 @@
 """Makes every plan in this folder again, each in a process of its own, and prints the table of the README.
 
-The plans are those of `CONFIGS` on `MESHES`, exact and by finite differences: 512 sequences of 2,048 tokens, one on each
-device at a time, in the checkpoint's dtype, without re-orthogonalisation.
+The plans are those of `CONFIGS` on `DEVICES`, exact and by finite differences: 512 sequences of 2,048 tokens, one on
+each device at a time, in the checkpoint's dtype, without re-orthogonalisation.
 """
 
 from __future__ import annotations
