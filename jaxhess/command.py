@@ -28,6 +28,21 @@ OUT_OF_MEMORY = (
 )
 
 
+def simulated_devices(count: int) -> list[jax.Device]:
+    """So many CPU devices, simulated where JAX has not started yet.
+
+    Raises:
+        ValueError: It has, with fewer.
+    """
+    with contextlib.suppress(RuntimeError):  # it has started
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")[:count]
+    if len(devices) < count:
+        raise ValueError(f"JAX has started in this process with {len(devices)} CPU devices; {count} are needed.")
+    return devices
+
+
 @contextlib.contextmanager
 def one_sentence(several: bool = False) -> Iterator[None]:
     """Turns an error of `USER_ERRORS` inside the block, or exhausted memory, into `error: ...` and exit status 2.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from jaxhess import make_mesh
 from jaxhess.mesh import data_shards
 from jaxhess.plan import USABLE, Job, changes, compiled, estimate, flops, memory, traffic
 from jaxhess.vectors import _drawer
+from scripts.plan import UNOPTIMISED
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "scripts" / "plans" / "configs"
@@ -45,16 +47,13 @@ for job in pickle.load(sys.stdin.buffer):
     found = dataclasses.asdict(compiled(job))
     print(json.dumps({{**found, "processor": time.process_time() - began}}), flush=True)
 """
-    import pickle
-
-    flags = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     ran = subprocess.run(
         [sys.executable, "-c", code],
         input=pickle.dumps(jobs),
         stdout=subprocess.PIPE,
         check=True,
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "XLA_FLAGS": UNOPTIMISED, "PYTHONPATH": str(ROOT)},
     )
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
@@ -130,7 +129,7 @@ def test_temporaries_shrink_with_microbatch_and_chunks():
 @pytest.mark.parametrize(
     ("model", "axes", "options"),
     [
-        ("llama-3.1-8b", {"fsdp": 1}, {}),
+        ("llama-3.1-8b", {"fsdp": 1}, {"reorthogonalize": "full"}),
         ("deepseek-r1-distill-llama-70b", {"fsdp": 1}, {}),
         ("deepseek-r1-distill-llama-70b", {"fsdp": 8}, {"reorthogonalize": "full"}),
         ("llama-shaped-109b", {"fsdp": 8, "tensor": 8}, {"each": 64, "seq_len": 8192}),
@@ -190,8 +189,10 @@ def test_random_probes_of_a_huge_leaf_are_drawn_shard_by_shard():
     share = 80 * 8192 * 28672 * 4 // 8
     found = program.memory_analysis()
     assert found.output_size_in_bytes == pytest.approx(share, rel=0.01)
-    assert found.temp_size_in_bytes <= 3 * share
+    assert found.temp_size_in_bytes <= 3.01 * share  # two words of a counter, and one of the generator's
     text = program.as_text()
     assert "all-gather" not in text
     assert "all-reduce" not in text
-    assert "u32[80,1024,28672]" in text  # counters, of this device's part only
+    # Counters are 64 bits wide: the part's own numbers in the whole, and their high words by a shift.
+    assert "u64[80,1024,28672]" in text
+    assert "shift-right-logical" in text

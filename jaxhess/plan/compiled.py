@@ -75,11 +75,13 @@ def compiled(job: Job, mesh: Mesh | None = None, node: int = 8) -> Compiled:
 
 def gradient_traffic(job: Job, mesh: Mesh) -> dict[str, float]:
     """Bytes that one gradient of the job's loss receives on each device, through each kind of collective."""
-    return bytes_by_kind(collective_traffic(_gradient.lower(job.operator(mesh)).compile()))
+    return bytes_by_kind(collective_traffic(gradient.lower(job.operator(mesh)).compile()))
 
 
 @jax.jit
-def _gradient(operator: LossOperator) -> Any:
+def gradient(operator: LossOperator) -> Any:
+    """The gradient of the mean loss times its count, as one program; `gradient.lower` gives its cost before it runs."""
+
     def one(batch: Any) -> tuple[Any, jax.Array]:
         total, count = jax.grad(operator.sum_and_count, has_aux=True)(operator.free, batch)
         return operator.pin(total), count

@@ -1,0 +1,92 @@
+"""`scripts/plan.py`: plans are written, made again by the command they name, and refused in one sentence."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+from small_models import run_command
+
+from scripts import plan as script
+from scripts.plans import make
+from scripts.spectrum import TINY
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "scripts" / "plans" / "configs" / "llama-3.1-8b.json")
+
+
+def read(command: str) -> script.Options:
+    return tyro.cli(script.Options, args=shlex.split(command)[2:])
+
+
+def test_a_plan_is_compiled_and_written(tmp_path):
+    chosen = ["--mesh", "fsdp=2", "--seq-len", "32", "--reorthogonalize", "none"]
+    run_command(script, *chosen, "--json", str(tmp_path / "plan.json"))
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    formula, compiled = facts["formula"]["bytes_per_device"], facts["compiled"]
+    assert formula["arguments"] == pytest.approx(compiled["arguments"], rel=0.1)
+    assert facts["formula"]["flops_per_product_per_device"] == pytest.approx(compiled["flops"], rel=0.001)
+    assert facts["hardware"]["A100"]["fits"]
+    assert facts["command"] == "python scripts/plan.py --seq-len 32 --reorthogonalize none --mesh fsdp=2"
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change():
+    options = read(f"python scripts/plan.py --model {CONFIG} --no-compile --hardware A100 H200 --microbatch 1")
+    facts = script.run(options)
+    assert facts["parameters"] == 8_030_261_248
+    assert facts["dtype"] == "bfloat16"
+    for found in facts["hardware"].values():
+        assert not found["fits"]  # 30 vectors of 16 GB are kept by default
+        assert "--basis-memory host" in found["changes"]
+        assert "--reorthogonalize none" in found["changes"] or "--reorthogonalize 8" in found["changes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hvp", "linearized"], "There is no plan for --hvp linearized"),
+        (["--operator", "gauss-newton"], "There is no plan for --operator gauss-newton"),
+        (["--batch-size", "4"], "There is no plan for --batch-size 4"),
+        (["--hardware", "V100"], "Unknown hardware 'V100'"),
+        (["--efficiency", "2"], "--efficiency 2.0 must be a share"),
+        (["--mesh", "rows=2"], "Mesh axis rows=2"),
+        (["--model", "no/such/config.json"], "There is no directory no/such/config.json"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(script, "--no-compile", *arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_plan_becomes_a_run_by_one_word():
+    run_fields = {field.name for field in script.dataclasses.fields(script.spectrum.Options)}
+    assert run_fields < {field.name for field in script.dataclasses.fields(script.Options)}
+    assert read("python scripts/plan.py").model == str(TINY)
+
+
+def test_committed_plans_are_those_of_their_commands():
+    for name in make.CONFIGS:
+        for devices in make.DEVICES:
+            for hvp in make.PRODUCTS:
+                kept = json.loads(make.path(name, devices, hvp).read_text())
+                options = read(kept["command"])
+                assert script.command(options) == kept["command"]
+                job = script.job_of(options)
+                assert kept["formula"]["bytes_per_device"]["total"] == script.planning.memory(job).total
+                assert kept["formula"]["flops_per_product_per_device"] == pytest.approx(
+                    script.planning.flops(job), rel=1e-5
+                )
+                assert kept["hardware"]["H100"]["fits"] == script.planning.estimate(job, "H100").fits
+                compiled = kept["compiled"]
+                assert compiled["arguments"] == pytest.approx(kept["formula"]["bytes_per_device"]["arguments"], rel=0.1)
+                assert compiled["flops"] == pytest.approx(kept["formula"]["flops_per_product_per_device"], rel=0.01)
+
+
+def test_the_readme_has_the_table_of_the_committed_plans():
+    assert make.table() in (ROOT / "README.md").read_text()

@@ -1,0 +1,68 @@
+"""Laws are found where they hold, and the scaling study measures what it says."""
+
+import json
+
+import numpy as np
+import pytest
+from small_models import run_command
+
+from jaxhess.plan.law import power_law, runtime_law
+from scripts import scaling as script
+
+
+def test_a_power_law_is_found():
+    x = np.array([1.0, 3.0, 10.0])
+    found = power_law(x, 5 * x**1.5)
+    assert (found.exponent, found.factor) == pytest.approx((1.5, 5.0))
+    assert found.residual < 1e-12
+
+
+def test_a_constant_lowers_the_exponent():
+    assert 0.5 < power_law([1, 2, 4], [2, 3, 5]).exponent < 1
+
+
+def test_the_runtime_law_is_found():
+    gradient = np.array([0.1, 0.2, 0.9])
+    found = runtime_law(gradient, 2.5 * gradient + 0.03)
+    assert (found.slope, found.constant) == pytest.approx((2.5, 0.03))
+
+
+@pytest.mark.parametrize(("x", "y"), [([1, 1], [2, 3]), ([1, 2], [0, 3]), ([1], [1])])
+def test_laws_need_positive_points_at_two_places(x, y):
+    with pytest.raises(ValueError, match="A law is fitted to"):
+        power_law(x, y)
+
+
+SMALL = ["--base.tokens", "64", "--base.layers", "1", "--base.width", "16", "--base.length", "8", "--mesh-devices", "2"]
+
+
+def test_the_study_counts_and_fits(tmp_path):
+    sweeps = ["--tokens", "64", "128", "--layers", "1", "--widths", "16", "--lengths", "8", "--devices", "1", "2"]
+    run_command(script, *SMALL, *sweeps, "--rounds", "1", "--out", str(tmp_path))
+    facts = json.loads((tmp_path / "scaling.json").read_text())
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    assert facts["exponents"]["tokens"]["flops"] == pytest.approx(1, abs=1e-6)
+    assert facts["exponents"]["layers"] == {}
+    one, two = (point["exact"] for point in facts["sweeps"]["devices"])
+    assert one["received"] == 0
+    assert two["received"] > 0
+    assert two["flops"] < one["flops"]
+
+
+def test_tokens_that_do_not_fill_sequences_are_refused():
+    with pytest.raises(ValueError, match="64 tokens are not sequences of 48 for each of 2 devices"):
+        script._problem("fsdp=2", tokens=64, layers=1, width=16, length=48)
+
+
+@pytest.mark.slow
+def test_time_is_linear_in_tokens_and_layers_and_compilation_constant_in_depth():
+    """Processor time of the whole machine's work for this process, so that other work does not count."""
+    measured = script._Measured(rounds=3)
+    base = {"tokens": 2048, "layers": 4, "width": 128, "length": 64}
+    for axis, values in (("tokens", (2048, 4096, 8192)), ("layers", (4, 8, 16))):
+        points = [measured.at("fsdp=2", {**base, axis: n}, ("exact",)) for n in values]
+        exponent = power_law(values, [p["exact"]["seconds"] for p in points]).exponent
+        assert 0.9 <= exponent <= 1.1, axis
+        if axis == "layers":
+            compilation = [p["exact"]["compile_seconds"] for p in points]
+            assert abs(power_law(values, compilation).exponent) < 0.15
