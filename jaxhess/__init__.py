@@ -1,5 +1,6 @@
 """Exact Hessian spectra of language models, sharded, with error bars."""
 
+from jaxhess import plan
 from jaxhess.checkpoint import Checkpoint, Interrupted
 from jaxhess.data import TokenBlocks
 from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
@@ -54,6 +55,7 @@ __all__ = [
     "lanczos_segment",
     "leading_eigenpairs",
     "make_mesh",
+    "plan",
     "random_probe",
     "residual_bytes",
     "spectrum",

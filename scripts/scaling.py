@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -207,18 +209,16 @@ def figure(facts: dict[str, Any]) -> Figure:
         exponent = facts["exponents"][axis].get("seconds")
         title = "" if exponent is None else f"exponent {exponent:.2f}"
         panel.set(xlabel=label, ylabel="processor seconds", title=title)
-        panel.set_xticks(x, [f"{n:,}" for n in x], rotation=30)
-        panel.minorticks_off()
-        panel.legend()
+        _logarithmic(panel, x)
     panel = next(panels)
     points = facts["sweeps"]["tokens"]
     times = np.array([point["gradient"]["seconds"] for point in points])
     for name, law in facts["runtime_law"].items():
         (line,) = panel.plot(times, [point[name]["seconds"] for point in points], "o")
-        label = f"{name}: {law['slope']:.2f} $T_{{grad}}$ + {1e3 * law['constant']:.0f} ms"
+        label = f"{name}: {law['slope']:.2f} T {1e3 * law['constant']:+.0f} ms"
         panel.plot(times, law["slope"] * times + law["constant"], color=line.get_color(), label=label)
-    panel.set(xlabel="gradient, seconds", ylabel="product, seconds", title="runtime law")
-    panel.legend()
+    panel.set(xlabel="gradient T, seconds", ylabel="product, seconds", title="runtime law")
+    panel.legend(fontsize="small", framealpha=0.5)
     panel = next(panels)
     points = facts["sweeps"]["devices"]
     x = [point["devices"] for point in points]
@@ -226,10 +226,17 @@ def figure(facts: dict[str, Any]) -> Figure:
         pairs = [(n, point["exact"][what] / 1e6) for n, point in zip(x, points, strict=True) if point["exact"][what]]
         panel.loglog(*zip(*pairs, strict=True), "o-", label=label)
     panel.set(xlabel="devices (fsdp)", ylabel="MB on each device", title="one product")
-    panel.set_xticks(x, [str(n) for n in x])
-    panel.minorticks_off()
-    panel.legend()
+    _logarithmic(panel, x)
     return drawn
+
+
+def _logarithmic(panel: Axes, x: list[int]) -> None:
+    """Ticks at the points, and at 1, 2 and 5 in every decade."""
+    panel.set_xticks(x, [f"{n:,}" for n in x], rotation=20)
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
+    panel.legend(fontsize="small", framealpha=0.5)
 
 
 def _print(console: Console, facts: dict[str, Any]) -> None:
@@ -257,7 +264,7 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
         )
     for hvp, law in facts["runtime_law"].items():
         console.print(
-            f"{hvp}: T_HVP = {law['slope']:.2f} T_grad + {1e3 * law['constant']:.1f} ms (within {law['residual']:.0%})"
+            f"{hvp}: T_HVP = {law['slope']:.2f} T_grad {1e3 * law['constant']:+.1f} ms (within {law['residual']:.0%})"
         )
     overhead = ", ".join(f"{what} {share:+.0%}" for what, share in facts["fsdp_overhead"].items())
     console.print(f"fsdp over replicated parameters: {overhead} of processor time")

@@ -70,8 +70,8 @@ def path(name: str, devices: int, hvp: str) -> Path:
 def table() -> str:
     """The README's table, from the plans in this folder: a row for each model and number of devices."""
     lines = [
-        "| model | devices | mesh | GB a device, exact (finite differences) | smallest that fits | TFLOPs a device "
-        "and product | GB received | GPU-hours on H100 |",
+        "| model | devices | mesh | GB on each, exact (finite differences) | fits | TFLOPs on each, a product "
+        "| GB received | GPU-hours, H100 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, title in CONFIGS.items():
@@ -83,17 +83,22 @@ def table() -> str:
 
 def _row(exact: dict[str, Any], central: dict[str, Any]) -> str:
     formula, hardware = exact["formula"], exact["hardware"]
-    totals = [plan["formula"]["bytes_per_device"]["total"] / 1e9 for plan in (exact, central)]
+    totals = [_short(plan["formula"]["bytes_per_device"]["total"] / 1e9) for plan in (exact, central)]
     fitting = next((kind for kind in ("A100", "H200", "B200") if hardware[kind]["fits"]), None)
     verdict = {"A100": "80 GB", "H200": "141 GB", "B200": "180 GB"}[fitting] if fitting else _change(hardware["H100"])
-    received = sum(formula["traffic_per_product_per_device"].values()) / 1e9
-    hours = f"{hardware['H100']['device_hours']:,.3g}" if hardware["H100"]["fits"] else ""
-    tera = formula["flops_per_product_per_device"] / 1e12
-    return f"{totals[0]:.3g} ({totals[1]:.3g}) | {verdict} | {tera:,.4g} | {received:,.3g} | {hours}"
+    received = _short(sum(formula["traffic_per_product_per_device"].values()) / 1e9)
+    hours = _short(hardware["H100"]["device_hours"]) if hardware["H100"]["fits"] else ""
+    tera = _short(formula["flops_per_product_per_device"] / 1e12)
+    return f"{totals[0]} ({totals[1]}) | {verdict} | {tera} | {received} | {hours}"
+
+
+def _short(x: float) -> str:
+    """Three digits that count."""
+    return f"{float(f'{x:.3g}'):,.10g}"
 
 
 def _change(found: dict[str, Any]) -> str:
-    return f"none; for 80 GB `{found['changes'][0]}`" if found["changes"] else "none"
+    return f"no; 80 GB with `{found['changes'][0]}`" if found["changes"] else "no"
 
 
 def _mesh_text(axes: dict[str, int]) -> str:
