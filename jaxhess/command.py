@@ -34,9 +34,9 @@ def simulated_devices(count: int) -> list[jax.Device]:
     Raises:
         ValueError: It has, with fewer.
     """
-    with contextlib.suppress(RuntimeError):  # it has started
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
+    if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
+        with contextlib.suppress(RuntimeError):  # it has started
+            jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")[:count]
     if len(devices) < count:
         raise ValueError(f"JAX has started in this process with {len(devices)} CPU devices; {count} are needed.")

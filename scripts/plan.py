@@ -215,6 +215,7 @@ def main() -> None:
     """Reads the options and plans."""
     options = tyro.cli(Options, description=__doc__)
     with one_sentence():
+        jax.config.update("jax_platforms", "cpu")
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + UNOPTIMISED
         run(options)
 

@@ -274,6 +274,7 @@ def main() -> None:
     """Reads the options and measures."""
     options = tyro.cli(Options, description=__doc__)
     with one_sentence():
+        jax.config.update("jax_platforms", "cpu")
         simulated_devices(max(*options.devices, options.mesh_devices))
         run(options)
 

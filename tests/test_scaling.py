@@ -57,7 +57,7 @@ def test_tokens_that_do_not_fill_sequences_are_refused():
 @pytest.mark.slow
 def test_time_is_linear_in_tokens_and_layers_and_compilation_constant_in_depth():
     """Processor time of the whole machine's work for this process, so that other work does not count."""
-    measured = script._Measured(rounds=3)
+    measured = script._Measured(rounds=2)
     base = {"tokens": 2048, "layers": 4, "width": 128, "length": 64}
     for axis, values in (("tokens", (2048, 4096, 8192)), ("layers", (4, 8, 16))):
         points = [measured.at("fsdp=2", {**base, axis: n}, ("exact",)) for n in values]
