@@ -8,6 +8,7 @@ import pytest
 import tyro
 from small_models import run_command
 
+from jaxhess.command import simulated_devices
 from scripts import plan as script
 from scripts.plans import make
 from scripts.spectrum import TINY
@@ -91,3 +92,19 @@ def test_committed_plans_are_those_of_their_commands():
 
 def test_the_readme_has_the_table_of_the_committed_plans():
     assert make.table() in (ROOT / "README.md").read_text()
+
+
+def test_a_configuration_is_read_without_weights(tmp_path):
+    directory = script.convert.read_config(TINY)
+    assert script.convert.read_config(TINY / "config.json") == directory == script.convert.load_config(TINY)
+    assert script.convert.read_config(CONFIG, "float32").dtype == "float32"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json names no model_type"):
+        script.convert.read_config(tmp_path)
+    with pytest.raises(ValueError, match="Unknown dtype 'int8'"):
+        script.convert.read_config(CONFIG, "int8")
+
+
+def test_more_devices_than_this_process_has_are_refused():
+    with pytest.raises(ValueError, match=r"JAX has started in this process with \d+ CPU devices; 4096 are needed"):
+        simulated_devices(4096)
