@@ -166,6 +166,7 @@ def test_two_steps_take_the_time_of_two():
         ({"steps": 0}, "steps is 0"),
         ({"hvp": "linearized"}, "no plan for products 'linearized'"),
         ({"axes": {"rows": 2}}, "Mesh axis rows=2"),
+        ({"hvp": "finite-difference", "step": "auto", "compute_dtype": "bfloat16"}, "no plan for the step auto in bf"),
         ({"reorthogonalize": "some"}, "Unknown re-orthogonalisation"),
     ],
 )

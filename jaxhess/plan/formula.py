@@ -35,7 +35,8 @@ class Memory:
         vector: One Lanczos vector; a run holds two.
         basis: Vectors kept for re-orthogonalisation, none where the host keeps them.
         batch: Tokens of all microbatches, and their weights.
-        result: The product and what it is summed up in; for finite differences also shifted parameters and a gradient.
+        result: The product and what it is summed up in; for finite differences also shifted parameters and a gradient,
+            and one vector more to measure their step.
         saved: States between layers, kept for the backward pass, and their tangents.
         working: What is alive within one layer or one slice of the vocabulary, whichever is more: gathered weights and
             their gradients, activations, attention scores or logits.
@@ -81,7 +82,7 @@ def memory(job: Job) -> Memory:
     if job.hvp == "exact":
         result = summed if job.microbatches == 1 and wide == sizes.bytes else theta + summed * (job.microbatches > 1)
     else:
-        result = summed + 2 * theta
+        result = summed + 2 * theta + summed * (job.step == "auto")
     alive, kept = ALIVE[job.hvp], 2 if job.hvp == "exact" else 1
     saved = kept * job.config.num_layers * sizes.states
     layer = sum(alive[kind] * getattr(sizes, kind) for kind in ("weights", "feed_forward", "scores"))

@@ -61,6 +61,10 @@ class Job:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.hvp not in ("exact", "finite-difference"):
             raise ValueError(f"There is no plan for products {self.hvp!r}; there is for exact and finite-difference.")
+        if self.hvp == "finite-difference" and self.step == "auto" and jnp.dtype(self.dtype).itemsize < 4:
+            raise ValueError(
+                f"There is no plan for the step auto in {self.dtype}: it is measured on float32 copies. Give a number."
+            )
         for axis, size in self.axes.items():
             if axis not in MESH_AXES or size < 1:
                 raise ValueError(f"Mesh axis {axis}={size}: the axes are {', '.join(MESH_AXES)}, of size 1 or more.")
