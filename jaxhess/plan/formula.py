@@ -125,7 +125,8 @@ def traffic(job: Job) -> dict[str, float]:
     `fsdp`: a layer's weights are gathered forward and again backward, with their tangents (or at two shifts); their
     gradient is scattered, once for an exact product, twice for finite differences. `tensor`: ten sums of states in a
     layer, either way: after attention and after the feed-forward, forward, backward, and the first of them again, each
-    twice. `data`: the gradient's shares are summed.
+    twice. `data`: the gradient's shares are summed; the two halves of an exact product's are added only after that, so
+    that both are scattered.
     """
     config, sizes = job.config, _Sizes.of(job)
     data, fsdp, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
@@ -136,7 +137,8 @@ def traffic(job: Job) -> dict[str, float]:
     head = config.vocab_size * config.embed_dim * sizes.bytes / tensor
     around = (fsdp - 1) / fsdp
     moved["all-gather"] = around * gathers * (layers + head * (1 if sizes.slices > 1 else 0.5))
-    moved["reduce-scatter"] = around * gradients * (layers + head)
+    halves = 2 if job.hvp == "exact" and data > 1 else 1
+    moved["reduce-scatter"] = around * halves * gradients * (layers + head)
     between = 2 * (tensor - 1) / tensor * 10 * (gathers / 4) * config.num_layers * sizes.states
     across = 2 * (data - 1) / data * gradients * (layers + head) / fsdp
     moved["all-reduce"] = between + across
