@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from jaxhess.krylov.basis import BasisMemory
 from jaxhess.krylov.lanczos import LanczosState, Reorthogonalize, abstract_lanczos, check_lanczos_options
@@ -82,7 +82,8 @@ class Job:
     @property
     def shape(self) -> Any:
         """A mesh of that shape on no devices."""
-        return AbstractMesh(tuple(self.axes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
+        types = (AxisType.Auto,) * len(MESH_AXES)
+        return AbstractMesh(tuple(self.axes.get(axis, 1) for axis in MESH_AXES), MESH_AXES, axis_types=types)
 
     @property
     def dtype(self) -> str:
