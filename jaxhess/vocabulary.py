@@ -173,8 +173,12 @@ def _cuts(shape: tuple[int, ...], mesh: Mesh | None) -> tuple[tuple[str, ...], t
     """The mesh axes that cut the rows and the columns of the output matrix [V, D]."""
     if mesh is None:
         return (), ()
-    rows, columns = (*partition_spec(shape, ("vocab", "embed"), mesh), None, None)[:2]
-    return tuple(() if cut is None else (cut,) if isinstance(cut, str) else tuple(cut) for cut in (rows, columns))
+    spec = (*partition_spec(shape, ("vocab", "embed"), mesh), None, None)
+    return _axes(spec[0]), _axes(spec[1])
+
+
+def _axes(cut: Any) -> tuple[str, ...]:
+    return () if cut is None else (cut,) if isinstance(cut, str) else tuple(cut)
 
 
 def _pinned(kernels: jax.Array, rows_cut: tuple, columns_cut: tuple, mesh: Mesh | None) -> jax.Array:
