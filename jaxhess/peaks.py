@@ -28,6 +28,8 @@ class Accelerator:
         link: Bytes per second that it receives from the others in its server (half of the data sheet's figure, which
             adds both directions).
         network: Bytes per second that it receives from other servers.
+        host_link: Bytes per second between a device and its host's memory, one way.
+        host: Bytes of a server's own memory.
         node: Devices in a server.
     """
 
@@ -36,15 +38,21 @@ class Accelerator:
     bandwidth: float
     link: float
     network: float
+    host_link: float
+    host: float = 2e12
     node: int = 8
 
 
 ACCELERATORS: dict[str, Accelerator] = {
-    # Data sheets as above. Network: the DGX server's ports over its eight devices.
-    "A100": Accelerator("NVIDIA A100", 80e9, 2.039e12, 300e9, 25e9),  # 80 GB SXM; DGX A100: 8 ports of 200 Gb/s
-    "H100": Accelerator("NVIDIA H100 80GB HBM3", 80e9, 3.35e12, 450e9, 50e9),  # SXM; DGX H100: 8 ports of 400 Gb/s
-    "H200": Accelerator("NVIDIA H200", 141e9, 4.8e12, 450e9, 50e9),  # SXM; DGX H200: 8 ports of 400 Gb/s
-    "B200": Accelerator("NVIDIA B200", 180e9, 8e12, 900e9, 50e9),  # DGX B200 data sheet: 1,440 GB, 64 TB/s of eight
+    # Data sheets as above. Network: the DGX server's ports over its eight devices; host: PCIe 4 or 5, 2 TB in a DGX.
+    "A100": Accelerator("NVIDIA A100", 80e9, 2.039e12, 300e9, 25e9, 32e9),  # 80 GB SXM; DGX A100: 8 ports of 200 Gb/s
+    "H100": Accelerator(
+        "NVIDIA H100 80GB HBM3", 80e9, 3.35e12, 450e9, 50e9, 64e9
+    ),  # SXM; DGX H100: 8 ports of 400 Gb/s
+    "H200": Accelerator("NVIDIA H200", 141e9, 4.8e12, 450e9, 50e9, 64e9),  # SXM; DGX H200: 8 ports of 400 Gb/s
+    "B200": Accelerator(
+        "NVIDIA B200", 180e9, 8e12, 900e9, 50e9, 64e9
+    ),  # DGX B200 data sheet: 1,440 GB, 64 TB/s of eight
 }
 """Hardware to plan for, by the name it is rented under. Sizes in powers of ten, as in the data sheets."""
 

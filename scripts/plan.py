@@ -147,10 +147,13 @@ def show(console: Console, facts: dict[str, Any]) -> None:
         f"{facts['parameters']:,} parameters in {facts['dtype']} on {facts['devices']} devices; {facts['products']} "
         f"products, each over {facts['microbatches']} microbatches."
     )
+    if facts["devices"] == 1:
+        console.print("This is the plan of one device; --mesh plans for more.")
     table = Table("on each device", "GB by formula", "GB compiled")
     rows = {
         "parameters": "theta", "each of two Lanczos vectors": "vector", "stored basis": "basis", "tokens": "batch",
         "product and sums": "result", "states between layers": "saved", "one layer, or one slice of logits": "working",
+        "audit of noise, its peak": "audit", "kept by the host": "host",
         "arguments": "arguments", "outputs, in their place": "outputs", "temporaries": "temporaries", "peak": "total",
     }  # fmt: skip
     for name, key in rows.items():
@@ -186,6 +189,9 @@ def show(console: Console, facts: dict[str, Any]) -> None:
             verdict,
         )
     console.print(table)
+    if any(found["fits"] and found["needed"] > 0.75 * found["usable"] / 0.92 for found in facts["hardware"].values()):
+        console.print("Where more than 0.75 of the memory is needed: export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.")
+    console.print("One probe at a time, so --batch-size 1; by default a run takes as many together as fit.")
 
 
 def _on(job: planning.Job, hardware: str, efficiency: float) -> dict[str, Any]:
@@ -197,7 +203,8 @@ def _on(job: planning.Job, hardware: str, efficiency: float) -> dict[str, Any]:
 
 def _is_sound(fact: str, job: planning.Job) -> bool:
     """Whether a CPU's compiler gives this fact for other devices too: not where it widens narrow types."""
-    return job.dtype in ("float32", "float64") or fact not in ("temporaries", "traffic", "remote")
+    dtypes = (job.dtype, job.vector_dtype or job.config.dtype, job.basis_dtype or "float32")
+    return all(d in ("float32", "float64") for d in dtypes) or fact not in ("temporaries", "traffic", "remote")
 
 
 def _giga(x: float) -> str:

@@ -133,6 +133,7 @@ def test_temporaries_shrink_with_microbatch_and_chunks():
         ("deepseek-r1-distill-llama-70b", {"fsdp": 1}, {}),
         ("deepseek-r1-distill-llama-70b", {"fsdp": 8}, {"reorthogonalize": "full"}),
         ("llama-shaped-109b", {"fsdp": 8, "tensor": 8}, {"each": 64, "seq_len": 8192}),
+        ("llama-3.1-8b", {"fsdp": 1}, {"hvp": "finite-difference", "step": "auto", "reorthogonalize": "full"}),
     ],
 )
 def test_what_is_advised_fits(hardware, model, axes, options):
@@ -154,6 +155,19 @@ def test_the_first_advice_keeps_the_result():
     assert memory(twice).total > USABLE * 80e9  # halving it once less would not do
 
 
+def test_the_audit_counts_and_is_the_first_to_go():
+    planned = job("llama-3.1-8b", {"fsdp": 1}, dtype="bfloat16", audit=True)
+    assert estimate(dataclasses.replace(planned, audit=False), "H200").fits
+    assert not estimate(planned, "H200").fits
+    assert [words for words, _ in changes(planned, "H200")] == ["--no-audit"]
+
+
+def test_a_basis_on_the_host_fits_the_servers_memory():
+    planned = job("deepseek-r1-distill-llama-70b", {"fsdp": 8}, dtype="bfloat16", reorthogonalize="full", steps=30)
+    assert memory(planned).basis * 8 > 2e12  # so it is no way out
+    assert not any("host" in words for words, _ in changes(planned, "H200"))
+
+
 def test_two_steps_take_the_time_of_two():
     once = estimate(job("llama-3.1-8b", {"fsdp": 8}, dtype="bfloat16", steps=10), "H100")
     twice = estimate(job("llama-3.1-8b", {"fsdp": 8}, dtype="bfloat16", steps=20), "H100")
@@ -168,6 +182,7 @@ def test_two_steps_take_the_time_of_two():
         ({"axes": {"rows": 2}}, "Mesh axis rows=2"),
         ({"hvp": "finite-difference", "step": "auto", "compute_dtype": "bfloat16"}, "no plan for the step auto in bf"),
         ({"reorthogonalize": "some"}, "Unknown re-orthogonalisation"),
+        ({"axes": {"tensor": 8}}, "no plan for tensor=8, which does not divide num_heads=12"),
     ],
 )
 def test_bad_jobs_are_refused(change, message):

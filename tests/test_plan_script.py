@@ -33,7 +33,9 @@ def test_a_plan_is_compiled_and_written(tmp_path):
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change():
-    options = read(f"python scripts/plan.py --model {CONFIG} --no-compile --hardware A100 H200 --microbatch 1")
+    options = read(
+        f"python scripts/plan.py --model {CONFIG} --no-compile --hardware A100 H200 --microbatch 1 --no-audit"
+    )
     facts = script.run(options)
     assert facts["parameters"] == 8_030_261_248
     assert facts["dtype"] == "bfloat16"

@@ -29,7 +29,7 @@ class Compiled:
             products to float32, and keeps what it has widened.
         flops: Operations of the matrix products in one step.
         traffic: Bytes that one step receives through each kind of collective.
-        remote: Those of them that come from outside a server of `node` devices.
+        remote: Those of them that go through groups which reach beyond a server of `node` devices.
         seconds: Of compilation.
     """
 

@@ -41,6 +41,8 @@ class Memory:
         working: What is alive within one layer or one slice of the vocabulary, whichever is more: gathered weights and
             their gradients, activations, attention scores or logits.
         temporaries: Those three together; or what it takes to update the vectors, where that is more.
+        audit: The peak of the audit of noise that a run begins with, 0 without: four vectors in float32 or wider.
+        host: Vectors kept in the host's memory.
     """
 
     theta: int
@@ -51,6 +53,8 @@ class Memory:
     saved: int
     working: int
     temporaries: int
+    audit: int
+    host: int
 
     @property
     def outputs(self) -> int:
@@ -65,7 +69,7 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak."""
-        return self.arguments + self.temporaries
+        return max(self.arguments + self.temporaries, self.audit)
 
 
 def memory(job: Job) -> Memory:
@@ -75,7 +79,8 @@ def memory(job: Job) -> Memory:
     state = job.state(job.shape)
     theta = bytes_per_device(params)
     vector = bytes_per_device(jax.tree.leaves(state.current))
-    basis = 0 if job.basis_memory == "host" else bytes_per_device(jax.tree.leaves((state.basis, state.ritz_vectors)))
+    stored = bytes_per_device(jax.tree.leaves((state.basis, state.ritz_vectors)))
+    basis, host = (0, stored) if job.basis_memory == "host" else (stored, 0)
     batch = 4 * job.microbatches * job.sequences_per_device * (2 * job.seq_len + 1)
     wide = max(4, jnp.dtype(job.vector_dtype or job.config.dtype).itemsize, jnp.dtype(job.accumulation_dtype).itemsize)
     summed = theta // jnp.dtype(job.config.dtype).itemsize * wide
@@ -92,7 +97,8 @@ def memory(job: Job) -> Memory:
     # Leaf by leaf: new vectors grow while the product is still whole.
     updating = summed + 2 * wide * max(bytes_per_device([x]) // x.dtype.itemsize for x in params)
     temporaries = max(result + saved + working, updating)
-    return Memory(theta, vector, basis, batch, result, saved, working, temporaries)
+    audit = theta + batch + 4 * summed + temporaries if job.audit else 0
+    return Memory(theta, vector, basis, batch, result, saved, working, temporaries, audit, host)
 
 
 def flops(job: Job) -> float:

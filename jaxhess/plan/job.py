@@ -54,6 +54,7 @@ class Job:
     vector_dtype: str | None = None
     accumulation_dtype: str = "float32"
     logit_chunk: int = LOGIT_CHUNK
+    audit: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "sequences", "microbatch", "steps", "probes", "logit_chunk"):
@@ -73,6 +74,13 @@ class Job:
         )
         check_vector_dtype("vector_dtype", self.vector_dtype)
         self.config.check_length(self.seq_len)
+        tensor = self.axes.get("tensor", 1)
+        for what in ("num_heads", "num_kv_heads", "mlp_dim"):
+            if getattr(self.config, what) % tensor:
+                raise ValueError(
+                    f"There is no plan for tensor={tensor}, which does not divide {what}={getattr(self.config, what)}: "
+                    "such weights are gathered on every device. Take a smaller tensor axis and a larger fsdp axis."
+                )
 
     @property
     def devices(self) -> int:

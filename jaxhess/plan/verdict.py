@@ -26,18 +26,21 @@ class Estimate:
 
     Attributes:
         needed, usable: Bytes on each device.
+        host: Bytes of a server's own memory for the vectors kept there, and `host_present`, what it has.
         seconds_per_product: Matrix products, traffic and vector updates, one after the other; nothing overlaps.
         device_hours: Of the whole run, its products alone: without loading, compiling and the audit of noise.
     """
 
     needed: int
     usable: float
+    host: int
+    host_present: float
     seconds_per_product: float
     device_hours: float
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.usable
+        return self.needed <= self.usable and self.host <= USABLE * self.host_present
 
 
 def estimate(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Estimate:
@@ -54,24 +57,31 @@ def estimate(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Estimat
     seconds = formula.flops(job) / (efficiency * peak) + _exchange_seconds(job, device)
     # A step reads and writes some ten vectors; a stored basis is read twice by every pass.
     passes = 0 if job.reorthogonalize == "none" else 2 if isinstance(job.reorthogonalize, int) else 4
-    seconds += (10 * memory.vector + passes * memory.basis) / device.bandwidth
+    seconds += (10 * memory.vector + passes * memory.basis) / device.bandwidth + passes * memory.host / device.host_link
     hours = seconds * job.products * job.devices / 3600
-    return Estimate(memory.total, USABLE * device.memory, seconds, hours)
+    return Estimate(memory.total, USABLE * device.memory, _host_bytes(job, device), device.host, seconds, hours)
 
 
 def changes(job: Job, hardware: str) -> list[tuple[str, Job]]:
     """What to change so that the job fits, with the job changed; the smallest change first.
 
-    Single changes, each as small as it may be: those that keep the result (microbatch, chunks, where the basis lies),
-    then those that cost precision (of the basis, of re-orthogonalisation, of the weights), then more devices. Where
-    none of them is enough alone, all of the first two kinds together, on as many devices as it takes. Empty where
-    nothing up to 4,096 devices helps.
+    First the audit of noise is left out, where that is what does not fit. Then single changes, each as small as it may
+    be: those that keep the result (microbatch, chunks, where the basis lies), those that cost precision (of the basis,
+    of re-orthogonalisation, of the weights), more devices.
+    Where none of them is enough alone: microbatch, chunk of queries, re-orthogonalisation and dtypes at their smallest
+    together, on as many devices as it takes. Empty where nothing up to 4,096 devices helps.
     """
     device = accelerator(hardware)
 
     def fits(candidate: Job) -> bool:
-        return formula.memory(candidate).total <= USABLE * device.memory
+        enough = formula.memory(candidate).total <= USABLE * device.memory
+        return enough and _host_bytes(candidate, device) <= USABLE * device.host
 
+    if formula.memory(job).audit > USABLE * device.memory:
+        quiet = dataclasses.replace(job, audit=False)
+        if fits(quiet):
+            return [("--no-audit", quiet)]
+        return [(f"--no-audit, {words}", changed) for words, changed in changes(quiet, hardware)]
     found: list[tuple[str, Job]] = []
     for ladder in (_microbatch, _query_chunk, _logit_chunk, _host, _basis_dtype, _window, _dtype, _devices):
         found += next(([step] for step in ladder(job) if fits(step[1])), [])
@@ -95,15 +105,29 @@ def accelerator(name: str) -> Accelerator:
 
 
 def _exchange_seconds(job: Job, device: Accelerator) -> float:
-    """Time of the traffic: of `tensor` inside a server where it fits there, of the other axes inside one too where the
-    whole mesh does, and otherwise over the network."""
+    """Time of the traffic, axis by axis.
+
+    A group inside a server goes at the rate of its links. What leaves it enters every other server once, over the ports
+    of all the group's devices there, and goes on over the links.
+    """
     moved = formula.traffic(job)
-    tensor = job.axes.get("tensor", 1)
-    inside = job.devices <= device.node
+    data, fsdp, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+
+    def rate(size: int, stride: int) -> float:  # devices of a group, and between two of them
+        if size * stride <= device.node:
+            return device.link
+        return min(device.link, device.network * max(1, device.node // stride))
+
     alone = dataclasses.replace(job, axes={**job.axes, "data": 1, "fsdp": 1}, microbatch=job.sequences_per_device)
     sums = formula.traffic(alone)["all-reduce"] / alone.microbatches * job.microbatches if tensor > 1 else 0.0
-    within = device.link if tensor <= device.node else device.network
-    return sums / within + (sum(moved.values()) - sums) / (device.link if inside else device.network)
+    across = moved["all-reduce"] - sums if data > 1 else 0.0
+    rest = sum(moved.values()) - sums - across
+    return sums / rate(tensor, 1) + rest / rate(fsdp, tensor) + across / rate(data, fsdp * tensor)
+
+
+def _host_bytes(job: Job, device: Accelerator) -> int:
+    """Of one server."""
+    return formula.memory(job).host * min(job.devices, device.node)
 
 
 def _microbatch(job: Job) -> Iterator[tuple[str, Job]]:
@@ -139,14 +163,15 @@ def _basis_dtype(job: Job) -> Iterator[tuple[str, Job]]:
 
 
 def _window(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.reorthogonalize in ("full", "selective"):
+    if job.reorthogonalize in ("full", "selective") and job.steps > 8:
         yield _changed(job, "--reorthogonalize", reorthogonalize=8)
     if job.reorthogonalize != "none":
         yield _changed(job, "--reorthogonalize", reorthogonalize="none")
 
 
 def _dtype(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.config.dtype in ("float32", "float64"):
+    measured = job.hvp == "finite-difference" and job.step == "auto"  # in another precision: there is no plan for it
+    if job.config.dtype in ("float32", "float64") and not measured:
         yield "--dtype bfloat16", _configured(job, dtype="bfloat16")
 
 

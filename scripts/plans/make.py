@@ -58,7 +58,8 @@ def arguments(name: str, devices: int, hvp: str) -> list[str]:
     return [
         *("--model", f"scripts/plans/configs/{name}.json", "--mesh", ",".join(f"{k}={v}" for k, v in axes.items())),
         *("--hvp", hvp, *(("--step", "0.001") if hvp == "finite-difference" else ()), "--seq-len", "2048"),
-        *("--sequences", "512", "--microbatch", str(shards), "--reorthogonalize", "none"),
+        *("--sequences", "512", "--microbatch", str(shards), "--reorthogonalize", "none", "--batch-size", "1"),
+        "--no-audit",
     ]
 
 
