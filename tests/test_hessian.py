@@ -144,7 +144,7 @@ def spectrum_on_one_device():
     return spectrum_on(None)
 
 
-@pytest.mark.parametrize("axes", [pytest.param("fsdp=8", marks=pytest.mark.slow), "fsdp=4,tensor=2", "data=2,fsdp=4"])
+@pytest.mark.parametrize("axes", [pytest.param("fsdp=8", marks=pytest.mark.study), "fsdp=4,tensor=2", "data=2,fsdp=4"])
 def test_spectrum_does_not_depend_on_the_mesh(axes, spectrum_on_one_device):
     sharded, alone = (result.ritz_values[:, [0, -1]] for result in (spectrum_on(axes), spectrum_on_one_device))
     np.testing.assert_allclose(sharded, alone, rtol=1e-4)
@@ -257,7 +257,7 @@ def test_parameters_are_arguments_of_the_program_not_constants():
 
 @pytest.mark.parametrize(
     ("axes", "shards"),
-    [pytest.param("fsdp=8", 8, marks=pytest.mark.slow), ("fsdp=4,tensor=2", 8), ("data=2,fsdp=4", 4)],
+    [pytest.param("fsdp=8", 8, marks=pytest.mark.study), ("fsdp=4,tensor=2", 8), ("data=2,fsdp=4", 4)],
 )
 def test_compiled_program_holds_its_share_and_gathers_a_layer_at_a_time(axes, shards):
     config = dataclasses.replace(

@@ -37,7 +37,7 @@ def test_rematerialisation_and_chunks_change_nothing():
     assert relative(operator.linearize() @ v, operator @ v) < 1e-6
 
 
-@pytest.mark.parametrize("axes", [pytest.param("fsdp=8", marks=pytest.mark.slow), "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("axes", [pytest.param("fsdp=8", marks=pytest.mark.study), "data=2,fsdp=2,tensor=2"])
 def test_on_a_mesh_residuals_are_cut_and_announced_to_the_byte(axes):
     mesh = make_mesh(axes)
     model = scaled_up(initialize(dataclasses.replace(SMALL, **NO_REMAT), jax.random.key(0), mesh))

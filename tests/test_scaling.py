@@ -36,6 +36,7 @@ def test_laws_need_positive_points_at_two_places(x, y):
 SMALL = ["--base.tokens", "64", "--base.layers", "1", "--base.width", "16", "--base.length", "8", "--mesh-devices", "2"]
 
 
+@pytest.mark.slow
 def test_the_study_counts_and_fits(tmp_path):
     sweeps = ["--tokens", "64", "128", "--layers", "1", "--widths", "16", "--lengths", "8", "--devices", "1", "2"]
     run_command(script, *SMALL, *sweeps, "--rounds", "1", "--out", str(tmp_path))
@@ -54,7 +55,7 @@ def test_tokens_that_do_not_fill_sequences_are_refused():
         script._problem("fsdp=2", tokens=64, layers=1, width=16, length=48)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_time_is_linear_in_tokens_and_layers_and_compilation_constant_in_depth():
     """Processor time of the whole machine's work for this process, so that other work does not count."""
     measured = script._Measured(rounds=2)
