@@ -31,11 +31,13 @@ class Distance(NamedTuple):
         chance: What two samples of so many probes of one spectrum would be apart, as root mean square; NaN where no
             spectrum has two probes.
         scale: The mean |eigenvalue| of both.
+        steps: The Lanczos steps, the first of both, over which all this was taken.
     """
 
     wasserstein: float
     chance: float
     scale: float
+    steps: int
 
     @property
     def same(self) -> bool | None:
@@ -61,19 +63,24 @@ def row(label: str, spectrum: Spectrum, moments: int = 4) -> Row:
 
 
 def distance(a: Spectrum, b: Spectrum) -> Distance:
-    """How far apart two spectra are, and by chance would be.
+    """How far apart two spectra are, and by chance would be, over the steps that both have taken.
+
+    More steps make other Ritz values of the same spectrum, without any chance; the first steps of a longer run are the
+    shorter run.
 
     The yardstick: the root mean square distance of two single probes of one spectrum, over all pairs inside a and
     inside b, times sqrt((1/p + 1/q) / 2) for the means of p and q probes, whose chance is smaller by that.
     Probes that are the same in both (one seed, one model) are closer than that, never farther.
     """
+    steps = min(_steps(a), _steps(b))
+    a, b = _first(a, steps), _first(b, steps)
     pairs = [
         wasserstein(s, s, [i], [j]) ** 2 for s in (a, b) for i, j in itertools.combinations(range(s.num_probes), 2)
     ]
     single = float(np.sqrt(np.mean(pairs))) if pairs else float("nan")
     scale = np.mean([np.nansum(s.weights * np.abs(s.ritz_values)) / s.num_probes for s in (a, b)])
     fewer = np.sqrt((1 / a.num_probes + 1 / b.num_probes) / 2)
-    return Distance(wasserstein(a, b), single * float(fewer), float(scale))
+    return Distance(wasserstein(a, b), single * float(fewer), float(scale), steps)
 
 
 def wasserstein(
@@ -128,6 +135,18 @@ def stems_figure(spectra: Sequence[Spectrum], labels: Sequence[str]) -> Figure:
     axes.set_title("Ritz values and their weights, all probes", fontsize=11)
     axes.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
     return figure
+
+
+def _steps(spectrum: Spectrum) -> int:
+    """What every probe has taken; a probe that broke down counts as one that went on, for it would find no more."""
+    going = spectrum.sizes[~spectrum.broke_down]
+    return int(going.min()) if going.size else spectrum.num_steps
+
+
+def _first(s: Spectrum, steps: int) -> Spectrum:
+    """The spectrum as it was after so many steps."""
+    cut = s.alphas[:, :steps], s.betas[:, :steps], np.minimum(s.sizes, steps)
+    return Spectrum(*cut, s.dim, s.info, rounding=s.rounding)
 
 
 def _measure(spectrum: Spectrum, probes: Sequence[int] | None) -> tuple[Array, Array]:

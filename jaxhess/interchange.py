@@ -43,6 +43,10 @@ COLUMNS = ("probe", "ritz_value", "weight", "residual_bound", "ghost")
 TORCH_SUFFIXES, PICKLE_SUFFIXES = (".pt", ".pth", ".bin"), (".pkl", ".pickle")
 
 
+class UnknownDimension(ValueError):
+    """A file does not say how many parameters the model has, and nobody else did."""
+
+
 def read_spectrum(make: Callable[..., Spectrum], path: Path, dim: int | None = None) -> Spectrum:
     """The spectrum in a file of one of the formats above; its record is the file's, or says where it came from.
 
@@ -66,7 +70,7 @@ def read_spectrum(make: Callable[..., Spectrum], path: Path, dim: int | None = N
     except (ValueError, TypeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no spectrum that can be read: {' '.join(str(error).split())[:300]}") from None
     if known is None and dim is None:
-        raise ValueError(f"{path} does not say how many parameters the model has: give dim, or --dim.")
+        raise UnknownDimension(f"{path} does not say how many parameters the model has: give dim, or --dim.")
     if known is not None and dim not in (None, known):
         raise ValueError(f"{path} is of {known:,} parameters, not of {dim:,}.")
     if isinstance(data, dict) and data.get("format") == FORMAT:

@@ -16,8 +16,10 @@ FORMAT = "jaxhess-spectrum-1"
 ARRAYS, RECORD = "spectrum.npz", "spectrum.json"
 
 
-def refuse_unusable(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+def refuse_unusable(folder: str | os.PathLike[str], overwrite: bool = False, marker: str = RECORD) -> None:
     """Raises when a run could not be saved in this folder; to be called before the long work. Leaves no trace.
+
+    `marker` is the file whose presence says that there is a finished run.
 
     Raises:
         FileExistsError: It holds a finished run and `overwrite` is False.
@@ -25,9 +27,9 @@ def refuse_unusable(folder: str | os.PathLike[str], overwrite: bool = False) -> 
         PermissionError: Nothing can be written there.
     """
     folder = Path(folder)
-    if not overwrite and (folder / RECORD).exists():
+    if not overwrite and (folder / marker).exists():
         raise FileExistsError(
-            f"{folder} already holds a finished run ({RECORD}); choose another folder, or pass "
+            f"{folder} already holds a finished run ({marker}); choose another folder, or pass "
             "--overwrite (overwrite=True) to replace it"
         )
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())

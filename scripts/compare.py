@@ -19,8 +19,11 @@ from rich.table import Table
 
 from jaxhess.command import one_sentence
 from jaxhess.comparison import Distance, Row, densities_figure, distance, row, stems_figure
+from jaxhess.interchange import UnknownDimension
 from jaxhess.run_folder import json_ready, refuse_unusable
 from jaxhess.spectra import Spectrum
+
+RECORD = "comparison.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +33,11 @@ class Options:
     spectra: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders, or files of other tools."""
     dim: int | None = None
-    """Parameters of the model, for files that do not say; by default those of the first spectrum that does."""
+    """Parameters of the model, for files that do not say; by default those of the first folder or file that does."""
     out: Path | None = None
     """Folder for comparison.json, densities.png and stems.png; by default runs/<date>-compare."""
+    overwrite: bool = False
+    """Replace a comparison in that folder."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def run(options: Options) -> dict[str, Any]:
     if not options.spectra:
         raise ValueError("Give at least one run folder or file.")
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-compare"
-    refuse_unusable(out)
+    refuse_unusable(out, options.overwrite, marker=RECORD)
     labels = names(options.spectra)
     spectra = load(options)
     rows = [row(label, s) for label, s in zip(labels, spectra, strict=True)]
@@ -52,27 +57,22 @@ def run(options: Options) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     densities_figure(spectra, labels).savefig(out / "densities.png")
     stems_figure(spectra, labels).savefig(out / "stems.png")
-    (out / "comparison.json").write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n")
+    (out / RECORD).write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n")
     show(Console(), rows, distances, spectra)
-    print(f"{out} has densities.png, stems.png and comparison.json.")
+    print(f"{out} has densities.png, stems.png and {RECORD}.")
     return record
 
 
 def load(options: Options) -> list[Spectrum]:
-    """The spectra; where a file does not say how many parameters, --dim does, or a spectrum that knows."""
-    known = options.dim
-    folders = [path for path in options.spectra if path.is_dir()]
-    if known is None and folders:
-        known = Spectrum.load(folders[0]).dim
-    loaded = []
+    """The spectra; where a file does not say how many parameters, --dim does, or the first spectrum that knows."""
+    loaded: list[Spectrum | None] = []
     for path in options.spectra:
         try:
             loaded.append(Spectrum.load(path))
-        except ValueError as error:
-            if known is None or "how many parameters" not in str(error):
-                raise
-            loaded.append(Spectrum.load(path, known))
-    return loaded
+        except UnknownDimension:
+            loaded.append(None)
+    known = options.dim or next((s.dim for s in loaded if s is not None), None)
+    return [Spectrum.load(p, known) if s is None else s for p, s in zip(options.spectra, loaded, strict=True)]
 
 
 def names(paths: tuple[Path, ...]) -> list[str]:
@@ -97,8 +97,8 @@ def show(console: Console, rows: list[Row], distances: list[Distance], spectra: 
         chance = "chance unknown: no spectrum has two probes" if math.isnan(d.chance) else f"by chance {d.chance:.2g}"
         verdict = {None: "", True: ": the same, as far as these probes tell", False: ": different"}[d.same]
         console.print(
-            f"{rows[0].label} to {r.label}: Wasserstein-1 distance {d.wasserstein:.3g}, {chance}, mean |eigenvalue| "
-            f"{d.scale:.3g}{verdict}."
+            f"{rows[0].label} to {r.label}: Wasserstein-1 distance {d.wasserstein:.3g} over {d.steps} steps, {chance}, "
+            f"mean |eigenvalue| {d.scale:.3g}{verdict}."
         )
 
 

@@ -1,5 +1,6 @@
 """Spectra side by side: the same operator's are the same within chance, another's are not."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,25 @@ def test_another_operator_is_different():
     assert distance(a, lanczos(BULK, 4, 2)).same is True
 
 
+def test_the_number_of_steps_is_no_difference():
+    """Six steps of a bulk are farther from twenty steps of it than chance makes probes; their first six are not."""
+    short, long = lanczos(BULK, 4, 1, steps=6), lanczos(BULK, 4, 2, steps=20)
+    found = distance(short, long)
+    assert (found.same, found.steps) == (True, 6)
+    assert found == distance(short, lanczos(BULK, 4, 2, steps=6))
+    assert wasserstein(short, long) > found.wasserstein
+    assert distance(short, lanczos(1.3 * BULK, 4, 2, steps=20)).same is False
+
+
+def test_a_probe_that_broke_down_goes_on_without_finding_more():
+    three = np.repeat([-1.0, 0.5, 2.0], 100)
+    a = lanczos(three, 4, 1, steps=3)
+    ended = Spectrum(np.pad(a.alphas, ((0, 0), (0, 5))), np.pad(a.betas, ((0, 0), (0, 5))), a.sizes, a.dim)
+    found = distance(ended, lanczos(three, 4, 2, steps=2))
+    assert (found.same, found.steps) == (True, 2)
+    assert distance(ended, ended).steps == 8
+
+
 def test_one_probe_each_has_no_yardstick():
     assert distance(lanczos(BULK, 1, 1), lanczos(BULK, 1, 2)).same is None
 
@@ -99,6 +119,18 @@ def test_the_number_of_parameters_is_asked_for_where_nothing_says_it(files, tmp_
         run_command(script, str(files / "plain.csv"), "--out", str(tmp_path / "a"))
     assert "--dim" in capsys.readouterr().err
     run_command(script, str(files / "plain.csv"), "--dim", "300", "--out", str(tmp_path / "b"))
+    run_command(script, str(files / "plain.csv"), str(files / "ours.json"), "--out", str(tmp_path / "c"))
+
+
+def test_a_comparison_is_not_replaced_unasked(files, tmp_path, capsys):
+    (tmp_path / "comparison.json").write_text("mine")
+    arguments = [str(files / "run"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        run_command(script, *arguments)
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "comparison.json").read_text() == "mine"
+    run_command(script, *arguments, "--overwrite")
+    assert json.loads((tmp_path / "comparison.json").read_text())["spectra"]
 
 
 def test_comparing_needs_no_torch():
