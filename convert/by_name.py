@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -13,7 +15,7 @@ from convert.hugging_face import file_tensor, parts_of_tensors
 from convert.mapping import Row, axis_sizes, mapping_rows
 from jaxhess.krylov.eigenpairs import Eigenpairs
 from jaxhess.models import DecoderConfig, abstract_params
-from jaxhess.operators.base import check_structure
+from jaxhess.operators.restriction import Restriction, leaf_name
 from jaxhess.vectors import Vector
 
 
@@ -39,7 +41,9 @@ def layers_module(config: DecoderConfig) -> str:
     return stacked[: stacked.index(".0.")]
 
 
-def save_directions(pairs: Eigenpairs, config: DecoderConfig, file: str | Path) -> None:
+def save_directions(
+    pairs: Eigenpairs, config: DecoderConfig, file: str | Path, block: Restriction | None = None
+) -> None:
     """Writes the eigenvectors as safetensors: `NAME` of `named_parameters()`, [k, *shape], and `eigenvalues` [k].
 
     Together the k-th entries of all names are a unit vector. For PyTorch:
@@ -48,18 +52,36 @@ def save_directions(pairs: Eigenpairs, config: DecoderConfig, file: str | Path) 
         for name, p in model.named_parameters():
             p.data += step * vectors[name][0]
 
+    Args:
+        pairs: Vectors on the host.
+        config: The model's.
+        file: Where to.
+        block: The parameters that the operator was restricted to; the vectors are zero elsewhere.
+
     Raises:
-        ValueError: The vectors are not like the parameters of this model (of a block of them, say).
+        ValueError: The vectors are not like the parameters of this model, or of this block of them.
     """
+    params = abstract_params(config)
+    expected = params if block is None else block.take(params)
+    if _shapes(pairs.vectors, 1) != _shapes(expected):
+        raise ValueError(
+            "The eigenvectors are not like the parameters of the model"
+            + (": they may be those of a block of it." if block is None else f" in the block {block.description}.")
+        )
+    dtype = jax.tree.leaves(pairs.vectors)[0].dtype
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)
     vectors = [jax.tree.map(lambda x, i=i: x[i], pairs.vectors) for i in range(len(pairs.values))]
-    for vector in vectors[:1]:
-        check_structure(vector, abstract_params(config))
-    each = [tensors_by_name(vector, config) for vector in vectors]
+    each = [tensors_by_name(v if block is None else block.insert(v, zero), config) for v in vectors]
     tensors = {name: np.stack([vector[name] for vector in each]) for name in each[0]}
     facts = {name: np.asarray(getattr(pairs, name), np.float64) for name in ("values", "residuals")}
     save_file(
         {**tensors, "eigenvalues": facts["values"], "residuals": facts["residuals"]}, file, metadata={"format": "pt"}
     )
+
+
+def _shapes(tree: Any, leading: int = 0) -> dict[str, tuple[int, ...]]:
+    """By the leaves' names, without so many leading axes."""
+    return {leaf_name(path): x.shape[leading:] for path, x in jax.tree.flatten_with_path(tree)[0]}
 
 
 def _parts(config: DecoderConfig) -> dict[str, list[tuple[Row, int]]]:

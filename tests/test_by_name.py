@@ -1,8 +1,10 @@
 """Parameters and directions under the names of `transformers`: loaded into PyTorch they mean the same."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,8 @@ from small_models import batch_of, run_command, tokens
 
 import convert
 import jaxhess
-from convert.by_name import layers_module, save_directions, tensors_by_name
+from convert.by_name import layers_module, tensors_by_name
+from jaxhess.operators.restriction import restriction
 from scripts import export as script
 
 
@@ -90,9 +93,52 @@ def test_eigenpairs_read_back(exported):
         jaxhess.Eigenpairs.load(run)
 
 
-def test_directions_of_a_block_are_refused(exported, tmp_path: Path):
-    pairs, model = exported[2], exported[4]
+@pytest.mark.parametrize(("patterns", "layers"), [(("mlp",), [1]), (("head", "final_norm"), None), ((), [0])])
+def test_directions_of_a_block_are_zero_elsewhere(exported, tmp_path: Path, patterns, layers):
+    pairs, run, model = exported[2], exported[3], exported[4]
+    block = restriction(model.params, patterns, layers)
+    some = [block.take(jax.tree.map(lambda x, k=k: x[k], pairs.vectors)) for k in range(2)]
+    cut = dataclasses.replace(pairs, vectors=jax.tree.map(lambda *x: np.stack(x), *some))
+    source = jaxhess.Spectrum.load(run)
+    info = {**source.info, "operator": {"restriction": block.description}}
+    dataclasses.replace(source, info=info).save(tmp_path)
+    cut.save(tmp_path / "eigenvectors")
+    run_command(script, str(tmp_path))
+    found, whole = (load_file(folder / "eigenvectors.safetensors") for folder in (tmp_path, run))
+    assert set(found) == set(whole)
+    ones, zeros = (jax.tree.map(f, model.params) for f in (jnp.ones_like, jnp.zeros_like))
+    free = block.insert(block.take(ones), zeros)
+    for name, mask in tensors_by_name(free, model.config).items():
+        np.testing.assert_array_equal(found[name], whole[name].numpy() * mask, err_msg=name)
+
+
+def test_directions_of_an_unknown_block_are_refused_before_anything_is_written(exported, tmp_path: Path, capsys):
+    pairs, run = exported[2], exported[3]
+    jaxhess.Spectrum.load(run).save(tmp_path / "run")
     some = {**pairs.vectors, "layers": jax.tree.map(lambda x: x[:, :1], pairs.vectors["layers"])}
-    block = jaxhess.Eigenpairs(pairs.values, some, pairs.residuals, pairs.converged, 1)
-    with pytest.raises(ValueError, match="must be"):
-        save_directions(block, model.config, tmp_path / "vectors.safetensors")
+    dataclasses.replace(pairs, vectors=some).save(tmp_path / "run" / "eigenvectors")
+    with pytest.raises(SystemExit):
+        run_command(script, str(tmp_path / "run"), "--out", str(tmp_path / "out"))
+    assert "not like the parameters" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_is_exported_elsewhere_and_what_is_there_stays(exported, tmp_path: Path, capsys):
+    """A file's own folder is not a place to write to; nor does a file have eigenvectors beside it."""
+    (tmp_path / "spectrum.csv").write_text((exported[3] / "spectrum.csv").read_text())
+    (tmp_path / "quadrature.json").write_text((exported[3] / "quadrature.json").read_text())
+    before = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    source = str(tmp_path / "quadrature.json")
+    for arguments, message in [
+        ((source,), "--out"),
+        ((source, "--out", str(tmp_path)), "is what is to be exported"),
+        ((source, "--out", str(tmp_path), "--overwrite"), "is what is to be exported"),
+        ((str(exported[3]), "--out", str(tmp_path)), "--overwrite"),
+    ]:
+        with pytest.raises(SystemExit):
+            run_command(script, *arguments)
+        assert message in capsys.readouterr().err
+        assert {p.name: p.read_text() for p in tmp_path.iterdir()} == before
+    run_command(script, source, "--out", str(tmp_path / "out"))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == set(before)
+    run_command(script, source, "--out", str(tmp_path / "out"), "--overwrite")
