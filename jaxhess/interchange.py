@@ -5,7 +5,8 @@ Read are (`Spectrum.load`; the formats were checked against the tools' sources):
 - HessFormer: the dictionary of `run_lanczos` (commit 5adcfbd), saved by `torch.save`: T, and spec.eigvals, spec.gammas.
   Also the JSON of its first version's command (commit 0c02567): evals, weights.
 - PyHessian: the two lists of `hessian.density()` (master), eigen_list_full and weight_list_full, one list per probe,
-  as a JSON, pickle or `torch.save` of the pair, or of a dictionary with those two names.
+  the weights complex numbers without imaginary part (its torch.linalg.eig makes them such), as a JSON, pickle or
+  `torch.save` of the pair, or of a dictionary with those two names.
 - hessian-eigenthings (1.0.0a5): SpectralDensityResult (raw_eigenvalues, raw_weights, NaN where a run was shorter) and
   LanczosTridiag, as `torch.save(dataclasses.asdict(result))`, or of the object where that package is installed.
 - JSON, `.npz` or CSV of Ritz values and weights, one probe or several, with or without the number of parameters.
@@ -17,12 +18,15 @@ residual bounds of what is read are unknown: NaN.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import io
 import json
+import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +44,9 @@ FORMAT = "jaxhess-quadrature-1"
 VALUES = ("ritz_values", "eigenvalues", "eigvals", "evals", "eigen_list_full", "raw_eigenvalues")
 WEIGHTS = ("weights", "gammas", "weight_list_full", "raw_weights")
 COLUMNS = ("probe", "ritz_value", "weight", "residual_bound", "ghost")
+DAMAGE = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, RuntimeError
+IMAGINARY = 1e-6
+"""A larger imaginary part is none of rounding in float32."""
 TORCH_SUFFIXES, PICKLE_SUFFIXES = (".pt", ".pth", ".bin"), (".pkl", ".pickle")
 
 
@@ -63,19 +70,19 @@ def read_spectrum(make: Callable[..., Spectrum], path: Path, dim: int | None = N
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a run folder, or a file of Ritz values and weights.")
-    try:
+    with _naming(path):
         data = _read(path)
         rows = _padded([coefficients(*pair) if len(pair) == 2 else pair[0] for pair in _probes(data)])
-        known = _dimension(data)
-    except (ValueError, TypeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is no spectrum that can be read: {' '.join(str(error).split())[:300]}") from None
+        known = _dimension(data, int(rows[2].max()))
     if known is None and dim is None:
         raise UnknownDimension(f"{path} does not say how many parameters the model has: give dim, or --dim.")
     if known is not None and dim not in (None, known):
         raise ValueError(f"{path} is of {known:,} parameters, not of {dim:,}.")
+    record, facts = {"imported": str(path)}, {}
     if isinstance(data, dict) and data.get("format") == FORMAT:
-        return make(*rows, known, data["info"], rounding=data["rounding"])
-    return make(*rows, known or dim, {"imported": str(path)})
+        record, facts = data.get("info", record), {k: data[k] for k in ("rounding",) if k in data}
+    with _naming(path):
+        return make(*rows, known or dim, record, **facts)
 
 
 def coefficients(ritz_values: npt.ArrayLike, weights: npt.ArrayLike) -> tuple[Array, Array]:
@@ -137,6 +144,16 @@ def to_csv(spectrum: Spectrum) -> str:
     return text.getvalue()
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever a damaged file, or one of another kind, makes of the reading becomes a ValueError with its name."""
+    try:
+        yield
+    except (*DAMAGE, csv.Error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:300] or "it ends too early."
+        raise ValueError(f"{path} is no spectrum that can be read: {reason}") from None
+
+
 def _read(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".json":
@@ -155,8 +172,8 @@ def _read(path: Path) -> Any:
 
 
 def _read_csv(path: Path) -> dict[str, Any]:
-    with path.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    with path.open(newline="", encoding="utf-8-sig") as lines:  # Excel writes a byte order mark
+        rows = list(csv.DictReader(lines, skipinitialspace=True))
     header = list(rows[0]) if rows else []
     value = next((name for name in ("ritz_value", "eigenvalue", *VALUES) if name in header), None)
     weight = next((name for name in ("weight", *WEIGHTS) if name in header), None)
@@ -175,9 +192,15 @@ def _read_torch(path: Path) -> Any:
     except ImportError:
         raise ImportError(f"{path} is a torch file; install the extra: pip install -e '.[torch]'.") from None
     scalar = np.float64(0).__reduce__()[0]  # PyHessian's lists are of numpy's scalars
-    numpy_scalars: list[Any] = [scalar, np.dtype, *(type(np.dtype(kind)) for kind in ("float32", "float64"))]
-    with torch.serialization.safe_globals([*numpy_scalars, *_result_classes()]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    kinds = ("float32", "float64", "complex64", "complex128")
+    numpy_scalars: list[Any] = [scalar, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
+    try:
+        with torch.serialization.safe_globals([*numpy_scalars, *_result_classes()]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose own words advise to let the file run code
+        raise ValueError("it is damaged, or holds other things than numbers, tensors and containers.") from None
+    except RuntimeError:
+        raise ValueError("it is no whole torch file.") from None
 
 
 def _result_classes() -> Iterator[type]:
@@ -194,11 +217,9 @@ class _NumbersOnly(pickle.Unpickler):
     """Reads containers, numbers and arrays; refuses whatever else a pickle may ask to be imported."""
 
     def find_class(self, module: str, name: str) -> Any:
-        arrays = {("numpy", "dtype"), ("numpy", "ndarray")}
+        plain = {("numpy", "dtype"), ("numpy", "ndarray"), ("builtins", "complex")}
         inner = {"scalar", "_reconstruct"}
-        if (module, name) in arrays or (
-            module in ("numpy._core.multiarray", "numpy.core.multiarray") and name in inner
-        ):
+        if (module, name) in plain or (module in ("numpy._core.multiarray", "numpy.core.multiarray") and name in inner):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; only numbers, arrays and containers are read.")
 
@@ -216,7 +237,8 @@ def _probes(data: Any) -> Iterator[tuple]:
         return
     if "T" in data:
         matrix = _numbers(data["T"])
-        yield ((np.diagonal(matrix).copy(), np.append(np.diagonal(matrix, 1), np.nan)),)
+        betas = np.abs(np.diagonal(matrix, 1))  # norms: a sign would only turn Lanczos vectors around
+        yield ((np.diagonal(matrix).copy(), np.append(betas, np.nan)),)
         return
     nested = {**data, **(data["spec"] if isinstance(data.get("spec"), dict) else {})}
     values, weights = (next((nested[n] for n in names if n in nested), None) for names in (VALUES, WEIGHTS))
@@ -244,26 +266,48 @@ def _from_coefficients(data: dict[str, Any]) -> Iterator[tuple]:
 
 
 def _numbers(values: Any) -> Array:
-    """As float64; None is NaN. torch's bfloat16 has no numpy form of its own."""
+    """As float64; None is NaN. torch's bfloat16 has no numpy form of its own.
+
+    Raises:
+        ValueError: A number has an imaginary part that is not rounding.
+    """
     if hasattr(values, "detach"):
-        values = values.detach().double().numpy()
+        values = (values.cdouble() if values.is_complex() else values.double()).detach().numpy()
     if isinstance(values, list | tuple) and any(hasattr(v, "detach") for v in values):
         values = [_numbers(v) for v in values]
-    return np.array(values, np.float64)
+    found = np.array(values)
+    if np.iscomplexobj(found):
+        if not (np.abs(found.imag) <= IMAGINARY).all():
+            raise ValueError(f"a number has the imaginary part {np.abs(found.imag).max():.2g}.")
+        found = found.real
+    return found.astype(np.float64)
 
 
-def _dimension(data: Any) -> int | None:
-    """Parameters, where the file says so or holds a vector of them."""
+def _dimension(data: Any, steps: int) -> int | None:
+    """Parameters, where the file says so or holds vectors of them: a list, or one array or tree of `steps` vectors.
+
+    Raises:
+        ValueError: It says a number that is not whole, or not positive.
+    """
     data = data if isinstance(data, dict | list | tuple) else vars(data)
     if not isinstance(data, dict):
         return None
     if data.get("dim") is not None:
+        if int(data["dim"]) != float(data["dim"]) or int(data["dim"]) < 1:
+            raise ValueError(f"its dim is {data['dim']}; a number of parameters is whole and positive.")
         return int(data["dim"])
-    vectors: Sequence[Any] = data.get("q") or data.get("basis") or []
-    if not len(vectors):
-        return None
-    first = vectors[0]
-    return int(sum(x.numel() for x in first) if isinstance(first, list | tuple) else first.numel())
+    vectors = next((data[name] for name in ("q", "basis") if data.get(name) is not None), [])
+    if isinstance(vectors, list | tuple):
+        return _size(vectors[0]) or None if vectors else None
+    whole, rest = divmod(_size(vectors), steps)
+    return whole if whole and not rest else None
+
+
+def _size(vector: Any) -> int:
+    """Numbers in an array, or in a tree of arrays or numbers."""
+    if isinstance(vector, dict | list | tuple):
+        return sum(map(_size, vector.values() if isinstance(vector, dict) else vector))
+    return math.prod(np.shape(vector))
 
 
 def _padded(found: list[tuple[Array, Array]]) -> tuple[Array, Array, npt.NDArray[np.int64]]:

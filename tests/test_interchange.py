@@ -80,7 +80,9 @@ def test_results_of_run_lanczos_of_hessformer(tmp_path):
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "json"])
 def test_density_lists_of_pyhessian(tmp_path, kind):
-    lists = [[list(np.array(row, np.float32)) for row in half] for half in DENSITY]  # of numpy's scalars, as there
+    """Lists of numpy's scalars; the weights are squares of what torch.linalg.eig gives, and so complex."""
+    halves = zip(DENSITY, (np.float32, np.complex64), strict=True)
+    lists = [[list(np.array(row, dtype)) for row in half] for half, dtype in halves]
     path = tmp_path / f"density.{ {'pickle': 'pkl', 'torch': 'pt', 'json': 'json'}[kind] }"
     if kind == "pickle":
         path.write_bytes(pickle.dumps(tuple(lists)))
@@ -89,6 +91,75 @@ def test_density_lists_of_pyhessian(tmp_path, kind):
     else:
         path.write_text(json.dumps(DENSITY))
     same_quadrature(Spectrum.load(path, dim=1000), rtol=1e-4)
+
+
+def test_an_imaginary_part_that_is_not_rounding_is_refused(tmp_path):
+    weights = (np.array(DENSITY[1]) + 1e-8j).tolist()
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps((DENSITY[0], weights)))
+    same_quadrature(Spectrum.load(tmp_path / "a.pkl", dim=1000))
+    weights[1][2] += 0.01j
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps((DENSITY[0], weights)))
+    with pytest.raises(ValueError, match=r"a\.pkl.*imaginary part 0\.01"):
+        Spectrum.load(tmp_path / "a.pkl", dim=1000)
+
+
+MATRIX = np.diag(ALPHAS[1]) + sum(np.diag(BETAS[1, :7], k) for k in (1, -1))
+
+
+@pytest.mark.parametrize(
+    "q",
+    [
+        torch.zeros(8, 1000),
+        torch.zeros(1000, 8),
+        [{"a": torch.zeros(30, 20), "b": torch.zeros(400)}] * 8,
+        {"a": torch.zeros(8, 30, 20), "b": torch.zeros(8, 400)},
+        [[0.0] * 1000] * 8,
+    ],
+    ids=["rows", "columns", "trees", "a tree of stacks", "lists"],
+)
+@pytest.mark.parametrize("name", ["q", "basis"])
+def test_the_basis_says_how_many_parameters_however_it_is_kept(tmp_path, q, name):
+    torch.save({"T": torch.tensor(MATRIX), name: q}, tmp_path / "a.pt")
+    assert Spectrum.load(tmp_path / "a.pt").dim == 1000
+
+
+def test_the_sign_of_an_off_diagonal_means_nothing(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"T": (2 * np.diag(ALPHAS[1]) - MATRIX).tolist(), "dim": 1000}))
+    same_quadrature(Spectrum.load(tmp_path / "a.json"), slice(1, 2))
+
+
+def test_csv_of_a_spreadsheet(tmp_path):
+    text = OURS.to_csv().replace(",", ", ")
+    (tmp_path / "ours.csv").write_text(text, encoding="utf-8-sig")
+    same_quadrature(Spectrum.load(tmp_path / "ours.csv", dim=1000))
+
+
+def test_our_json_without_its_record(tmp_path):
+    fields = json.loads(OURS.to_json())
+    del fields["info"], fields["rounding"]
+    (tmp_path / "ours.json").write_text(json.dumps(fields))
+    found = Spectrum.load(tmp_path / "ours.json")
+    np.testing.assert_array_equal(found.ritz_values, OURS.ritz_values)
+    assert found.info == {"imported": str(tmp_path / "ours.json")}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "npz", "pkl", "json", "csv"])
+@pytest.mark.parametrize("part", [0, 0.02, 0.5, 0.97])
+def test_a_file_that_was_cut_off_is_refused_with_its_name(tmp_path, suffix, part):
+    path = tmp_path / f"spectrum.{suffix}"
+    values = {"eigenvalues": OURS.ritz_values, "weights": OURS.weights}
+    if suffix == "pt":
+        torch.save({k: torch.tensor(v) for k, v in values.items()}, path)
+    elif suffix == "npz":
+        np.savez(path, **values)
+    else:
+        text = OURS.to_csv() if suffix == "csv" else json.dumps(DENSITY)
+        path.write_bytes(pickle.dumps(DENSITY) if suffix == "pkl" else text.encode())
+    same_quadrature(Spectrum.load(path, dim=1000))
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    with pytest.raises(ValueError, match=f"spectrum.{suffix} is no spectrum that can be read: .*\\w") as caught:
+        Spectrum.load(path, dim=1000)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_results_of_hessian_eigenthings(tmp_path):
@@ -130,8 +201,9 @@ class Command:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, suffix, capsys):
     path = tmp_path / f"spectrum.{suffix}"
     path.write_bytes(pickle.dumps(Command())) if suffix == "pkl" else torch.save(Command(), path)
-    with pytest.raises(ValueError, match=path.name):
+    with pytest.raises(ValueError, match=path.name) as caught:
         Spectrum.load(path, dim=10)
+    assert "weights_only" not in str(caught.value)
     assert "run" not in capsys.readouterr().out
 
 
@@ -145,6 +217,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, suffix, capsys):
         ("a.json", '{"eigenvalues": [1, 2], "weights": [1.0]}', "as many"),
         ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5]}', "how many parameters"),
         ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5], "dim": 7}', "of 7 parameters, not of 10"),
+        ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5], "dim": 10.7}', "whole and positive"),
+        ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5], "dim": -10}', "whole and positive"),
+        ("a.json", '{"alphas": [[1, 2]], "betas": [[-1, 2]]}', r"a\.json .*not negative"),
         ("a.csv", "x,y\n1,2\n", "ritz_value and weight"),
         ("a.txt", "", "ends in .txt"),
     ],
