@@ -30,7 +30,7 @@ from jaxhess.data import TokenBlocks
 from jaxhess.models import LanguageModel
 from jaxhess.operators.loss import divided
 from jaxhess.operators.microbatches import sum_over_microbatches
-from jaxhess.run_folder import json_ready
+from jaxhess.run_folder import json_ready, refuse_unusable
 
 TINY = Path(__file__).parent / "tiny"
 FACTOR = 10.0
@@ -51,7 +51,7 @@ class Options:
     seq_len: int = 32
     """Predicted tokens per sequence."""
     batch: int = 8
-    """Sequences of a training step, in two microbatches."""
+    """Sequences of a training step, in two microbatches; the yardstick takes them one at a time."""
     train_steps: int = 4
     """Training steps (AdamW)."""
     learning_rate: float = 1e-3
@@ -66,6 +66,8 @@ class Options:
     """Of the probes."""
     out: Path | None = None
     """JSON file for all numbers; by default none is written."""
+    overwrite: bool = False
+    """Replace that file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,13 @@ def run(options: Options) -> bool:
     for name in ("seq_len", "batch", "train_steps", "spectrum_every", "steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+    if options.batch < 4:
+        raise ValueError(
+            f"--batch is {options.batch}; it must be at least 4: the yardstick is the same training one sequence at a "
+            "time instead of half the batch."
+        )
+    if options.out is not None:
+        refuse_unusable(options.out.parent, options.overwrite, marker=options.out.name)
     mesh = jaxhess.make_mesh(options.mesh)
     config = convert.load_config(options.model, options.dtype)
     blocks = load_blocks(
@@ -94,13 +103,14 @@ def run(options: Options) -> bool:
     )
     if mesh.size == 1:
         raise ValueError("The mesh has one device: there is nothing to compare. JAX_NUM_CPU_DEVICES=8 simulates eight.")
-    half = max(options.batch // 2, 1)
+    half = options.batch // 2
     one = train(options, convert.load(options.model, None, options.dtype), blocks, half)
     again = train(options, convert.load(options.model, None, options.dtype), blocks, 1)
     many = train(options, convert.load(options.model, mesh, options.dtype), blocks, half)
     rows = compared(one, many, again)
     record = {"rows": [dict(zip(HEAD, r, strict=True)) for r in rows], "agrees": all(r[-1] for r in rows)}
     if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     show(Console(), rows, mesh)
     return bool(record["agrees"])

@@ -15,7 +15,7 @@ def options(tmp_path_factory):
     write_checkpoint(folder, "llama", num_hidden_layers=1)
     return {
         "model": str(folder), "data": "random", "mesh": "fsdp=4,tensor=2", "seq_len": 8, "batch": 8, "train_steps": 2,
-        "spectrum_every": 1, "steps": 3, "out": folder / "mesh.json",
+        "spectrum_every": 1, "steps": 3, "out": folder / "mesh.json", "overwrite": True,
     }  # fmt: skip
 
 
@@ -29,22 +29,33 @@ def test_losses_gradients_and_spectra_on_a_mesh_are_those_of_one_device(options,
     ]  # fmt: skip
     assert max(row["apart"] for row in rows) < 1e-4
 
-    # A gradient that a mesh forgets to reduce is scaled; the training goes another way from the second step on.
-    step = script.training_step
+    # On the mesh, which comes last, every gradient is a thousandth too long.
+    train, divided = script.train, script.divided
 
-    def wrong(operator, state, *, optimizer):
-        value, gradient, params, state = step(operator, state, optimizer=optimizer)
-        if jax.tree.leaves(params)[0].sharding.num_devices > 1:
-            params = jax.tree.map(lambda x: 1.001 * x, params)
-        return value, gradient, params, state
+    def with_wrong_gradients(options, model, *rest):
+        if model.mesh is not None:
+            jax.clear_caches()
+            monkeypatch.setattr(script, "divided", lambda *x: jax.tree.map(lambda g: 1.001 * g, divided(*x)))
+        return train(options, model, *rest)
 
-    monkeypatch.setattr(script, "training_step", wrong)
+    monkeypatch.setattr(script, "train", with_wrong_gradients)
     assert not script.run(script.Options(**options))
     rows = json.loads(options["out"].read_text())["rows"]
-    assert next(row["quantity"] for row in rows if not row["agrees"]) == "loss, step 1"
+    assert next(row["quantity"] for row in rows if not row["agrees"]) == "gradient, step 0"
 
 
 def test_a_mesh_of_one_device_is_refused(options, monkeypatch):
     monkeypatch.setattr(script.jaxhess, "make_mesh", lambda axes: jax.sharding.Mesh(jax.devices()[:1], ("fsdp",)))
     with pytest.raises(ValueError, match="one device"):
         script.run(script.Options(**options))
+
+
+def test_what_cannot_be_compared_or_saved_is_refused_at_the_door(options, tmp_path):
+    """Below four sequences the yardstick would be the same training, and nothing agree with a distance of zero."""
+    with pytest.raises(ValueError, match="at least 4"):
+        script.run(script.Options(**{**options, "batch": 3}))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        script.run(script.Options(**{**options, "out": tmp_path / "file", "overwrite": False}))
+    with pytest.raises(NotADirectoryError):
+        script.run(script.Options(**{**options, "out": tmp_path / "file" / "mesh.json"}))
