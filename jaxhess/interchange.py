@@ -296,7 +296,7 @@ def _dimension(data: Any, steps: int) -> int | None:
         if int(data["dim"]) != float(data["dim"]) or int(data["dim"]) < 1:
             raise ValueError(f"its dim is {data['dim']}; a number of parameters is whole and positive.")
         return int(data["dim"])
-    vectors = next((data[name] for name in ("q", "basis") if data.get(name) is not None), [])
+    vectors: Any = next((data[name] for name in ("q", "basis") if data.get(name) is not None), [])
     if isinstance(vectors, list | tuple):
         return _size(vectors[0]) or None if vectors else None
     whole, rest = divmod(_size(vectors), steps)
