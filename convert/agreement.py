@@ -11,7 +11,12 @@ more is a difference between A and B, which no rounding of the narrow dtype hide
 2. our own error is at most `RATIO` times theirs (but for `FLOOR` roundings): computed in the same dtype, a side whose
    error is much larger loses digits somewhere, which its own error would otherwise excuse.
 
-Where nothing wider fits into memory there is only a bound on d(a, b), and the line says that it is one.
+Where both own errors are more than `USELESS` of the quantity the narrow dtype has "no digits" of it: the functions are
+the same, by 1, and of the narrow computation nothing is said.
+
+Where nothing wider fits into memory there is only a bound on d(a, b), and the line says that it is one. A bound above
+`USELESS` rejects nothing worth rejecting, and rounding in Lanczos grows with the steps beyond any such bound: those
+lines are "not decided". In float64 nothing wider is needed: there d(a, b) is d(A, B).
 """
 
 from __future__ import annotations
@@ -26,21 +31,25 @@ from scipy.stats import wasserstein_distance
 
 EXACT = {"float64": 1e-10, "float32": 1e-4}
 """By the wider dtype: far above its rounding (measured 1e-16 to 1e-12, and 1e-7 to 1e-5), and far below what a single
-weight changed by 1% does to a Hessian product of the model in scripts/tiny."""
+weight changed by 1% does to a Hessian product of the model in scripts/tiny. Only the density comes close, where float32
+is the wider dtype (8.7e-5): its distance is over the mean, a thousandth of what the matrix rounds by."""
 
 RATIO = 10.0
 """Between the two sides' own errors. Sums are taken in another order, and bfloat16 is rounded to at other places."""
+
+USELESS = 0.1
+"""Of a quantity's size: an error or a bound that leaves not one digit. A gradient of zero is off by 1."""
 
 FLOOR = 4.0
 """Roundings of a result that an error may always be: a scalar can come out exact by luck."""
 
 BOUND = 64.0
 """Roundings per root of depth, on quantities that cannot be computed in a wider dtype: ten times what float32 showed on
-the model in scripts/tiny. In bfloat16 it says little; there float32 is wider, and fits nearly always."""
+the model in scripts/tiny. In bfloat16 it is `USELESS`; there float32 is wider, and fits nearly always."""
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
-Kind = Literal["measured", "bound", "bits"]
+Kind = Literal["measured", "bound", "bits", "limit"]
 Array = npt.NDArray[Any]
 
 
@@ -88,11 +97,12 @@ class Line:
         quantity: What it is.
         ours, theirs: A scalar itself, the norm of anything larger, the mean |value| of a measure.
         difference: d(a, b) over the size of theirs.
-        explained: What rounding alone explains of that.
-        kind: Whether `explained` was measured or is a bound; "bits": nothing may differ.
+        explained: What rounding alone explains of that; None: nothing is known of it.
+        kind: Whether `explained` was measured or is a bound; "bits": nothing may differ; "limit": `explained` is the
+            most that ours may be.
         wider: d(A, B) over the same size; None where there is no wider run.
         own: d(a, A) and d(b, B), likewise.
-        agrees: The verdict.
+        agrees: The verdict; None: there is none, for want of digits or of a bound that could reject.
         where: The parameter in which it differs most, for arrays by name.
     """
 
@@ -100,12 +110,19 @@ class Line:
     ours: float
     theirs: float
     difference: float
-    explained: float
+    explained: float | None
     kind: Kind
-    agrees: bool
+    agrees: bool | None
     wider: float | None = None
     own: tuple[float, float] | None = None
     where: str | None = None
+
+    @property
+    def word(self) -> Literal["agree", "DIFFER", "no digits", "not decided"]:
+        """The verdict in words."""
+        if self.agrees is None:
+            return "no digits" if self.kind == "measured" else "not decided"
+        return "agree" if self.agrees else "DIFFER"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +141,10 @@ class Verdict:
     lanczos: dict[str, dict[str, Any]]
 
     @property
-    def agrees(self) -> bool:
-        """Whether every line does."""
-        return all(line.agrees for line in self.lines)
+    def agrees(self) -> bool | None:
+        """False where any line differs, None where any is not decided. Lines without digits do not count."""
+        words = {line.word for line in self.lines}
+        return False if "DIFFER" in words else None if "not decided" in words else True
 
     @property
     def first_difference(self) -> str | None:
@@ -147,10 +165,12 @@ def judge(
 
     Lanczos coefficients are compared for as many steps as orthogonality lasts on both sides: while |Q'Q - I| is at most
     the root of the unit of rounding, T is the projection on the Krylov space up to rounding (Simon 1984); after that
-    every rounding is magnified without a limit, and the two sides differ in nothing but those.
+    every rounding is magnified without a limit, and the two sides differ in nothing but those. How far orthogonality is
+    kept is a line of its own.
 
     Args:
-        narrow, wide: (ours, theirs) in either dtype; of `wide` the "full" mode is the reference for all.
+        narrow, wide: (ours, theirs) in either dtype; of `wide` the "full" mode is the reference for all. Where `wide`
+            has no Lanczos runs, those in `dtype` are not decided.
         dtype, wider: Names of dtypes.
         depth: Layers of the model.
         step: Of finite differences, per coordinate.
@@ -164,20 +184,28 @@ def judge(
         # Two gradients are subtracted and divided by the step, and their rounding with them.
         magnified = 1 + size(ours.quantities["gradient"]) / (step * size(value)) if name.startswith("finite") else 1.0
         lines.append(compare(name, value, theirs.quantities[name], pair, magnified=magnified, **options))
-    limit = EPS[dtype] ** 0.5
+    # In float64 what is compared is as good as `EXACT` only while orthogonality is.
+    limit = EXACT["float64"] if dtype == "float64" else EPS[dtype] ** 0.5
     for mode in ours.lanczos:
-        runs = [(side, side.lanczos[mode]) for side in narrow] + [(s, s.lanczos["full"]) for s in wide or ()]
-        kept = max(1, min(int(np.sum(run.orthogonality <= limit)) for _, run in runs[:2]))
+        runs = [(side, side.lanczos[mode]) for side in narrow]
+        runs += [(side, side.lanczos["full"]) for side in wide or () if side.lanczos]
+        kept = min(int(np.sum(run.orthogonality <= limit)) for _, run in runs[:2])
         steps[mode] = {
             **{name: [getattr(run, name) for _, run in runs[:2]] for name in Coefficients._fields},
             "compared": kept,
             "limit": limit,
         }
+        label = f"({'' if mode == 'full' else 'no '}re-orth.)"
+        lines.append(compare_orthogonality(f"orthogonality {label}", runs[0][1], runs[1][1], limit, mode == "full"))
+        if not kept:
+            continue
         found = [_of_lanczos(side, run, kept) for side, run in runs]
         for what in found[0]:
-            pair = (found[2][what], found[3][what]) if wide else None
-            name = f"{what} ({'' if mode == 'full' else 'no '}re-orth.)"
-            lines.append(compare(name, found[0][what], found[1][what], pair, **options))
+            pair = (found[2][what], found[3][what]) if len(found) == 4 else None
+            line = compare(f"{what} {label}", found[0][what], found[1][what], pair, **options)
+            if pair is None and dtype != "float64":
+                line = dataclasses.replace(line, explained=None, agrees=None)
+            lines.append(line)
     return Verdict(lines, weights, steps)
 
 
@@ -218,13 +246,30 @@ def compare(
     difference = _finite(distance(ours, theirs) / scale)
     shown = _shown(ours), _shown(theirs)
     if wide is None:
-        bound = BOUND * EPS[dtype] * depth**0.5 * magnified
-        return Line(quantity, *shown, difference, bound, "bound", difference <= bound, where=_worst(ours, theirs))
+        bound = EXACT[dtype] if dtype == "float64" else BOUND * EPS[dtype] * depth**0.5 * magnified
+        decided = None if difference <= bound and bound > USELESS else difference <= bound
+        return Line(quantity, *shown, difference, bound, "bound", decided, where=_worst(ours, theirs))
     own = (_finite(distance(ours, wide[0]) / scale), _finite(distance(theirs, wide[1]) / scale))
     apart = _finite(distance(*wide) / scale)
-    agrees = apart <= EXACT[wider] and own[0] <= RATIO * max(own[1], FLOOR * EPS[dtype])
-    where = None if agrees else _worst(*wide)
-    return Line(quantity, *shown, difference, sum(own), "measured", bool(agrees), apart, own, where)
+    same = apart <= EXACT[wider] and own[0] <= RATIO * max(own[1], FLOOR * EPS[dtype])
+    agrees = None if same and min(own) > USELESS else bool(same)
+    where = None if same else _worst(*wide)
+    return Line(quantity, *shown, difference, sum(own), "measured", agrees, apart, own, where)
+
+
+def compare_orthogonality(quantity: str, ours: Coefficients, theirs: Coefficients, limit: float, full: bool) -> Line:
+    """The verdict on |Q'Q - I| after the last step: what is compared of the runs is only what both kept orthogonal.
+
+    Args:
+        quantity: Its name.
+        ours, theirs: Runs of at least one step.
+        limit: What may always be lost. No run may lose it in its first step.
+        full: Re-orthogonalised: no more than that may be lost. Otherwise `RATIO` times what they lose.
+    """
+    ends = float(ours.orthogonality[-1]), float(theirs.orthogonality[-1])
+    most = limit if full else max(limit, RATIO * ends[1])
+    begun = max(ours.orthogonality[0], theirs.orthogonality[0]) <= limit
+    return Line(quantity, *ends, _finite(abs(ends[0] - ends[1])), most, "limit", bool(begun and ends[0] <= most))
 
 
 def compare_weights(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> tuple[Line, list[str]]:
@@ -250,7 +295,7 @@ def first_difference(lines: Iterable[Line], weights: list[str]) -> str | None:
         first = f"The weights differ, first {weights[0]}{more}."
     else:
         first = ""
-    line = next((line for line in lines if not line.agrees and line.kind != "bits"), None)
+    line = next((line for line in lines if line.agrees is False and line.kind != "bits"), None)
     if line is None:
         return first or None
     inside = f", most in {line.where}" if line.where else ""

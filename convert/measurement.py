@@ -17,7 +17,7 @@ from convert.by_name import tensors_by_name
 from jaxhess.data import TokenBlocks
 from jaxhess.krylov.lanczos import lanczos_segment, start_lanczos
 from jaxhess.krylov.quadrature import quadrature
-from jaxhess.models import DecoderConfig, LanguageModel, Params, model_graph
+from jaxhess.models import LOGIT_CHUNK, DecoderConfig, LanguageModel, Params, model_graph
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
 from jaxhess.operators.loss import divided
 from jaxhess.operators.microbatches import sum_over_microbatches
@@ -44,6 +44,7 @@ def measure(
     steps: int,
     step: float,
     modes: Sequence[Mode] = MODES,
+    logit_chunk: int = LOGIT_CHUNK,
 ) -> Side:
     """Our side, with the library's own operators and Lanczos.
 
@@ -55,16 +56,18 @@ def measure(
         steps: Lanczos steps; 0: none is run.
         modes: Of re-orthogonalisation.
         step: Of finite differences, per coordinate.
+        logit_chunk: Logits that exist at once in the loss.
     """
     batches = Microbatches(blocks.microbatches(microbatch, model.mesh))
-    operator = Hessian(model.loss(), model.params, batches)
+    loss_of = model.loss(logit_chunk)
+    operator = Hessian(loss_of, model.params, batches)
     probe = cast(probe, model.params)
     # Sequences that fill up the batch for a mesh are no part of what is compared.
     present = min(microbatch, blocks.num_sequences)
     states, final, logits = _activations(model.config, model.mesh, model.params, batches.stacked.tokens[0][:, :-1])
     inside = {f"activations after layer {i}": np.asarray(x)[:present] for i, x in enumerate(states[1:])}
     loss, gradient = _gradient(operator)
-    difference = FiniteDifferenceHessian(model.loss(), model.params, batches, step=step, per="coordinate")
+    difference = FiniteDifferenceHessian(loss_of, model.params, batches, step=step, per="coordinate")
 
     def named(v: Vector) -> dict[str, np.ndarray]:
         return tensors_by_name(v, model.config)

@@ -152,8 +152,8 @@ def lanczos(
     """`steps` steps of the three-term recurrence from the probe (Paige 1972, variant A1).
 
     Vectors are stored in the probe's dtype, everything else is in at least float32. "full" keeps them all and takes
-    their components away twice. So does "none" with the last two, once; it keeps the others only to measure what became
-    of orthogonality.
+    their components away twice. "none" takes those of the last two away once more, as our own does and the papers' bare
+    recurrence does not; it keeps the others only to measure what became of orthogonality.
     """
     length = math.sqrt(_dot(probe, probe))
     basis = [{name: (_wide(x) / length).to(x.dtype) for name, x in probe.items()}]
@@ -193,7 +193,7 @@ def measure(
     """What `convert.measurement.measure` measures on our side, by the algorithms of this module."""
     tokens, weights = torch.from_numpy(blocks.tokens).long(), torch.from_numpy(blocks.weights)
     batches = [Batch(*pair) for pair in zip(tokens.split(microbatch), weights.split(microbatch), strict=True)]
-    start = {name: torch.from_numpy(probe[name].astype("float32")).to(p.dtype) for name, p in model.named_parameters()}
+    start = {name: torch.from_numpy(probe[name].astype("float64")).to(p.dtype) for name, p in model.named_parameters()}
     states, logits = activations(model, batches[0].tokens[:, :-1], layers)
     inside = {f"activations after layer {i}": _array(x) for i, x in enumerate(states[1:-1])}
     loss, slope = gradient(model, batches)
@@ -266,19 +266,23 @@ def in_float64(model: Any) -> Iterator[Any]:
     `model.double()` alone leaves RMSNorm, softmax and the rotary tables of `transformers` in float32, about 1e-7 on a
     Hessian-vector product: they ask for `torch.float32` by name, which inside this block means float64.
     """
-    narrow, method = torch.float32, torch.Tensor.float
+    narrow, method, default = torch.float32, torch.Tensor.float, torch.get_default_dtype()
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    torch.set_default_dtype(torch.float64)  # of an integer tensor times a number: the base of dynamic RoPE
     try:
         wide = copy.deepcopy(model).double()
         for module in wide.modules():
             if hasattr(module, "inv_freq") and hasattr(module, "rope_type"):
                 module.inv_freq = _rotary_frequencies(module)
                 module.original_inv_freq = module.inv_freq
+                if hasattr(module, "original_max_seq_len"):  # dynamic RoPE: as before its first forward
+                    module.max_seq_len_cached = module.original_max_seq_len
         yield wide
     finally:
         torch.float32 = torch.float = narrow
         torch.Tensor.float = method  # type: ignore[method-assign]
+        torch.set_default_dtype(default)
 
 
 def _rotary_frequencies(module: Any) -> torch.Tensor:

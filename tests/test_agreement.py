@@ -37,7 +37,43 @@ def test_without_a_wider_run_the_bound_is_called_one():
     line = compare("x", rounded(EXACT, 1), EXACT, None, dtype="float32", depth=4)
     assert (line.kind, line.agrees, line.wider) == ("bound", True, None)
     assert not compare("x", 1.001 * EXACT, EXACT, None, dtype="float32", depth=4).agrees
-    assert not compare("x", np.full(3, np.nan), np.ones(3), None, dtype="float32").agrees
+    assert compare("x", np.full(3, np.nan), np.ones(3), None, dtype="float32").agrees is False
+
+
+def test_a_bound_that_cannot_reject_and_an_error_without_digits_are_no_verdict():
+    zero = compare("x", 0 * EXACT, EXACT, None, dtype="bfloat16", depth=4)
+    assert (zero.agrees, zero.word) == (None, "not decided")
+    lost = compare("x", 1.3 * EXACT, 0.8 * EXACT, (EXACT, EXACT), dtype="bfloat16")
+    assert (lost.agrees, lost.word) == (None, "no digits")
+    assert compare("x", 1.3 * EXACT, 0.8 * EXACT, (EXACT, 1.001 * EXACT), dtype="bfloat16").agrees is False
+
+
+def test_float64_needs_nothing_wider():
+    assert compare("x", EXACT * (1 + 1e-12), EXACT, None, dtype="float64").agrees
+    assert compare("x", EXACT * (1 + 1e-9), EXACT, None, dtype="float64").agrees is False
+
+
+@pytest.mark.parametrize(("mode", "lost", "agrees"), [("full", 0.3, False), ("none", 0.3, True), ("none", 1.1, False)])
+def test_a_run_of_ours_that_does_not_keep_orthogonality_does_not_pass(mode, lost, agrees):
+    kept = side().lanczos["none"]
+    orthogonality = {"full": np.full(4, 1e-7), "none": kept.orthogonality}
+    runs = {name: kept._replace(orthogonality=o) for name, o in orthogonality.items()}
+    ours = {**runs, mode: kept._replace(orthogonality=np.array([1e-8, 1e-7, 1e-6, lost]))}
+    found = judge((side(lanczos=ours), side(lanczos=runs)), (side(), side()), dtype="float32", wider="float64", depth=2)
+    assert found.agrees is agrees
+    never = {**runs, mode: kept._replace(orthogonality=np.full(4, 0.2))}
+    pair = side(lanczos=never), side(lanczos=never)
+    found = judge(pair, (side(), side()), dtype="float32", wider="float64", depth=2)
+    assert "departs at: orthogonality" in found.first_difference
+
+
+def test_lanczos_without_a_wider_run_rests_on_the_product():
+    pair = side(), side()
+    for wide in (None, (side(lanczos={}), side(lanczos={}))):
+        found = judge(pair, wide, dtype="float32", wider=wide and "float64", depth=2)
+        words = {line.quantity: line.word for line in found.lines}
+        assert found.agrees is None
+        assert (words["gradient"], words["alphas (re-orth.)"]) == ("agree", "not decided")
 
 
 def test_the_distance_of_measures_is_how_far_mass_moves():
@@ -48,11 +84,12 @@ def side(**changes) -> Side:
     weights = {"first.weight": np.arange(9.0).reshape(3, 3), "second.weight": np.ones((2, 3))}
     quantities = {"logits": EXACT, "gradient": {name: 2.0 * x for name, x in weights.items()}}
     run = Coefficients(np.arange(1.0, 5), np.ones(4), np.array([1e-8, 1e-7, 1e-6, 0.1]))
+    full = run._replace(alphas=run.alphas.copy(), orthogonality=np.full(4, 1e-7))
 
     def nodes(alphas, betas):
         return Measure(alphas, np.full(alphas.size, 1 / alphas.size))
 
-    return dataclasses.replace(Side(weights, quantities, {"none": run, "full": run}, nodes), **changes)
+    return dataclasses.replace(Side(weights, quantities, {"none": run, "full": full}, nodes), **changes)
 
 
 def verdict(ours: Side):
@@ -70,7 +107,9 @@ def test_what_is_the_same_agrees_for_as_many_steps_as_orthogonality_lasts():
     early = side(
         lanczos={**side().lanczos, "none": Coefficients(np.array([1.0, 2.1, 3, 4]), *side().lanczos["none"][1:])}
     )
-    assert "alphas" in judge((early, side()), None, dtype="float32", wider=None, depth=2).first_difference
+    assert (
+        "alphas" in judge((early, side()), (early, side()), dtype="float32", wider="float64", depth=2).first_difference
+    )
 
 
 @pytest.mark.parametrize(
