@@ -251,7 +251,7 @@ def not_exercised(config: DecoderConfig, seq_len: int) -> Iterator[str]:
 
 def show(console: Console, verdict: Verdict, unseen: Sequence[str]) -> None:
     """The table, and the verdict in a sentence."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, padding=0)
     for name in HEAD:
         table.add_column(name, min_width={"quantity": 13, "": 6}.get(name))
     for row in rows(verdict):

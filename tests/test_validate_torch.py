@@ -131,6 +131,13 @@ def test_without_anything_wider_bounds_are_used_and_called_so(checkpoint, tmp_pa
     assert "(bound)" in capsys.readouterr().out
 
 
+def test_bfloat16_without_anything_wider_is_not_decided(checkpoint, tmp_path, capsys):
+    agrees, _ = validated(checkpoint, tmp_path / "out", steps=0, wider="none", dtype="bfloat16")
+    assert agrees is None
+    assert script.STATUS[agrees] == 3
+    assert "Not decided, without a run in a wider dtype: activations" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("change", [{"steps": -1}, {"step": 0.0}, {"seq_len": 0}])
 def test_numbers_out_of_range_are_refused(checkpoint, tmp_path, change):
     with pytest.raises(ValueError, match=next(iter(change)).replace("_", "-")):
