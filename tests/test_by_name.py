@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import torch_reference
 from checkpoints import DEFAULTS, VOCAB, write_checkpoint
 from safetensors.torch import load_file
 from small_models import batch_of, run_command, tokens
@@ -18,6 +17,7 @@ import jaxhess
 from convert.by_name import layers_module, tensors_by_name
 from jaxhess.operators.restriction import restriction
 from scripts import export as script
+from scripts import torch_reference
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
