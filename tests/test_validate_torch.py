@@ -1,5 +1,6 @@
 """Both frameworks say the same, and where they do not the command says which parameter."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import DEFAULTS, write_checkpoint
+from small_models import TINY
 
 import convert
-from jaxhess.models import DecoderConfig, RopeConfig
+from jaxhess.models import RopeConfig
 from scripts import torch_reference
 from scripts import validate_torch as script
 
@@ -184,7 +186,7 @@ def test_dynamic_positions_beyond_the_trained_length(tmp_path):
 
 def test_it_says_what_short_sequences_do_not_exercise():
     rope = RopeConfig(kind="dynamic", factor=2.0, original_max_positions=8)
-    config = DecoderConfig(sliding_window=10, rope=rope)
+    config = dataclasses.replace(TINY, sliding_window=10, rope=rope)
     assert list(script.not_exercised(config, 11)) == []
     assert [text.split(" (")[0] for text in script.not_exercised(config, 8)] == [
         "Not exercised: sliding window 10",
