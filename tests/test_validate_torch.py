@@ -204,8 +204,10 @@ def test_lanczos_alone_is_left_out_where_only_its_vectors_do_not_fit(checkpoint,
     assert script.wider_run(script.Options(steps=0), model) == (None, 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow if f in ("gpt_neox", "gpt2") else pytest.mark.study) for f in DEFAULTS],
+)
 def test_every_family_agrees_in_float32_and_bfloat16(family, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "MODES", ("none",))  # the harder one; both are in the test of everything
     write_checkpoint(tmp_path / "model", family, **SHAPES[family])
