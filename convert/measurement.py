@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,6 @@ from jaxhess.krylov.lanczos import lanczos_segment, start_lanczos
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.models import LOGIT_CHUNK, DecoderConfig, LanguageModel, Params, model_graph
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
-from jaxhess.operators.loss import divided
-from jaxhess.operators.microbatches import sum_over_microbatches
 from jaxhess.vectors import Vector, cast, random_probe, widen
 
 Mode = Literal["none", "full"]
@@ -66,7 +64,7 @@ def measure(
     present = min(microbatch, blocks.num_sequences)
     states, final, logits = _activations(model.config, model.mesh, model.params, batches.stacked.tokens[0][:, :-1])
     inside = {f"activations after layer {i}": np.asarray(x)[:present] for i, x in enumerate(states[1:])}
-    loss, gradient = _gradient(operator)
+    loss, gradient = _value_and_gradient(operator)
     difference = FiniteDifferenceHessian(loss_of, model.params, batches, step=step, per="coordinate")
 
     def named(v: Vector) -> dict[str, np.ndarray]:
@@ -120,14 +118,5 @@ def _activations(config: DecoderConfig, mesh: Mesh | None, params: Params, token
 
 
 @jax.jit
-def _gradient(operator: Hessian) -> tuple[jax.Array, Vector]:
-    """The mean loss and its gradient in at least float32, summed over microbatches as the operator sums products."""
-    value_and_gradient = jax.value_and_grad(operator.sum_and_count, has_aux=True)
-
-    def parts(batch: Any) -> Any:
-        (total, count), gradient = value_and_gradient(operator.free, batch)
-        return total, count, operator.pin(gradient)
-
-    with jax.default_matmul_precision("highest"):
-        total, count, gradient = sum_over_microbatches(parts, operator.groups, operator.accumulation_dtype)
-    return total / count, operator.pin(divided(gradient, count, widen(operator.free)))
+def _value_and_gradient(operator: Hessian) -> tuple[jax.Array, Vector]:
+    return operator.value_and_gradient()

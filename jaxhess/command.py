@@ -1,4 +1,5 @@
-"""How a command ends: on bad input with one sentence and a non-zero exit, not with a traceback."""
+"""What commands share: simulated devices and quick compilation before JAX starts, and how they end: on bad input with
+one sentence and a non-zero exit, not with a traceback."""
 
 from __future__ import annotations
 

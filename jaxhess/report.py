@@ -94,7 +94,7 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         f"<h1>Spectrum of the {spectrum.matrix_name}</h1>",
         f'<p class="note">{_subtitle(spectrum)}</p>',
         "<h2>In short</h2>",
-        _table(("quantity", "value", "how sure"), _headline(spectrum)),
+        table(("quantity", "value", "how sure"), _headline(spectrum)),
         "<h2>Density of eigenvalues</h2>",
         _image(images["density"], "Density of eigenvalues", DENSITY_CAPTION.format(matrix=spectrum.matrix_name)),
         "<h2>Distribution of eigenvalues</h2>",
@@ -102,14 +102,14 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         "<h2>Ritz values and weights</h2>",
         _image(images["stem"], "Ritz values and their weights", STEM_CAPTION),
         "<h2>Every probe</h2>",
-        _table(
+        table(
             ("probe", "steps", "smallest", "residual bound", "largest", "residual bound", "trace"), _probes(spectrum)
         ),
         "<h2>Ghosts</h2>",
         *_ghosts(spectrum),
         *_eigenpairs(spectrum.info.get("eigenpairs")),
         "<h2>Checks</h2>",
-        _table(("identity", "largest violation over probes"), _checks(spectrum)),
+        table(("identity", "largest violation over probes"), _checks(spectrum)),
         '<p class="note">Identities that hold exactly without rounding; violations far above 1e-6 mean that something '
         "is broken.</p>",
         *_noise(spectrum.info.get("noise")),
@@ -189,7 +189,7 @@ def _ghosts(spectrum: Spectrum) -> Iterator[str]:
     lost = lanczos.get("orthogonality") if isinstance(lanczos, dict) else None
     lost = lost if isinstance(lost, list) and len(lost) == spectrum.num_probes else None
     head = ["probe", "Ritz values", "copies", "spurious", "left"]
-    yield _table(
+    yield table(
         head + ["loss of orthogonality, largest |Q'Q − I|"] * (lost is not None),
         [
             [*row, "not measured" if lost[i] is None else _number(lost[i], 2)] if lost else row
@@ -203,7 +203,7 @@ def _ghosts(spectrum: Spectrum) -> Iterator[str]:
     if found:
         yield "<h3>Outliers with their copies merged</h3>"
         rows = sorted(_outliers(spectrum), key=lambda row: (-float(f"{abs(row[1]):.4g}"), row[0]))
-        yield _table(
+        yield table(
             ("probe", "value", "Ritz values merged", "residual bound", "weight × parameters"),
             [(str(p), _number(v, 6), str(n), _number(b, 2), _number(w, 2)) for p, v, n, b, w in rows[:MOST_OUTLIERS]],
         )
@@ -242,7 +242,7 @@ def _eigenpairs(pairs: Any) -> Iterator[str]:
         return
     yield "<h2>Eigenvectors</h2>"
     rows = zip(pairs["values"], pairs["residuals"], strict=False)
-    yield _table(
+    yield table(
         ("", "eigenvalue", "residual |Hv − value v| / |v|"),
         [
             (str(i), *("–" if x is None else _number(x, d) for x, d in zip(row, (6, 2), strict=True)))
@@ -279,7 +279,7 @@ def _noise(noise: Any) -> Iterator[str]:
         value = noise.get(name)
         for key, number in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
             rows.append((text.format(directions.get(key, key)), _number(number, 2)))
-    yield _table(("measured on the operator of this run", "value"), rows)
+    yield table(("measured on the operator of this run", "value"), rows)
     yield (
         '<p class="note">The floor is in units of eigenvalues. The error of the products acts like a matrix added to '
         "the true one; the random floor estimates the root mean square of its singular values, so Ritz values nearer "
@@ -292,7 +292,7 @@ def _info(info: dict[str, Any]) -> Iterator[str]:
     groups = ({"run": plain} if plain else {}) | {key: value for key, value in info.items() if isinstance(value, dict)}
     for title, values in groups.items():
         yield f"<h3>{html.escape(title)}</h3>"
-        yield _table(("name", "value"), _flat(values))
+        yield table(("name", "value"), _flat(values))
     if not groups:
         yield "<p>Nothing was recorded.</p>"
 
@@ -314,7 +314,9 @@ def _find_number(info: dict[str, Any], name: str) -> float | None:
     return next((number for number in found if number is not None), None)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table of plain text."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 

@@ -33,8 +33,6 @@ from jaxhess.losses import TokenBatch
 from jaxhess.memory import bytes_per_device
 from jaxhess.mesh import batch_sharding, data_shards
 from jaxhess.models import LanguageModel, initialize
-from jaxhess.operators.loss import divided
-from jaxhess.operators.microbatches import sum_over_microbatches
 from jaxhess.peaks import peak_matmul_flops
 from jaxhess.program import bytes_accessed, matmul_flops, read_program, temporary_bytes
 from jaxhess.spectra import json_ready
@@ -220,14 +218,6 @@ class _VectorsOnly(jaxhess.LinearOperator):
     @property
     def shape_dtype(self) -> Vector:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.diagonal)
-
-
-def _gradient(hessian: jaxhess.Hessian) -> Vector:
-    """The gradient of the same mean loss, summed over microbatches as the operator sums its products."""
-    with jax.default_matmul_precision("highest"):
-        gradient = jax.grad(hessian.sum_and_count, has_aux=True)
-        total, count = sum_over_microbatches(lambda batch: gradient(hessian.free, batch), hessian.batches)
-        return hessian.pin(divided(total, count, hessian.free))
 
 
 def _rows(

@@ -6,10 +6,8 @@ No weights, no text and no GPU are needed. The program itself is compiled, for s
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -25,16 +23,11 @@ sys.path.insert(0, str(ROOT))  # the other script, when this one is run by its p
 
 import convert  # noqa: E402
 from jaxhess import plan as planning  # noqa: E402
-from jaxhess.command import one_sentence, simulated_devices  # noqa: E402
+from jaxhess.command import compile_quickly, one_sentence, simulated_devices  # noqa: E402
 from jaxhess.mesh import make_mesh, parse_axes  # noqa: E402
 from jaxhess.peaks import ACCELERATORS  # noqa: E402
-from jaxhess.spectra import json_ready  # noqa: E402
+from jaxhess.run_folder import json_ready  # noqa: E402
 from scripts import spectrum  # noqa: E402
-
-UNOPTIMISED = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-"""XLA's flags for a program that is never run: its memory and operations are settled before machine code is made."""
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
-    UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"  # where there is the older code generator: three times faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +197,7 @@ def _on(job: planning.Job, hardware: str, efficiency: float) -> dict[str, Any]:
 def _is_sound(fact: str, job: planning.Job) -> bool:
     """Whether a CPU's compiler gives this fact for other devices too: not where it widens narrow types."""
     dtypes = (job.dtype, job.vector_dtype or job.config.dtype, job.basis_dtype or "float32")
-    return all(d in ("float32", "float64") for d in dtypes) or fact not in ("temporaries", "traffic", "remote")
+    return all(d in ("float32", "float64") for d in dtypes) or fact not in ("temporaries", "traffic")
 
 
 def _giga(x: float) -> str:
@@ -223,7 +216,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with one_sentence():
         jax.config.update("jax_platforms", "cpu")
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + UNOPTIMISED
+        compile_quickly()  # the program is never run: its memory and operations are settled before machine code is
         run(options)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -27,13 +28,13 @@ import jaxhess
 from jaxhess.collectives import bytes_by_kind, collective_traffic
 from jaxhess.command import one_sentence, simulated_devices
 from jaxhess.data import TokenBlocks
-from jaxhess.mesh import data_shards, make_mesh
+from jaxhess.mesh import data_shards, make_mesh, parse_axes
 from jaxhess.models import initialize
 from jaxhess.operators.base import compiled_mv
 from jaxhess.plan.compiled import gradient
 from jaxhess.plan.law import power_law, runtime_law
 from jaxhess.program import matmul_flops, read_program, temporary_bytes
-from jaxhess.spectra import json_ready
+from jaxhess.run_folder import json_ready
 from jaxhess.vectors import random_probe
 
 
@@ -166,8 +167,7 @@ def _problem(axes: str, tokens: int, layers: int, width: int, length: int) -> tu
         mlp_dim=8 * width // 3 // 16 * 16,
         max_positions=length,
     )
-    devices = int(np.prod([int(part.split("=")[1]) for part in axes.split(",")]))
-    mesh = make_mesh(axes, simulated_devices(devices))
+    mesh = make_mesh(axes, simulated_devices(math.prod(parse_axes(axes).values())))
     if tokens % (length * data_shards(mesh)):
         raise ValueError(f"{tokens} tokens are not sequences of {length} for each of {data_shards(mesh)} devices.")
     model = initialize(config, jax.random.key(0), mesh)

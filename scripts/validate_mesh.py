@@ -28,9 +28,8 @@ from jaxhess.command import compile_quickly, one_sentence
 from jaxhess.comparison import wasserstein
 from jaxhess.data import TokenBlocks
 from jaxhess.models import LanguageModel
-from jaxhess.operators.loss import divided
-from jaxhess.operators.microbatches import sum_over_microbatches
 from jaxhess.run_folder import json_ready, refuse_unusable
+from jaxhess.vectors import cast
 
 TINY = Path(__file__).parent / "tiny"
 FACTOR = 10.0
@@ -142,17 +141,10 @@ def training_step(
     operator: jaxhess.Hessian, state: Any, *, optimizer: optax.GradientTransformation
 ) -> tuple[jax.Array, Any, Any, Any]:
     """The mean loss before the step, its gradient, and the new parameters and optimizer state."""
-    value_and_gradient = jax.value_and_grad(operator.sum_and_count, has_aux=True)
-
-    def parts(batch: Any) -> Any:
-        (total, count), gradient = value_and_gradient(operator.params, batch)
-        return total, count, operator.pin(gradient)
-
-    with jax.default_matmul_precision("highest"):
-        total, count, gradient = sum_over_microbatches(parts, operator.groups)
-    gradient = operator.pin(divided(gradient, count, operator.params))
+    value, gradient = operator.value_and_gradient()
+    gradient = operator.pin(cast(gradient, operator.params))
     updates, state = optimizer.update(gradient, state, operator.params)
-    return total / count, gradient, operator.pin(optax.apply_updates(operator.params, updates)), state
+    return value, gradient, operator.pin(optax.apply_updates(operator.params, updates)), state
 
 
 def compared(one: Course, many: Course, again: Course) -> list[tuple[str, float, float, float, float, bool]]:

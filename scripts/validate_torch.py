@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,7 +41,7 @@ from convert.text import load_blocks  # noqa: E402
 from jaxhess.command import compile_quickly, one_sentence  # noqa: E402
 from jaxhess.memory import available_bytes  # noqa: E402
 from jaxhess.models import DecoderConfig, LanguageModel  # noqa: E402
-from jaxhess.report import STYLE  # noqa: E402
+from jaxhess.report import STYLE, table  # noqa: E402
 from jaxhess.run_folder import json_ready, refuse_unusable  # noqa: E402
 from jaxhess.vectors import cast  # noqa: E402
 
@@ -207,9 +207,7 @@ def check(options: Options, out: Path) -> None:
     for name in ("query_chunk", "logit_chunk"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
-    if not options.overwrite and (out / RECORD).exists():
-        raise FileExistsError(f"{out} already holds a result ({RECORD}); choose another --out, or pass --overwrite.")
-    refuse_unusable(out, options.overwrite)
+    refuse_unusable(out, options.overwrite, marker=RECORD)
 
 
 def refuse_another(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -300,13 +298,6 @@ def sentences(verdict: Verdict) -> Iterator[str]:
 
 def page(options: Options, verdict: Verdict, record: dict[str, Any]) -> str:
     """The HTML page: the table, the Lanczos coefficients step by step, and how to read them."""
-
-    def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-        def cells(row: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-        lines = "\n".join(cells(row, "td") for row in body)
-        return f'<div class="wide"><table><thead>{cells(head, "th")}</thead><tbody>\n{lines}\n</tbody></table></div>'
 
     parts = [
         f"<h1>{TITLES[verdict.agrees]} with PyTorch</h1>",

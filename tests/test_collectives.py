@@ -18,7 +18,6 @@ from jaxhess.mesh import batch_sharding
 from jaxhess.models import abstract_params, model_shardings
 from jaxhess.models.language_model import NextTokenLoss
 from jaxhess.operators.base import compiled_mv
-from jaxhess.operators.microbatches import sum_over_microbatches
 from jaxhess.program import Program
 
 P = PartitionSpec
@@ -135,15 +134,6 @@ def operator(axes: str) -> Hessian:
     tokens = jax.ShapeDtypeStruct((2, 8, 17), jnp.int32, sharding=cut)
     weights = jax.ShapeDtypeStruct((2, 8, 16), jnp.float32, sharding=cut)
     return Hessian(NextTokenLoss(config, mesh), params, Microbatches(TokenBatch(tokens, weights)))
-
-
-@jax.jit
-def gradient(op: Hessian):
-    def one(batch):
-        total, count = jax.grad(op.sum_and_count, has_aux=True)(op.free, batch)
-        return op.pin(total), count
-
-    return op.pin(sum_over_microbatches(one, op.groups)[0])
 
 
 @pytest.mark.parametrize("axes", ["fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"])

@@ -18,7 +18,6 @@ from jaxhess import make_mesh
 from jaxhess.mesh import data_shards
 from jaxhess.plan import USABLE, Job, changes, compiled, estimate, flops, memory, traffic
 from jaxhess.vectors import _drawer
-from scripts.plan import UNOPTIMISED
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "scripts" / "plans" / "configs"
@@ -38,6 +37,8 @@ def facts_on(devices: int, *jobs: Job) -> list[dict]:
     code = f"""
 import os, json, time, dataclasses, pickle, sys
 import jax
+from jaxhess.command import compile_quickly
+compile_quickly()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", {devices})
 from jaxhess.plan import compiled
@@ -53,7 +54,7 @@ for job in pickle.load(sys.stdin.buffer):
         stdout=subprocess.PIPE,
         check=True,
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": UNOPTIMISED, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     return [json.loads(line) for line in ran.stdout.splitlines()]
 

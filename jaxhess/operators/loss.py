@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
 from jaxhess.operators.restriction import Restriction, restriction
-from jaxhess.vectors import Vector, cast, check_accumulation_dtype, checksum, named_sharding
+from jaxhess.vectors import Vector, cast, check_accumulation_dtype, checksum, named_sharding, widen
 
 Loss = Callable[[Any, Any], Any]
 """`loss(params, batch)`: `(sum, count)`, or a plain scalar, which counts as one."""
@@ -62,6 +62,20 @@ class LossOperator(LinearOperator):
         check_accumulation_dtype(self.accumulation_dtype)
         object.__setattr__(self, "batches", as_groups(self.batches))
         object.__setattr__(self, "shardings", tuple(map(named_sharding, jax.tree.leaves(self.params))))
+
+    def value_and_gradient(self) -> tuple[jax.Array, Vector]:
+        """The mean loss over all batches and its gradient in the free parameters, both in at least float32.
+
+        Summed over microbatches as products are; to be called inside `jit`.
+        """
+
+        def parts(batch: Any) -> tuple[jax.Array, jax.Array, Vector]:
+            (total, count), gradient = jax.value_and_grad(self.sum_and_count, has_aux=True)(self.free, batch)
+            return total, count, self.pin(gradient)
+
+        with jax.default_matmul_precision("highest"):
+            total, count, gradient = sum_over_microbatches(parts, self.batches, self.accumulation_dtype)
+        return total / count, self.pin(divided(gradient, count, widen(self.free)))
 
     @abc.abstractmethod
     def product_sum(self, v: Vector, batch: Any) -> tuple[Vector, jax.Array]:

@@ -13,7 +13,6 @@ from jaxhess.collectives import bytes_by_kind, collective_traffic
 from jaxhess.krylov.lanczos import compile_segment
 from jaxhess.mesh import make_mesh
 from jaxhess.operators.loss import LossOperator
-from jaxhess.operators.microbatches import sum_over_microbatches
 from jaxhess.plan.job import Job
 from jaxhess.program import matmul_flops, read_program
 
@@ -29,7 +28,6 @@ class Compiled:
             products to float32, and keeps what it has widened.
         flops: Operations of the matrix products in one step.
         traffic: Bytes that one step receives through each kind of collective.
-        remote: Those of them that go through groups which reach beyond a server of `node` devices.
         seconds: Of compilation.
     """
 
@@ -38,17 +36,15 @@ class Compiled:
     temporaries: int
     flops: float
     traffic: dict[str, float]
-    remote: float
     seconds: float
 
 
-def compiled(job: Job, mesh: Mesh | None = None, node: int = 8) -> Compiled:
+def compiled(job: Job, mesh: Mesh | None = None) -> Compiled:
     """The job's program, compiled for this mesh (of simulated devices, as a rule) but never run.
 
     Args:
         job: What to compile; no weight and no token of it exist.
         mesh: None: over all devices of this process.
-        node: Devices that one server holds, numbered one after the other.
 
     Raises:
         ValueError: The devices are not as many as the mesh's.
@@ -61,14 +57,12 @@ def compiled(job: Job, mesh: Mesh | None = None, node: int = 8) -> Compiled:
     if memory is None:
         raise ValueError("This backend does not say how much memory a compiled program takes.")
     text = read_program(program)
-    traffic = collective_traffic(text, unknown_trips=1)
     return Compiled(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
         matmul_flops(text, unknown_trips=1),
-        bytes_by_kind(traffic),
-        sum(t.received for t in traffic if t.reach > node),
+        bytes_by_kind(collective_traffic(text, unknown_trips=1)),
         seconds,
     )
 
@@ -80,10 +74,5 @@ def gradient_traffic(job: Job, mesh: Mesh) -> dict[str, float]:
 
 @jax.jit
 def gradient(operator: LossOperator) -> Any:
-    """The gradient of the mean loss times its count, as one program; `gradient.lower` gives its cost before it runs."""
-
-    def one(batch: Any) -> tuple[Any, jax.Array]:
-        total, count = jax.grad(operator.sum_and_count, has_aux=True)(operator.free, batch)
-        return operator.pin(total), count
-
-    return operator.pin(sum_over_microbatches(one, operator.groups, operator.accumulation_dtype)[0])
+    """The gradient of the mean loss as one program; `gradient.lower` gives its cost before it runs."""
+    return operator.value_and_gradient()[1]
