@@ -34,6 +34,7 @@ from jaxhess.memory import bytes_per_device
 from jaxhess.mesh import batch_sharding, data_shards
 from jaxhess.models import LanguageModel, initialize
 from jaxhess.peaks import peak_matmul_flops
+from jaxhess.plan.compiled import gradient
 from jaxhess.program import bytes_accessed, matmul_flops, read_program, temporary_bytes
 from jaxhess.spectra import json_ready
 from jaxhess.vectors import Vector
@@ -258,7 +259,7 @@ def _rows(
     linearised = program("linearised product", product, stored, vector)
     linearised.result["residual_bytes"] = stored.residual_bytes
     return [
-        program("gradient", _gradient, hessian, expected="gradient"),
+        program("gradient", gradient, hessian, expected="gradient"),
         program("exact product", product, hessian, vector),
         linearised,
         program("finite-difference product", product, difference, vector),
@@ -279,7 +280,7 @@ def _references(options: Options, hessian: Any, lanczos: Any, vector: Vector) ->
         state = jaxhess.start_lanczos(direction, options.steps, accumulation_dtype="float64")
         state = jaxhess.lanczos_segment(wide_lanczos, state, options.steps)
         trees = {
-            "gradient": jax.jit(_gradient)(wide),
+            "gradient": gradient(wide),
             "product": wide @ direction,
             "gauss-newton": curvature @ direction,
         }

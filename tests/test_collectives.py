@@ -18,6 +18,7 @@ from jaxhess.mesh import batch_sharding
 from jaxhess.models import abstract_params, model_shardings
 from jaxhess.models.language_model import NextTokenLoss
 from jaxhess.operators.base import compiled_mv
+from jaxhess.plan.compiled import gradient
 from jaxhess.program import Program
 
 P = PartitionSpec
