@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import importlib
 import io
 import json
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from jaxhess.record import RunRecord
 from jaxhess.run_folder import json_ready
 
 if TYPE_CHECKING:
@@ -79,9 +81,10 @@ def read_spectrum(make: Callable[..., Spectrum], path: Path, dim: int | None = N
     if known is not None and dim not in (None, known):
         raise ValueError(f"{path} is of {known:,} parameters, not of {dim:,}.")
     record, facts = {"imported": str(path)}, {}
-    if isinstance(data, dict) and data.get("format") == FORMAT:
-        record, facts = data.get("info", record), {k: data[k] for k in ("rounding",) if k in data}
     with _naming(path):
+        if isinstance(data, dict) and data.get("format") == FORMAT:
+            record, facts = data.get("info", record), {k: data[k] for k in ("rounding",) if k in data}
+            facts["run"] = RunRecord.read(data["run"]) if "run" in data else RunRecord.of_old_info(record)
         return make(*rows, known or dim, record, **facts)
 
 
@@ -128,7 +131,8 @@ def to_json(spectrum: Spectrum) -> str:
     """
     names = ("ritz_values", "weights", "residual_bounds", "ghosts", "alphas", "betas", "sizes", "dim", "rounding")
     fields = {name: json_ready(getattr(spectrum, name)) for name in names}
-    return json.dumps({"format": FORMAT, **fields, "summary": spectrum.summary(), "info": spectrum.info}, indent=1)
+    fields |= {"run": json_ready(dataclasses.asdict(spectrum.run)), "summary": spectrum.summary()}
+    return json.dumps({"format": FORMAT, **fields, "info": spectrum.info}, indent=1)
 
 
 def to_csv(spectrum: Spectrum) -> str:

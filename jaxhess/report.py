@@ -185,16 +185,13 @@ def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:
 
 def _ghosts(spectrum: Spectrum) -> Iterator[str]:
     found = spectrum.ghosts.any()
-    lanczos = spectrum.info.get("lanczos")
-    lost = lanczos.get("orthogonality") if isinstance(lanczos, dict) else None
-    lost = lost if isinstance(lost, list) and len(lost) == spectrum.num_probes else None
+    measured = spectrum.run.orthogonality or ()
+    lost = [_number(np.nan if x is None else x, 2).replace("unknown", "not measured") for x in measured]
+    lost = lost if len(lost) == spectrum.num_probes else []
     head = ["probe", "Ritz values", "copies", "spurious", "left"]
     yield table(
-        head + ["loss of orthogonality, largest |Q'Q − I|"] * (lost is not None),
-        [
-            [*row, "not measured" if lost[i] is None else _number(lost[i], 2)] if lost else row
-            for i, row in enumerate(_ghost_counts(spectrum))
-        ],
+        head + ["loss of orthogonality, largest |Q'Q − I|"] * bool(lost),
+        [row + lost[i : i + 1] for i, row in enumerate(_ghost_counts(spectrum))],
     )
     theta = spectrum.ritz_values[np.isfinite(spectrum.ritz_values)]
     tolerance = 2 * relative_tolerance(spectrum.num_steps, spectrum.rounding) * float(np.abs(theta).max())

@@ -28,6 +28,7 @@ from jaxhess.krylov.lanczos import (
 )
 from jaxhess.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.operators.base import LinearOperator, unit_roundoff
+from jaxhess.record import RunRecord
 from jaxhess.spectra import Spectrum
 from jaxhess.vectors import Distribution, Vector, cast, check_vector_dtype, random_probe
 
@@ -94,10 +95,11 @@ def spectrum(
         distribution: Of the probes' entries.
         checkpoint: Where the unfinished run is kept, and whether to take it up.
         callback: Called on the host after each compiled segment.
-        info: Anything to keep with the result; facts about the run are added.
+        info: Anything to keep with the result, under names that the run's own facts do not have.
 
     Raises:
-        ValueError: An option is out of range or not known; the checkpoint is of another run.
+        ValueError: An option is out of range or not known; `info` has a name that the run records itself; the
+            checkpoint is of another run.
         FileExistsError: There is an unfinished run, and `checkpoint.resume` is False.
         FloatingPointError: The loss or a product is not finite; says which microbatch, probe and step.
         Interrupted: SIGTERM came; the state is saved (only with `checkpoint`).
@@ -123,6 +125,9 @@ def spectrum(
         "probes": {"count": probes, "distribution": distribution, "seed": seed},
         "lanczos": {"steps": steps, "vector_dtype": _dtypes(like), **options},
     }
+    taken = sorted(set(info or {}) & {*described, *facts, "program", "seconds"})
+    if taken:
+        raise ValueError(f"info has {', '.join(map(repr, taken))}, which the run records itself; choose other names.")
     saver = None
     if checkpoint is not None:
         saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": operator.checksum()})
@@ -141,13 +146,13 @@ def spectrum(
     described["lanczos"] |= {
         "accumulation_dtype": str(run.template(None).alphas.dtype),
         "batch_size": run.batch_size,
-        "orthogonality": None if np.isnan(run.orthogonality).all() else run.orthogonality,
     }
     return Spectrum(
         alphas=run.alphas,
         betas=run.betas,
         sizes=run.sizes,
         dim=operator.dim,
+        run=RunRecord(distribution, reorthogonalize, tuple(run.orthogonality.tolist())),
         rounding=unit_roundoff(operator, like),
         info={**described, **facts, "program": run.program, "seconds": run.seconds, **(info or {})},
     )

@@ -25,6 +25,7 @@ from jaxhess.krylov.ghosts import (
     unflagged,
 )
 from jaxhess.krylov.quadrature import Quadrature, quadrature
+from jaxhess.record import RunRecord
 from jaxhess.run_folder import ARRAYS, json_ready, read_run, refuse_unusable, write_run
 from jaxhess.standard_errors import Estimate, Spread, across_probes, on_the_sphere
 
@@ -69,14 +70,15 @@ class Spectrum:
         sizes: [probes] int, the steps each probe took: fewer than `steps` after a breakdown, which ends the Krylov
             space, within rounding: the quadrature is then exact for every function, up to that.
         dim: Rows of the operator: the number of parameters.
-        info: What produced it (options, model, data, mesh, versions, timings). Made JSON-ready on entry: tuples become
-            lists, numbers that are not finite None, unknown objects their text.
+        info: What produced it (options, model, data, mesh, versions, timings): for readers, no number depends on it.
+            Made JSON-ready on entry: tuples become lists, numbers that are not finite None, unknown objects their text.
+        run: What standard errors and ghosts depend on.
         rounding: How far rounding moves eigenvalues in one step, relative to the largest: see
             `jaxhess.operators.base.unit_roundoff`. It sets what counts as a ghost, and the slack of the bounds.
 
     Standard errors are of the chance in the probes, and such that two of them mean 95% whatever the number of probes:
     `jaxhess.standard_errors` says how, with the coverage measured. They are the sphere's where that holds; for probes
-    of random signs (info["probes"]["distribution"] is "rademacher") and for moments whose squares are beyond
+    of random signs and for moments whose squares are beyond
     `exact_degree` they are the probes' own scatter.
 
     Raises:
@@ -89,6 +91,7 @@ class Spectrum:
     sizes: npt.NDArray[np.int64]
     dim: int
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    run: RunRecord = dataclasses.field(default=RunRecord(), kw_only=True)
     rounding: float = dataclasses.field(default=FLOAT32_ROUNDING, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -125,7 +128,7 @@ class Spectrum:
         if not isinstance(other, Spectrum):
             return NotImplemented
         same = all(np.array_equal(getattr(self, n), getattr(other, n), True) for n in ("alphas", "betas", "sizes"))
-        return same and all(getattr(self, n) == getattr(other, n) for n in ("dim", "info", "rounding"))
+        return same and all(getattr(self, n) == getattr(other, n) for n in ("dim", "info", "run", "rounding"))
 
     @property
     def num_probes(self) -> int:
@@ -136,7 +139,7 @@ class Spectrum:
         """What the spectrum is of, in words, from the record of the run."""
         operator = self.info.get("operator")
         described = operator if isinstance(operator, dict) else {}
-        name = MATRIX_NAMES.get(described.get("kind", "Hessian"), "operator")
+        name = MATRIX_NAMES.get(str(described.get("kind", "Hessian")), "operator")
         block = described.get("restriction")
         return f"{name}, block {block}" if block else name
 
@@ -163,8 +166,8 @@ class Spectrum:
     def ghosts(self) -> npt.NDArray[np.bool_]:
         """[probes, steps] which Ritz values are copies or spurious, see `krylov.ghosts`; False beyond a probe's size.
 
-        All False for a probe whose Lanczos vectors are known to be independent, by the record of the run
-        (info["lanczos"], see `krylov.ghosts.independent`): what is close is then to be counted as it is.
+        All False for a probe whose Lanczos vectors are known to be independent (`run`; see
+        `krylov.ghosts.independent`): what is close is then to be counted as it is.
         """
         rows = np.zeros(self.alphas.shape, bool)
         for row, found in zip(rows, self._ghosts, strict=True):
@@ -357,7 +360,8 @@ class Spectrum:
         """
         refuse_unusable(folder, overwrite)
         arrays = {name: getattr(self, name) for name in (*Quadrature._fields, "ghosts", *_STORED, "rounding")}
-        write_run(folder, arrays, {"info": self.info, "summary": self.summary()})
+        run = json_ready(dataclasses.asdict(self.run))
+        write_run(folder, arrays, {"run": run, "info": self.info, "summary": self.summary()})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], dim: int | None = None) -> Spectrum:
@@ -381,7 +385,9 @@ class Spectrum:
         try:
             alphas, betas, sizes, rows = (arrays[name] for name in _STORED)
             rounding = float(arrays.get("rounding", FLOAT32_ROUNDING))
-            return cls(alphas, betas, sizes, int(rows), record.get("info", {}), rounding=rounding)
+            info = record.get("info", {})
+            run = RunRecord.read(record["run"]) if "run" in record else RunRecord.of_old_info(info)
+            return cls(alphas, betas, sizes, int(rows), info, run=run, rounding=rounding)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from error
 
@@ -418,8 +424,7 @@ class Spectrum:
 
     @functools.cached_property
     def _ghosts(self) -> list[Ghosts]:
-        record = self.info.get("lanczos")
-        settled = independent(record if isinstance(record, dict) else {}, self.sizes)
+        settled = independent(self.run, self.sizes)
         return [
             unflagged(nodes) if known else classify(nodes, self.rounding)
             for nodes, known in zip(self._quadratures, settled, strict=True)
@@ -454,9 +459,7 @@ class Spectrum:
 
     def _by_sphere(self, known: bool) -> bool:
         """Whether the variance on the sphere is taken: for random signs only where there is no other (see there)."""
-        probes = self.info.get("probes")
-        signs = isinstance(probes, dict) and probes.get("distribution") == "rademacher"
-        return known and (self.num_probes == 1 or not signs)
+        return known and (self.num_probes == 1 or self.run.distribution != "rademacher")
 
     def _beyond_gauss(self, k: int) -> Array:
         """[probes] what v'H^k v exceeds the quadrature by: the product of the squared betas for k = 2 size, else 0."""

@@ -30,6 +30,7 @@ from jaxhess.krylov.lanczos import Reorthogonalize
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.memory import bytes_per_device
 from jaxhess.operators.base import unit_roundoff
+from jaxhess.record import RunRecord
 from jaxhess.spectra import json_ready, refuse_unusable
 from jaxhess.vectors import cast
 
@@ -171,8 +172,8 @@ def compared(found: dict[str, Any], reference: dict[str, Any], steps: tuple[int,
     truth = _quadrature(reference, max(steps)).ritz_values
     for k in sorted(steps):
         nodes, exact = (_quadrature(r, k) for r in (found, reference))
-        measured = {"reorthogonalize": found["reorthogonalize"], "orthogonality": [found["orthogonality_loss"]]}
-        orthogonal = bool(independent(measured, np.array([k]))[0])
+        run = RunRecord(reorthogonalize=found["reorthogonalize"], orthogonality=(found["orthogonality_loss"],))
+        orthogonal = bool(independent(run, np.array([k]))[0])
         ghosts = (unflagged(nodes) if orthogonal else classify(nodes, found["rounding"])).flags
         rows.append(
             {

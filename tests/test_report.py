@@ -12,6 +12,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from jaxhess.plotting import density_figure, distribution_figure, stem_figure
+from jaxhess.record import RunRecord
 from jaxhess.report import remove_report, write_report
 from jaxhess.spectra import Spectrum
 
@@ -158,7 +159,7 @@ def test_ticks_under_the_density_leave_ghosts_out():
     assert {-1, 2, 5, 10} <= set(np.round(ticks.get_xdata(), 4))
 
 
-def _ghostly(info=None):
+def _ghostly(run=None):
     """Lanczos without re-orthogonalisation, in float32, on a bulk and outliers: many copies."""
     rng = np.random.default_rng(0)
     diagonal = np.append(rng.normal(size=500) * 1e-2, [-1.0, 2.0, 5.0, 10.0]).astype(np.float32)
@@ -172,7 +173,7 @@ def _ghostly(info=None):
             w -= np.float32(alpha) * q
             betas[probe, step] = beta = np.linalg.norm(w)
             previous, q = q, w / beta
-    return Spectrum(alphas, betas, [80, 80], diagonal.size, info or {})
+    return Spectrum(alphas, betas, [80, 80], diagonal.size, run=run or RunRecord())
 
 
 @pytest.mark.parametrize("case", ["LLM-like", "one probe", "many probes", "broken down"])
@@ -255,7 +256,7 @@ def _row(texts, first):
 
 
 def test_report_counts_ghosts_per_probe_and_lists_outliers_with_their_copies(tmp_path):
-    spectrum = _ghostly({"lanczos": {"reorthogonalize": "none", "orthogonality": [0.98, None]}})
+    spectrum = _ghostly(RunRecord(reorthogonalize="none", orthogonality=(0.98, None)))
     write_report(tmp_path, spectrum)
     _, parser = _read(tmp_path)
     texts = [text for text in parser.texts if text.strip()]
@@ -275,7 +276,7 @@ def test_report_counts_ghosts_per_probe_and_lists_outliers_with_their_copies(tmp
 
 
 def test_report_of_independent_vectors_has_no_ghosts(tmp_path):
-    write_report(tmp_path, _ghostly({"lanczos": {"reorthogonalize": "full", "orthogonality": [1e-6, 1e-6]}}))
+    write_report(tmp_path, _ghostly(RunRecord(reorthogonalize="full", orthogonality=(1e-6, 1e-6))))
     _, parser = _read(tmp_path)
     assert any("No Ritz value is taken" in text for text in parser.texts)
     assert "1e−06" in parser.texts

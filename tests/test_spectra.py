@@ -8,6 +8,7 @@ from scipy.linalg import hessenberg
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from jaxhess.record import RunRecord
 from jaxhess.spectra import Spectrum, refuse_unusable
 
 EIGENVALUES = np.concatenate([np.random.default_rng(7).normal(size=50) * 0.1, [5.0, 2.0, 1.0, -0.7, -3.0]])
@@ -366,11 +367,11 @@ def _diagonal_lanczos(eigenvalues, start, steps, dtype=np.float64, orthogonal=Tr
     return np.array(alphas, float).T, np.array(betas, float).T
 
 
-def _ghostly(probes=2, steps=80, info=None):
+def _ghostly(probes=2, steps=80, **facts):
     eigenvalues = np.concatenate([np.random.default_rng(5).normal(size=300) * 1e-2, [-1.0, 2.0, 5.0, 10.0]])
     start = np.random.default_rng(0).normal(size=(probes, eigenvalues.size))
     coefficients = _diagonal_lanczos(eigenvalues, start, steps, np.float32, orthogonal=False)
-    return Spectrum(*coefficients, np.full(probes, steps), eigenvalues.size, info or {})
+    return Spectrum(*coefficients, np.full(probes, steps), eigenvalues.size, **facts)
 
 
 def test_ghosts_are_flagged_per_probe_and_clusters_keep_all_the_weight():
@@ -390,7 +391,7 @@ def test_ghosts_are_flagged_per_probe_and_clusters_keep_all_the_weight():
 
 
 @pytest.mark.parametrize(
-    ("lanczos", "flagged"),
+    ("run", "flagged"),
     [
         ({}, True),
         ({"reorthogonalize": "none"}, True),
@@ -398,12 +399,12 @@ def test_ghosts_are_flagged_per_probe_and_clusters_keep_all_the_weight():
         ({"reorthogonalize": "selective"}, True),
         ({"reorthogonalize": "selective", "orthogonality": [1e-4, 1e-4]}, False),
         ({"reorthogonalize": "full"}, False),
-        ({"reorthogonalize": "full", "orthogonality": [1e-6, None]}, False),
+        ({"reorthogonalize": "full", "orthogonality": [1e-6, np.nan]}, False),
         ({"reorthogonalize": "full", "orthogonality": [0.5, 0.5]}, True),
     ],
 )
-def test_vectors_that_are_known_to_be_independent_leave_no_ghosts(lanczos, flagged):
-    spectrum = _ghostly(info={"lanczos": lanczos})
+def test_vectors_that_are_known_to_be_independent_leave_no_ghosts(run, flagged):
+    spectrum = _ghostly(run=RunRecord(**run))
     assert spectrum.ghosts.any(1).tolist() == [flagged, flagged]
     assert (spectrum.clusters(0).copies.max() > 1) == flagged
 
@@ -413,7 +414,7 @@ def test_full_reorthogonalisation_counts_close_eigenvalues_that_rounding_alone_w
     start = np.random.default_rng(0).normal(size=(1, 21))
     coefficients = _diagonal_lanczos(eigenvalues, start, 21)
     plain = Spectrum(*coefficients, [21], 21)
-    full = Spectrum(*coefficients, [21], 21, {"lanczos": {"reorthogonalize": "full"}})
+    full = Spectrum(*coefficients, [21], 21, run=RunRecord(reorthogonalize="full"))
     assert plain.clusters(0).copies.tolist() == [20, 1]
     assert full.clusters(0).copies.tolist() == [1] * 21
     np.testing.assert_allclose(full.clusters(0).values, eigenvalues, atol=1e-14)
@@ -524,8 +525,8 @@ def _coverage(eigenvalues, probes, distribution="normal", runs=200, steps=12):
     hits = dict.fromkeys(truth, 0)
     for run in range(runs):
         rows = slice(run * probes, (run + 1) * probes)
-        info = {"probes": {"distribution": distribution}}
-        spectrum = Spectrum(alphas[rows], betas[rows], [steps] * probes, n, info)
+        run_record = RunRecord(distribution=distribution)
+        spectrum = Spectrum(alphas[rows], betas[rows], [steps] * probes, n, run=run_record)
         found = (
             spectrum.trace(),
             spectrum.frobenius_norm(),
@@ -560,6 +561,6 @@ def test_two_standard_errors_hold_the_truth_for_random_signs_too(name, probes):
 def test_random_signs_on_a_diagonal_matrix_have_no_error_and_say_so():
     start = np.random.default_rng(0).choice([-1.0, 1.0], (4, N))
     coefficients = _diagonal_lanczos(COVERED["semicircle"], start, 10)
-    signs = Spectrum(*coefficients, [10] * 4, N, {"probes": {"distribution": "rademacher"}})
+    signs = Spectrum(*coefficients, [10] * 4, N, run=RunRecord(distribution="rademacher"))
     assert signs.trace().standard_error < 1e-10
     assert signs.trace().value == pytest.approx(COVERED["semicircle"].sum(), abs=1e-10)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxhess.krylov.quadrature import Quadrature, quadrature
+from jaxhess.record import RunRecord
 
 Array = npt.NDArray[np.float64]
 
@@ -104,7 +105,7 @@ def unflagged(nodes: Quadrature) -> Ghosts:
     return _clustered(nodes, np.arange(nodes.ritz_values.size), np.zeros(nodes.ritz_values.size, bool))
 
 
-def independent(record: dict[str, Any], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def independent(run: RunRecord, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """[probes] whether the Lanczos vectors of a run are known to be linearly independent, so that there are no ghosts.
 
     Two Ritz vectors of one simple eigenvalue would be parallel, which takes a combination of the Lanczos vectors that
@@ -114,13 +115,13 @@ def independent(record: dict[str, Any], sizes: npt.NDArray[np.int64]) -> npt.NDA
     within rounding of each other are then different eigenvalues, or one multiple eigenvalue that rounding has split.
 
     Args:
-        record: How the run was made: "reorthogonalize", and "orthogonality", the largest |Q'Q - I| of every probe.
+        run: How it was made; with an `orthogonality` of another number of probes, nothing was measured.
         sizes: [probes] steps that each probe took.
     """
-    kind, measured = record.get("reorthogonalize"), record.get("orthogonality")
+    kind, measured = run.reorthogonalize, run.orthogonality
     if kind not in ("full", "selective"):
         return np.zeros(len(sizes), bool)
-    entries = measured if isinstance(measured, list) and len(measured) == len(sizes) else [None] * len(sizes)
+    entries = measured if measured is not None and len(measured) == len(sizes) else [None] * len(sizes)
     return np.array([kind == "full" if x is None else m * x <= 0.5 for m, x in zip(sizes, entries, strict=True)])
 
 
