@@ -146,7 +146,7 @@ def _steps(spectrum: Spectrum) -> int:
 def _first(s: Spectrum, steps: int) -> Spectrum:
     """The spectrum as it was after so many steps."""
     cut = s.alphas[:, :steps], s.betas[:, :steps], np.minimum(s.sizes, steps)
-    return Spectrum(*cut, s.dim, s.info, run=s.run, rounding=s.rounding)
+    return Spectrum(*cut, s.dim, s.info, run=s.run, rounding=s.rounding, step_errors=s.step_errors[:, :steps])
 
 
 def _measure(spectrum: Spectrum, probes: Sequence[int] | None) -> tuple[Array, Array]:

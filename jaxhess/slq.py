@@ -32,6 +32,7 @@ from jaxhess.record import RunRecord
 from jaxhess.spectra import Spectrum
 from jaxhess.vectors import Distribution, Vector, cast, check_vector_dtype, random_probe
 
+COEFFICIENTS = ("alphas", "betas", "step_errors")
 SEGMENT_SECONDS = 1.0
 """Length of a compiled segment, roughly: how long the host waits between two looks at the run."""
 
@@ -83,7 +84,7 @@ def spectrum(
             2 steps - 1.
         probes: Independent random probes; two or more give standard errors across them.
         seed: Of the probes. The same seed gives the same probes bit for bit on any mesh.
-        reorthogonalize: "none", "full", "selective", or a window of so many vectors; see `jaxhess.krylov`.
+        reorthogonalize: "none", "full", or a window of so many vectors; see `jaxhess.krylov`.
         vector_dtype: Storage of the Lanczos vectors; None: the operator's own.
         accumulation_dtype: Of alphas and betas, and the inner products and norms that they are: "float32" or "float64",
             never narrower than the vectors.
@@ -150,6 +151,7 @@ def spectrum(
     return Spectrum(
         alphas=run.alphas,
         betas=run.betas,
+        step_errors=run.step_errors,
         sizes=run.sizes,
         dim=operator.dim,
         run=RunRecord(distribution, reorthogonalize, tuple(run.orthogonality.tolist())),
@@ -171,7 +173,7 @@ class _Run:
     callback: Callable[[Progress], None] | None
 
     def __post_init__(self) -> None:
-        self.alphas, self.betas = (np.full((self.probes, self.steps), np.nan) for _ in range(2))
+        self.alphas, self.betas, self.step_errors = (np.full((self.probes, self.steps), np.nan) for _ in range(3))
         self.sizes = np.zeros(self.probes, np.int64)
         self.orthogonality = np.full(self.probes, np.nan)
         self.seconds = 0.0
@@ -249,11 +251,10 @@ class _Run:
             yield state
 
     def _read(self, state: LanczosState, chosen: slice) -> None:
-        sizes, alphas, betas = (np.asarray(x) for x in (state.size, state.alphas, state.betas))
-        self.sizes[chosen] = sizes
+        self.sizes[chosen] = np.asarray(state.size)
         beyond = np.arange(self.steps) >= self.sizes[chosen, None]
-        self.alphas[chosen] = np.where(beyond, np.nan, alphas)
-        self.betas[chosen] = np.where(beyond, np.nan, betas)
+        for name in COEFFICIENTS:
+            getattr(self, name)[chosen] = np.where(beyond, np.nan, np.asarray(getattr(state, name)))
         bad = ~beyond & ~np.isfinite(self.alphas[chosen] + self.betas[chosen])
         if bad.any():
             probe, step = np.argwhere(bad)[0]
@@ -283,10 +284,7 @@ class _Run:
             "seconds": self.seconds,
             "program": self.program,
             "sizes": self.sizes[:probe].tolist(),
-            **{
-                name: [[float(x).hex() for x in row] for row in values[:probe]]
-                for name, values in (("alphas", self.alphas), ("betas", self.betas))
-            },
+            **{name: [[float(x).hex() for x in row] for row in getattr(self, name)[:probe]] for name in COEFFICIENTS},
             "orthogonality": [float(x).hex() for x in self.orthogonality[:probe]],
         }
         saver.save(probe * self.steps + step, record, state)
@@ -297,7 +295,7 @@ class _Run:
         probe = record["probe"]
         self.batch_size, self.seconds, self.program = (record[k] for k in ("batch_size", "seconds", "program"))
         self.sizes[:probe] = record["sizes"]
-        for name in ("alphas", "betas"):
+        for name in COEFFICIENTS:
             getattr(self, name)[:probe] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
         self.orthogonality[:probe] = [float.fromhex(x) for x in record["orthogonality"]]
         _remark(probe, record["step"])
@@ -360,7 +358,7 @@ def check_basis_fits(
         return
     leaves = jax.tree.leaves(state.basis)
     devices = devices_of(leaves)
-    needed = bytes_per_device(jax.tree.leaves((state.basis, state.ritz_vectors))) * len(devices)
+    needed = bytes_per_device(leaves) * len(devices)
     on_host = basis_memory == "host"
     present = host_bytes() if on_host else total_bytes(devices) * len(devices)
     if needed > present:

@@ -22,6 +22,7 @@ from jaxhess.krylov.ghosts import (
     classify,
     independent,
     relative_tolerance,
+    tolerances,
     unflagged,
 )
 from jaxhess.krylov.quadrature import Quadrature, quadrature
@@ -73,8 +74,10 @@ class Spectrum:
         info: What produced it (options, model, data, mesh, versions, timings): for readers, no number depends on it.
             Made JSON-ready on entry: tuples become lists, numbers that are not finite None, unknown objects their text.
         run: What standard errors and ghosts depend on.
-        rounding: How far rounding moves eigenvalues in one step, relative to the largest: see
-            `jaxhess.operators.base.unit_roundoff`. It sets what counts as a ghost, and the slack of the bounds.
+        rounding: The eps of products, see `jaxhess.operators.base.unit_roundoff`. With `step_errors` it sets what
+            counts as a ghost, and the slack of the bounds.
+        step_errors: [probes, steps] float64, what each step left out of the recurrence (`LanczosState.step_errors`); it
+            is part of `residual_bounds`. None: not known, taken for zero.
 
     Standard errors are of the chance in the probes, and such that two of them mean 95% whatever the number of probes:
     `jaxhess.standard_errors` says how, with the coverage measured. They are the sphere's where that holds; for probes
@@ -93,6 +96,7 @@ class Spectrum:
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: RunRecord = dataclasses.field(default=RunRecord(), kw_only=True)
     rounding: float = dataclasses.field(default=FLOAT32_ROUNDING, kw_only=True)
+    step_errors: Array = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         alphas, betas = np.array(self.alphas, np.float64), np.array(self.betas, np.float64)
@@ -117,8 +121,12 @@ class Spectrum:
                 "both must be finite and beta not negative"
             )
         relative_tolerance(1, self.rounding)
+        errors = np.zeros_like(alphas) if self.step_errors is None else np.array(self.step_errors, np.float64)
+        if errors.shape != alphas.shape or not (beyond | (np.isfinite(errors) & (errors >= 0))).all():
+            raise ValueError(f"step_errors must be [probes, steps], finite and not negative, got {errors}")
+        errors[beyond] = np.nan
         cleaned = {"alphas": alphas, "betas": betas, "sizes": sizes.astype(np.int64), "dim": int(self.dim)}
-        cleaned |= {"info": json_ready(self.info), "rounding": float(self.rounding)}
+        cleaned |= {"info": json_ready(self.info), "rounding": float(self.rounding), "step_errors": errors}
         for name, value in cleaned.items():
             if isinstance(value, np.ndarray):
                 value.flags.writeable = False  # The cached quadrature belongs to these coefficients.
@@ -127,7 +135,8 @@ class Spectrum:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Spectrum):
             return NotImplemented
-        same = all(np.array_equal(getattr(self, n), getattr(other, n), True) for n in ("alphas", "betas", "sizes"))
+        arrays = ("alphas", "betas", "sizes", "step_errors")
+        same = all(np.array_equal(getattr(self, n), getattr(other, n), True) for n in arrays)
         return same and all(getattr(self, n) == getattr(other, n) for n in ("dim", "info", "run", "rounding"))
 
     @property
@@ -159,8 +168,13 @@ class Spectrum:
 
     @functools.cached_property
     def residual_bounds(self) -> Array:
-        """[probes, steps] beta_m |s_mi|; NaN beyond a probe's size."""
+        """[probes, steps] beta_m |s_mi| + `error_bounds`; NaN beyond a probe's size."""
         return self._padded(2, np.nan)
+
+    @functools.cached_property
+    def error_bounds(self) -> Array:
+        """[probes, steps] what storage and re-orthogonalisation may have moved, see `Quadrature`; NaN beyond the size."""
+        return self._padded(3, np.nan)
 
     @functools.cached_property
     def ghosts(self) -> npt.NDArray[np.bool_]:
@@ -294,7 +308,7 @@ class Spectrum:
             raise ValueError(f"x must be one-dimensional, got shape {x.shape}")
         bounds = np.empty((2, self.num_probes, x.size))
         for probe, (nodes, broke) in enumerate(zip(self._quadratures, self.broke_down, strict=True)):
-            slack = relative_tolerance(self.sizes[probe], self.rounding) * np.abs(nodes.ritz_values).max()
+            slack = tolerances(nodes, self.rounding)
             slack += self._last_betas[probe] if broke else 0.0  # What the breakdown took for rounding.
             bounds[:, probe] = distribution_bounds(nodes.ritz_values, nodes.weights, x, slack, exhausted=broke)
         return bounds[0], bounds[1]
@@ -359,7 +373,8 @@ class Spectrum:
             FileExistsError: The folder holds a finished run and `overwrite` is False.
         """
         refuse_unusable(folder, overwrite)
-        arrays = {name: getattr(self, name) for name in (*Quadrature._fields, "ghosts", *_STORED, "rounding")}
+        names = (*Quadrature._fields, "ghosts", *_STORED, "rounding", "step_errors")
+        arrays = {name: getattr(self, name) for name in names}
         run = json_ready(dataclasses.asdict(self.run))
         write_run(folder, arrays, {"run": run, "info": self.info, "summary": self.summary()})
 
@@ -387,7 +402,8 @@ class Spectrum:
             rounding = float(arrays.get("rounding", FLOAT32_ROUNDING))
             info = record.get("info", {})
             run = RunRecord.read(record["run"]) if "run" in record else RunRecord.of_old_info(info)
-            return cls(alphas, betas, sizes, int(rows), info, run=run, rounding=rounding)
+            errors = arrays.get("step_errors")
+            return cls(alphas, betas, sizes, int(rows), info, run=run, rounding=rounding, step_errors=errors)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from error
 
@@ -416,11 +432,12 @@ class Spectrum:
 
     @functools.cached_property
     def _quadratures(self) -> list[Quadrature]:
-        def one(alphas: Array, betas: Array) -> Quadrature:
-            nodes = quadrature(alphas, np.append(betas[:-1], np.nan_to_num(betas[-1])))
+        def one(alphas: Array, betas: Array, errors: Array) -> Quadrature:
+            nodes = quadrature(alphas, np.append(betas[:-1], np.nan_to_num(betas[-1])), errors)
             return nodes._replace(residual_bounds=nodes.residual_bounds * np.nan) if np.isnan(betas[-1]) else nodes
 
-        return [one(a[:m], b[:m]) for a, b, m in zip(self.alphas, self.betas, self.sizes, strict=True)]
+        rows = zip(self.alphas, self.betas, self.step_errors, self.sizes, strict=True)
+        return [one(a[:m], b[:m], e[:m]) for a, b, e, m in rows]
 
     @functools.cached_property
     def _ghosts(self) -> list[Ghosts]:

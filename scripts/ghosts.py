@@ -82,7 +82,6 @@ def variants(options: Options) -> list[Variant]:
         Variant("reference", "full", "float64"),
         Variant("none", "none"),
         *(Variant(f"window {r}", r) for r in options.windows),
-        Variant("selective", "selective"),
         Variant("full", "full"),
         Variant("full, bf16 basis", "full", basis_dtype="bfloat16"),
         Variant("none, bf16 vectors", "none", "bfloat16"),

@@ -83,9 +83,9 @@ class Options:
     """Lanczos steps per probe: one product each."""
     probes: int = 4
     """Random probes; two or more give standard errors."""
-    reorthogonalize: Literal["full", "none", "selective"] | int = "full"
+    reorthogonalize: Literal["full", "none"] | int = "full"
     """`full` keeps all Lanczos vectors (steps x parameters of memory) and has no ghosts; `none` keeps two; a number, as
-    8, keeps a window of the last so many; `selective` orthogonalises against converged Ritz vectors only."""
+    8, keeps a window of the last so many."""
     basis_dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """Storage of the vectors kept for re-orthogonalisation; by default as --vector-dtype. bfloat16 halves them."""
     basis_memory: Literal["device", "host"] = "device"

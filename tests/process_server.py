@@ -62,7 +62,7 @@ def diagonal(out: str, checkpoint: str | None, slow: float, pairs: str | None = 
         )
         processes.on_first(lambda: np.savez(out, alphas=found.alphas, betas=found.betas))
         if pairs is not None:
-            jaxhess.leading_eigenpairs(operator, 2, reorthogonalize="selective").save(pairs)
+            jaxhess.leading_eigenpairs(operator, 2, reorthogonalize="full").save(pairs)
 
 
 def start(job: dict, process: int) -> tuple[int, subprocess.Popen]:

@@ -78,8 +78,10 @@ def test_flags_are_all_planted_ghosts_and_what_is_left_lies_within_its_bound_of_
         nearest, distance = _nearest(theta, eigenvalues)
         assert (distance <= bounds + tolerance)[~flags].all()
 
-        # Copies, counted without the library: at an eigenvalue every Ritz value within rounding beyond the first.
-        at = distance <= tolerance
+        # Copies, counted without the library: at an eigenvalue every Ritz value within rounding beyond the first. The
+        # tolerance holds for a value outside of clusters. Inside one any two may be twice as far apart, and the
+        # heaviest, which stays, may be any of them: it was 1.15 tolerances from 7, with one BLAS and not with another.
+        at = distance <= 2 * tolerance
         copies = np.bincount(nearest[at], minlength=eigenvalues.size)
         stayed = np.bincount(nearest[at & ~flags], minlength=eigenvalues.size)
         planted += np.maximum(copies - 1, 0).sum()

@@ -165,7 +165,7 @@ def test_a_scaled_operator_has_the_scaled_spectrum(factor):
     [
         ({"steps": 0}, "steps is 0"),
         ({"probes": 0}, "probes is 0"),
-        ({"reorthogonalize": "partial"}, "'none', 'full', 'selective' or a window"),
+        ({"reorthogonalize": "partial"}, "'none', 'full' or a window"),
         ({"steps": 2**60}, "Full re-orthogonalisation keeps"),
         ({"vector_dtype": "int8"}, "floating point"),
         ({"vector_dtype": "float64"}, "JAX_ENABLE_X64"),

@@ -396,8 +396,6 @@ def test_ghosts_are_flagged_per_probe_and_clusters_keep_all_the_weight():
         ({}, True),
         ({"reorthogonalize": "none"}, True),
         ({"reorthogonalize": 10, "orthogonality": [1e-6, 1e-6]}, True),  # of a window, not of all vectors
-        ({"reorthogonalize": "selective"}, True),
-        ({"reorthogonalize": "selective", "orthogonality": [1e-4, 1e-4]}, False),
         ({"reorthogonalize": "full"}, False),
         ({"reorthogonalize": "full", "orthogonality": [1e-6, np.nan]}, False),
         ({"reorthogonalize": "full", "orthogonality": [0.5, 0.5]}, True),

@@ -1,8 +1,8 @@
 """The stored Lanczos basis: vectors stacked along a leading axis, on the devices or in pinned memory of the host.
 
-On the devices a pass of Gram-Schmidt is one batched product over all rows. From the host rows come one at a time, so
-that the devices hold one of them; the host's basis has one more row than asked for, where the vector after the last
-step is written and never read.
+On the devices a pass over a full basis is one batched product. From the host rows come one at a time, so that the
+devices hold one of them; so do those of a window. The host's basis has one more row than asked for, where the vector
+after the last step is written and never read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, dot
+from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, dot, norm
 
 BasisMemory = Literal["device", "host"]
 HOST = "pinned_host"
@@ -51,26 +51,38 @@ def write_row(basis: Vector, row: jax.Array, vector: Vector) -> Vector:
 
 
 def project_out(basis: Vector, w: Vector, count: jax.Array) -> tuple[Vector, jax.Array]:
-    """w without its components along the basis (classical Gram-Schmidt, one pass), and how long those were.
+    """w without its components along the basis, and how long those were: one pass of Gram-Schmidt.
+
+    On the devices the pass is classical, one batched product; from the host it is `project_out_in_turn`.
 
     Args:
-        basis: Rows that are not yet written are zero.
+        basis: Orthonormal but for rounding; rows that are not yet written are zero.
         w: In at least float32.
         count: How many rows can have been written: from the host no more are fetched.
     """
-    if not any(map(_on_host, jax.tree.leaves(basis))):
-        overlaps = basis_dot(basis, w)
-        return add_scaled(w, jnp.float32(-1), basis_sum(overlaps, basis)), jnp.sqrt(jnp.sum(jnp.square(overlaps)))
-    rows = jax.tree.leaves(basis)[0].shape[0] - 1
+    if any(map(_on_host, jax.tree.leaves(basis))):
+        return project_out_in_turn(basis, w, count)
+    overlaps = basis_dot(basis, w)
+    return add_scaled(w, jnp.float32(-1), basis_sum(overlaps, basis)), norm(overlaps)  # whose squares do not overflow
+
+
+def project_out_in_turn(basis: Vector, w: Vector, count: jax.Array) -> tuple[Vector, jax.Array]:
+    """w without its components along the rows, and the sum of their lengths: one pass of modified Gram-Schmidt.
+
+    Rows are a ring: of `count` vectors so far the last ones, which are taken from the oldest to the newest.
+    """
+    on_host = any(map(_on_host, jax.tree.leaves(basis)))
+    rows = jax.tree.leaves(basis)[0].shape[0] - on_host
+    trips = jnp.minimum(count, rows) if on_host else rows  # rows not yet written are zero
 
     def take_away(k: jax.Array, carry: tuple[Vector, jax.Array]) -> tuple[Vector, jax.Array]:
-        left, squares = carry
-        row = _fetch(basis, k)
-        overlap = dot(row, w)
-        return add_scaled(left, -overlap, row), squares + jnp.square(overlap).astype(squares.dtype)
+        left, removed = carry
+        row = _fetch(basis, (count - trips + k) % rows)
+        overlap = dot(row, left)
+        return add_scaled(left, -overlap, row), removed + jnp.abs(overlap)
 
-    left, squares = jax.lax.fori_loop(0, jnp.minimum(count, rows), take_away, (w, jnp.float32(0)))
-    return left, jnp.sqrt(squares)
+    start = jnp.zeros((), jnp.result_type(*[x.dtype for x in jax.tree.leaves(w)]))
+    return jax.lax.fori_loop(0, trips, take_away, (w, start))
 
 
 def combine(basis: Vector, coefficients: jax.Array) -> Vector:

@@ -118,7 +118,7 @@ def leading_eigenpairs(
 ) -> Eigenpairs:
     """The leading eigenpairs by Lanczos (Paige 1971; Parlett 1998, chapter 13), stopped when they have converged.
 
-    With re-orthogonalisation "full" or "selective" eigenvectors are combinations of the stored basis. With "none" or a
+    With re-orthogonalisation "full" eigenvectors are combinations of the stored basis. With "none" or a
     window nothing is stored: a second pass repeats the same steps, in the same bits (on GPUs that needs
     `XLA_FLAGS=--xla_gpu_deterministic_ops=true`), and adds up the vectors as they come by; it doubles the products, and
     holds `count` vectors instead of one for each step. Ghosts are left out, and values that their residual bounds do
@@ -151,7 +151,7 @@ def leading_eigenpairs(
     probe = random_probe(key, operator.shape_dtype)
     if vector_dtype is not None:
         probe = cast(probe, vector_dtype)
-    keeps_all = reorthogonalize in ("full", "selective")
+    keeps_all = reorthogonalize == "full"
     options = (reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
     state = start_lanczos(probe, steps, *options)
     rounding = unit_roundoff(operator, probe)

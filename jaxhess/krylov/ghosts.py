@@ -13,6 +13,8 @@ from jaxhess.record import RunRecord
 Array = npt.NDArray[np.float64]
 
 FLOAT32_ROUNDING = 2.0**-23
+FACTOR = 2.5
+"""What the shortest Ritz vector of a Ritz value that is not inside a cluster costs (Paige 1980)."""
 
 
 class Clusters(NamedTuple):
@@ -43,29 +45,37 @@ class Ghosts(NamedTuple):
 def relative_tolerance(steps: int, rounding: float) -> float:
     """2.5 sqrt(m) rounding: how far, relative to |T|, rounding moves a Ritz value of m steps beyond its residual bound.
 
-    The computed vectors satisfy A Q = Q T + beta_m q_{m+1} e_m' + F, where each column of F is the error of one step:
-    at most eps_1 |A|, so |F| <= sqrt(m) eps_1 |A|. A Ritz value that is not itself inside a cluster then lies within
+    The computed vectors satisfy A Q = Q T + beta_m q_{m+1} e_m' + F, where each column of F is the error of one step.
+    What storage and re-orthogonalisation leave is measured in the run (`Quadrature.error_bounds`). This is the rest, the
+    rounding of products: at most eps_1 |A| in a step, so |F| <= sqrt(m) eps_1 |A|. A Ritz value that is not itself inside a cluster then lies within
     2.5 (beta_m |s_mi| + sqrt(m) eps_1 |A|) of an eigenvalue (Paige 1980; Paige 1976 for F). Here eps_1 is
-    `rounding`, the unit of storage and products (Paige's worst case is eight of them; measured columns of F, in
+    `rounding`, the eps of products (Paige's worst case is eight of them; measured columns of F, in
     float32 and float64, are at most 1.1), |A| is the largest |Ritz value|, and the residual bound keeps its factor of
     one: T is what exact Lanczos gives for a matrix whose eigenvalues lie in tiny intervals around A's (Greenbaum 1989).
     Inside clusters copies have been seen up to 1.5 times as far (six distinct eigenvalues, 400 steps). After 100 steps
-    the tolerance is 3e-6 in float32; in bfloat16 (2^-7) a fifth of |T|, and little can be told apart.
+    the tolerance is 3e-6 in float32; for products in bfloat16 (2^-7) a fifth of |T|, and little can be told apart.
 
     Raises:
         ValueError: `rounding` is not between 0 and 1.
     """
     if not 0 < rounding < 1:
         raise ValueError(f"rounding must be the unit roundoff of the run, between 0 and 1, got {rounding}")
-    return 2.5 * float(np.sqrt(steps)) * rounding
+    return FACTOR * float(np.sqrt(steps)) * rounding
+
+
+def tolerances(nodes: Quadrature, rounding: float) -> Array:
+    """[m] how far rounding moves each Ritz value: `relative_tolerance` of |T|, and 2.5 times its `error_bounds`."""
+    return (
+        relative_tolerance(nodes.ritz_values.size, rounding) * np.abs(nodes.ritz_values).max()
+        + FACTOR * nodes.error_bounds
+    )
 
 
 def find_ghosts(alphas: npt.ArrayLike, betas: npt.ArrayLike, rounding: float = FLOAT32_ROUNDING) -> Ghosts:
     """The ghosts of a tridiagonal T: copies, and spurious values (Cullum and Willoughby 1979; 1985, chapter 4).
 
     Copies. Without re-orthogonalisation an eigenvalue that has converged is found again and again. Each copy lies
-    within the tolerance `relative_tolerance` times |T| of it, so neighbours no farther apart than twice that are one
-    cluster. Its member of largest weight stays, the others are flagged: the first to converge carries the probe's own
+    within its tolerance (`tolerances`) of it, so neighbours no farther apart than the sum of theirs are one cluster. Its member of largest weight stays, the others are flagged: the first to converge carries the probe's own
     component, and the weights of later copies are born of rounding. (The smallest residual bound would say less: all
     converged copies have one that is zero but for rounding.) Distinct eigenvalues that close cannot be told from
     copies: of a bulk that lies far below `rounding` times |T| one value stays. Their number is then not known, their
@@ -95,8 +105,8 @@ def find_ghosts(alphas: npt.ArrayLike, betas: npt.ArrayLike, rounding: float = F
 def classify(nodes: Quadrature, rounding: float = FLOAT32_ROUNDING) -> Ghosts:
     """`find_ghosts` for Ritz values that are already known."""
     theta = nodes.ritz_values
-    tolerance = relative_tolerance(theta.size, rounding) * float(np.abs(theta).max())
-    starts = np.flatnonzero(np.append(True, np.diff(theta) > 2 * tolerance))
+    near = tolerances(nodes, rounding)
+    starts = np.flatnonzero(np.append(True, np.diff(theta) > near[1:] + near[:-1]))
     return _clustered(nodes, starts, nodes.weights <= np.finfo(np.float64).eps)
 
 
@@ -110,23 +120,23 @@ def independent(run: RunRecord, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.
 
     Two Ritz vectors of one simple eigenvalue would be parallel, which takes a combination of the Lanczos vectors that
     vanishes, and there is none while the 2-norm of Q'Q - I is below one. It is at most `size` times the largest entry:
-    up to one half, a run that re-orthogonalised fully or selectively, and measured that entry, has no ghosts; one that
-    did so fully and measured nothing is trusted. (What a window measures is of its own vectors only.) Ritz values
-    within rounding of each other are then different eigenvalues, or one multiple eigenvalue that rounding has split.
+    up to one half, a run that re-orthogonalised fully has no ghosts. One that measured nothing is trusted. (What a
+    window measures is of its own vectors only.) Ritz values within rounding of each other are then different
+    eigenvalues, or one multiple eigenvalue that rounding has split.
 
     Args:
         run: How it was made; with an `orthogonality` of another number of probes, nothing was measured.
         sizes: [probes] steps that each probe took.
     """
-    kind, measured = run.reorthogonalize, run.orthogonality
-    if kind not in ("full", "selective"):
+    if run.reorthogonalize != "full":
         return np.zeros(len(sizes), bool)
+    measured = run.orthogonality
     entries = measured if measured is not None and len(measured) == len(sizes) else [None] * len(sizes)
-    return np.array([kind == "full" if x is None else m * x <= 0.5 for m, x in zip(sizes, entries, strict=True)])
+    return np.array([x is None or m * x <= 0.5 for m, x in zip(sizes, entries, strict=True)])
 
 
 def _clustered(nodes: Quadrature, starts: npt.NDArray[np.int64], negligible: npt.NDArray[np.bool_]) -> Ghosts:
-    theta, weights, bounds = nodes
+    theta, weights, bounds, _ = nodes
     copies = np.diff(np.append(starts, theta.size))
     cluster = np.repeat(np.arange(starts.size), copies)
     by_weight = np.lexsort((-weights, cluster))  # Within each cluster the heaviest comes first.

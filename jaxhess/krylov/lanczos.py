@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from scipy.linalg import eigh_tridiagonal
 
-from jaxhess import processes
 from jaxhess.krylov.basis import (
     BasisMemory,
     combine,
@@ -21,6 +19,7 @@ from jaxhess.krylov.basis import (
     narrower,
     on_memory,
     project_out,
+    project_out_in_turn,
     stacked_sharding,
     write_row,
     zeros,
@@ -29,7 +28,6 @@ from jaxhess.operators.base import LinearOperator
 from jaxhess.vectors import (
     Vector,
     add_scaled,
-    cast,
     check_accumulation_dtype,
     check_vector_dtype,
     dot,
@@ -40,12 +38,11 @@ from jaxhess.vectors import (
     widen,
 )
 
-Reorthogonalize = Literal["none", "full", "selective"] | int
+Reorthogonalize = Literal["none", "full"] | int
 """Against what every new vector is orthogonalised, beyond the last two:
 
 - "none": nothing.
 - an integer r of at least 2: the last r vectors, the window of arXiv 2602.00816; those two are among them.
-- "selective": the Ritz vectors that have converged (Parlett and Scott 1979), which is where orthogonality is lost.
 - "full": all vectors.
 """
 
@@ -57,8 +54,8 @@ of the stored vector, which leaks about eps / sqrt(n) of every eigenvector into 
 products are no smaller than that times the largest |alpha| + beta so far. Both are relative: a scaled loss breaks down
 at the same step. The eps is that of the recurrence, float32 or wider: vectors stored narrower round more, and there a
 breakdown may go unseen. (Relative to the largest eigenvalue alone, without sqrt(n), the bulk of a large model, often
-seven decades below the outliers, would pass for noise in float32.) With a stored basis there is a third sign, see the
-step.
+seven decades below the outliers, would pass for noise in float32.) With "full" there is a third sign: most of what is
+left lies in the span of the basis.
 """
 
 
@@ -77,9 +74,11 @@ class LanczosState:
         alphas: [m] diagonal of T, in the accumulation dtype (float32 or wider).
         betas: [m]; betas[j] is the norm left after step j: the off-diagonal, and the last one bounds the residuals.
         previous, current: Vectors q_{j-1} and q_j, in the storage dtype.
-        basis: Lanczos vectors stacked along a leading axis, zero where not yet computed: all m of them ("full",
-            "selective"), or the last r in a ring where q_j has row j mod r. None for "none".
-        ritz_vectors: [m // 4 + 4, ...] converged Ritz vectors ("selective"), zero where there are fewer.
+        step_errors: [m] upper bounds of |f_j|, f_j what step j left out of the recurrence: A Q = Q T + beta_m q_{m+1} e_m' +
+            F. It is measured: what re-orthogonalisation took away, and the rounding of q_{j+1} where vectors are
+            stored narrower than they are computed. The rounding of the products is not in it.
+        basis: Lanczos vectors stacked along a leading axis, zero where not yet computed: all m of them ("full"), or the
+            last r in a ring where q_j has row j mod r. None for "none".
         reorthogonalize: See `Reorthogonalize`. Static.
     """
 
@@ -88,10 +87,10 @@ class LanczosState:
     broken: jax.Array
     alphas: jax.Array
     betas: jax.Array
+    step_errors: jax.Array
     previous: Vector
     current: Vector
     basis: Vector | None
-    ritz_vectors: Vector | None
     reorthogonalize: Reorthogonalize = dataclasses.field(metadata={"static": True})
 
     @property
@@ -158,18 +157,20 @@ def start_batch(
 def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> LanczosState:
     """The state after step `end` (at most m), in the shardings it came in: one compilation serves every segment.
 
-    Each step is w = A q_j - beta_{j-1} q_{j-1}; alpha_j = <w, q_j>; w -= alpha_j q_j; re-orthogonalisation by classical
-    Gram-Schmidt, each pass one batched product over the stored vectors (two passes over a basis or Ritz vectors, one
-    over a window or over the last two vectors); beta_j = |w|, recorded after it; q_{j+1} = w / beta_j (Paige 1972,
-    variant A1 of the three-term recurrence). Scalars stay on device. After a breakdown `previous` keeps the last
-    vector, `current` is zero, and further steps only count. `state` is donated: its buffers become those of the result.
-    "selective" comes back to the host after every step, to look at T.
+    Each step is w = A q_j - beta_{j-1} q_{j-1}; alpha_j = <w, q_j>; w -= alpha_j q_j; re-orthogonalisation;
+    beta_j = |w|, recorded after it; q_{j+1} = w / beta_j (Paige 1972, variant A1 of the three-term recurrence). Vectors
+    that are stored narrower than float32 are not of length one, so q_j stands for the stored vector over its length.
+
+    Re-orthogonalisation takes two passes of Gram-Schmidt. For "full" they are classical: each is one batched product
+    over the basis. For a window they are modified: one vector after the other, from the oldest on. The vectors of a
+    window are orthogonal only within the rounding of their storage, or less, and a classical pass multiplies a
+    component that k of them share by 1 - k: with bfloat16 vectors a copy of an outlier grew in every step. A modified
+    pass makes no vector longer.
+
+    Scalars stay on device. After a breakdown `previous` keeps the last vector, `current` is zero, and further steps only
+    count. `state` is donated: its buffers become those of the result.
     """
-    if state.reorthogonalize != "selective":
-        return _segment_program(state)(operator, state, jnp.int32(end))
-    for done in range(int(state.step), min(end, state.alphas.shape[-1])):
-        state = _select(_segment_program(state)(operator, state, jnp.int32(done + 1)))
-    return state
+    return _segment_program(state)(operator, state, jnp.int32(end))
 
 
 def compile_segment(operator: LinearOperator, state: LanczosState) -> jax.stages.Compiled:
@@ -200,7 +201,7 @@ def lanczos_vectors(state: LanczosState, coefficients: np.ndarray) -> Vector:
     Raises:
         ValueError: The state keeps no basis of all vectors.
     """
-    if state.reorthogonalize not in ("full", "selective"):
+    if state.reorthogonalize != "full":
         raise ValueError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")
     return _combiner(state)(state.basis, jnp.asarray(coefficients))
 
@@ -230,34 +231,36 @@ def _run_axes(state: LanczosState) -> Any:
     """The axes over runs, for `vmap`: all leading but that of the step, which all runs share."""
     zero: Any = 0
     fields = {f.name: zero for f in dataclasses.fields(LanczosState) if f.name not in ("step", "reorthogonalize")}
-    for name in ("basis", "ritz_vectors"):
-        fields[name] = None if getattr(state, name) is None else 0
+    fields["basis"] = None if state.basis is None else 0
     return LanczosState(step=None, reorthogonalize=state.reorthogonalize, **fields)  # type: ignore[arg-type]
 
 
 def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState:
     j, q = state.step, state.current
+    wide = state.alphas.dtype
     beta_before = jnp.where(j > 0, state.betas[jnp.maximum(j - 1, 0)], 0)
+    length, length_before = _length(q, wide), _length(state.previous, wide)
     w = operator.mv(widen(q))
-    w = add_scaled(w, -beta_before, state.previous)
-    alpha = dot(w, q, state.alphas.dtype)
-    w = add_scaled(w, -alpha, q)
-    w, removed = _reorthogonalized(state, w)
-    beta = norm(w, state.alphas.dtype)
+    w = add_scaled(scale(1 / length, w), -beta_before / length_before, state.previous)
+    alpha = dot(w, q, wide) / length
+    w = add_scaled(w, -alpha / length, q)
+    w, removed, left = _reorthogonalized(state, w)
+    beta = norm(w, wide)
 
     local = jnp.abs(alpha) + beta_before
     largest = jnp.maximum(local, jnp.max(jnp.abs(state.alphas) + state.betas))
     rounding = max(float(jnp.finfo(e.dtype).eps) for e in jax.tree.leaves(w))
     noise = BREAKDOWN * rounding * jnp.maximum(local, largest / size(q) ** 0.5)
-    # The second pass took away more than it left: what is left is rounding of the stored basis, inside its span.
-    exhausted = (beta <= noise) | (beta < removed) | ~jnp.isfinite(beta)
+    # Where most of w still lies in the span of the basis, nothing of the operator is in it any more.
+    exhausted = (beta <= noise) | (beta < 2 * left) | ~jnp.isfinite(beta)
     broken = state.broken | exhausted
-    inverse = 1 / jnp.where(broken, 1, beta)
-    following = jax.tree.map(lambda e, like: jnp.where(broken, 0, inverse * e).astype(like.dtype), w, q)
+    following = scale(1 / jnp.where(broken, 1, beta), w)
+    stored = jax.tree.map(lambda e, like: jnp.where(broken, 0, e).astype(like.dtype), following, q)
+    error = removed + jnp.where(exhausted, beta, beta * _rounding_error(following, q, wide))
     basis = state.basis
     if basis is not None:
         window = state.reorthogonalize if isinstance(state.reorthogonalize, int) else None
-        basis = write_row(basis, j + 1 if window is None else (j + 1) % window, following)
+        basis = write_row(basis, j + 1 if window is None else (j + 1) % window, stored)
 
     def record(values: jax.Array, value: jax.Array) -> jax.Array:
         return values.at[j].set(jnp.where(state.broken, 0, value))
@@ -272,64 +275,60 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
         broken=broken,
         alphas=record(state.alphas, alpha),
         betas=record(state.betas, beta),
+        step_errors=record(state.step_errors, error),
         previous=jax.tree.map(lambda old, new: jnp.where(ended, old, new), state.previous, q),
-        current=following,
+        current=stored,
         basis=basis,
     )
 
 
-def _reorthogonalized(state: LanczosState, w: Vector) -> tuple[Vector, jax.Array]:
-    """w without its components along what it should be orthogonal to; and how much the second of two passes took away.
+def _reorthogonalized(state: LanczosState, w: Vector) -> tuple[Vector, jax.Array, jax.Array]:
+    """w without its components along what it should be orthogonal to, how long these were in all, and what is left.
 
-    (The first takes what rounding has let in, which may well be more than it leaves.)
+    What is left of them is estimated, for "full" only: a pass over a basis with Q'Q = I + D leaves D times what it
+    takes away. The first pass shows how large D is, and so what the second one leaves.
     """
-    removed = jnp.zeros((), state.alphas.dtype)
+    wide = state.alphas.dtype
+    removed = left = jnp.zeros((), wide)
     count = state.step + 1
-    if state.reorthogonalize in ("full", "selective"):
-        stored = state.basis if state.reorthogonalize == "full" else state.ritz_vectors
-        for _ in range(2):
-            w, removed = project_out(stored, w, count)
-    elif state.basis is not None:
-        w, _ = project_out(state.basis, w, count)
-    if state.reorthogonalize in ("none", "selective") or narrower(state.basis, state.current):
-        overlaps = [dot(w, q, state.alphas.dtype) for q in (state.previous, state.current)]
-        for overlap, q in zip(overlaps, (state.previous, state.current), strict=True):
-            w = add_scaled(w, -overlap, q)
-    return w, removed
+    if state.basis is not None:
+        project = project_out if state.reorthogonalize == "full" else project_out_in_turn
+        w, first = project(state.basis, w, count)
+        w, second = project(state.basis, w, count)
+        removed = (first + second).astype(wide)
+        if state.reorthogonalize == "full":
+            left = (second * (second / jnp.where(first > 0, first, 1))).astype(wide)
+    if state.basis is None or narrower(state.basis, state.current):
+        vectors = (state.previous, state.current)
+        overlaps = [dot(w, q, wide) / _length(q, wide) for q in vectors]
+        for overlap, q in zip(overlaps, vectors, strict=True):
+            w = add_scaled(w, -overlap / _length(q, wide), q)
+            removed = removed + jnp.abs(overlap)
+    return w, removed, left
 
 
-def _select(state: LanczosState) -> LanczosState:
-    """The state with its converged Ritz vectors computed again from the stored basis, if in this step more converged.
+def _length(q: Vector, dtype: Any) -> jax.Array:
+    """The length of a stored Lanczos vector: one within rounding if it is stored as wide as it is computed."""
+    if not _is_narrow(q):
+        return jnp.ones((), dtype)
+    length = norm(q, dtype)
+    return jnp.where(length > 0, length, 1)  # the vector before the first is zero
 
-    Converged is a residual bound of at most sqrt(eps) |T|, at which orthogonality to the Ritz vector has fallen to
-    sqrt(eps) (Paige 1971; Parlett and Scott 1979, section 4). Where more have converged than there is room for, those
-    with the smallest bounds are taken.
-    """
-    alphas, betas = (np.atleast_2d(np.asarray(x, np.float64)) for x in (state.alphas, state.betas))
-    rooms = jax.tree.leaves(state.ritz_vectors)[0].shape[1 if state.is_batch else 0]
-    eps = max(float(jnp.finfo(e.dtype).eps) for e in jax.tree.leaves(state.current))
 
-    def converged(run: int, m: int) -> np.ndarray:
-        """[converged, m] eigenvectors of the leading m rows of T, those with the smallest bounds first."""
-        if m == 0 or not np.isfinite(alphas[run, :m] + betas[run, :m]).all():
-            return np.zeros((0, m))
-        theta, vectors = eigh_tridiagonal(alphas[run, :m], betas[run, : m - 1], lapack_driver="stev")
-        bounds = betas[run, m - 1] * np.abs(vectors[-1])
-        order = np.argsort(bounds)[: np.sum(bounds <= eps**0.5 * np.abs(theta).max())]
-        return vectors[:, order[:rooms]].T
+def _rounding_error(unit: Vector, like: Vector, dtype: Any) -> jax.Array:
+    """How far storing a unit vector in these dtypes moves it; zero where it is stored as it is."""
+    if not _is_narrow(like):
+        return jnp.zeros((), dtype)
 
-    coefficients = np.zeros((len(alphas), rooms, alphas.shape[1]))
-    more = False
-    for run, (m, broken) in enumerate(zip(np.atleast_1d(state.size), np.atleast_1d(state.broken), strict=True)):
-        found = converged(run, m)
-        more |= bool(not broken and len(found) > len(converged(run, m - 1)))
-        coefficients[run, : len(found), :m] = found
-    if not processes.agreed(more):  # each machine's LAPACK rounds in its own way
-        return state
-    coefficients = np.asarray(processes.agreed(coefficients.tolist()))
-    program = _selector(state)
-    jax.tree.map(lambda x: x.delete(), state.ritz_vectors)  # room for the new ones
-    return program(state, jnp.asarray(coefficients if state.is_batch else coefficients[0]))
+    def leaf(e: jax.Array, x: jax.Array) -> jax.Array:
+        kind = jnp.finfo(x.dtype)
+        return e - jax.lax.reduce_precision(e, kind.nexp, kind.nmant)  # a cast and back may be optimised away
+
+    return norm(jax.tree.map(leaf, unit, like), dtype)
+
+
+def _is_narrow(q: Vector) -> bool:
+    return any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(q))
 
 
 def _checked(
@@ -360,11 +359,11 @@ def check_lanczos_options(
     check_accumulation_dtype(accumulation_dtype)
     if steps < 1:
         raise ValueError(f"steps is {steps}; a Lanczos run takes at least 1.")
-    known = reorthogonalize in ("none", "full", "selective")
+    known = reorthogonalize in ("none", "full")
     if isinstance(reorthogonalize, bool) or not (known or (isinstance(reorthogonalize, int) and reorthogonalize >= 2)):
         raise ValueError(
-            f"Unknown re-orthogonalisation {reorthogonalize!r}; it is 'none', 'full', 'selective' or a window, the "
-            "number of last vectors, at least 2."
+            f"Unknown re-orthogonalisation {reorthogonalize!r}; it is 'none', 'full' or a window, the number of last "
+            "vectors, at least 2."
         )
     if basis_memory not in ("device", "host"):
         raise ValueError(f"basis_memory is {basis_memory!r}; it is 'device' or 'host'.")
@@ -417,10 +416,10 @@ def abstract_lanczos(
         broken=scalars(batch, "bool"),
         alphas=scalars((*batch, steps), wide),
         betas=scalars((*batch, steps), wide),
+        step_errors=scalars((*batch, steps), wide),
         previous=vector,
         current=vector,
         basis=basis,
-        ritz_vectors=stacked(steps // 4 + 4) if reorthogonalize == "selective" else None,
         reorthogonalize=reorthogonalize,
     )
 
@@ -503,28 +502,6 @@ def _gram_program(state: LanczosState) -> Any:
 def _combiner(state: LanczosState) -> Any:
     out = jax.tree.map(lambda x: stacked_sharding(x.sharding), state.current)
     return jax.jit(combine, out_shardings=out)
-
-
-@_cached_program
-def _selector(state: LanczosState) -> Any:
-    def select(state: LanczosState, coefficients: jax.Array) -> Vector:
-        def one(c: jax.Array) -> Vector:
-            y = jax.tree.map(lambda x: x[0], combine(state.basis, c[None]))
-            length = norm(y)  # rounding in the basis leaves it a little off one; unused rows are zero
-            return scale(jnp.where(length > 0.5, 1 / jnp.where(length > 0, length, 1), 0), y)
-
-        # One at a time: no second set of them exists in a wider dtype.
-        return jax.lax.map(lambda c: cast(one(c), state.current), coefficients)
-
-    out = jax.tree.map(lambda x: x.sharding, state.ritz_vectors)
-    program = _per_run(dataclasses.replace(state, ritz_vectors=None), select, out_shardings=out)
-
-    def selected(state: LanczosState, coefficients: jax.Array) -> LanczosState:
-        return dataclasses.replace(
-            state, ritz_vectors=program(dataclasses.replace(state, ritz_vectors=None), coefficients)
-        )
-
-    return selected
 
 
 @_cached_program

@@ -17,16 +17,20 @@ class Quadrature(NamedTuple):
     Attributes:
         ritz_values: Eigenvalues theta_i of T.
         weights: Squared first components of T's unit eigenvectors; they sum to one.
-        residual_bounds: beta_m |s_mi|, s_mi the last component of eigenvector i. In exact arithmetic an eigenvalue of
-            the operator lies within this distance of theta_i; rounding in the Lanczos vectors adds its own error.
+        residual_bounds: beta_m |s_mi| + error_bounds, s_i the unit eigenvectors of T: a bound of the residual of the
+            Ritz vector. An eigenvalue of the operator lies within this distance of theta_i, but for the rounding of
+            products, and divided by the length of the Ritz vector, which is one while the Lanczos vectors are
+            orthogonal, and at least 0.4 for a theta_i that is not inside a cluster of copies (Paige 1980).
+        error_bounds: sum_j |f_j| |s_ji|, what the errors f_j of the steps add to the residual; zero if not known.
     """
 
     ritz_values: Array
     weights: Array
     residual_bounds: Array
+    error_bounds: Array
 
 
-def quadrature(alphas: npt.ArrayLike, betas: npt.ArrayLike) -> Quadrature:
+def quadrature(alphas: npt.ArrayLike, betas: npt.ArrayLike, step_errors: npt.ArrayLike | None = None) -> Quadrature:
     """The Gauss quadrature of one probe's spectral measure, v'f(H)v = sum_i weights_i f(theta_i) (Golub, Welsch 1969).
 
     Exact for polynomials f of degree 2m - 1. A lone outlier of an n-dimensional operator has a weight of about
@@ -38,6 +42,7 @@ def quadrature(alphas: npt.ArrayLike, betas: npt.ArrayLike) -> Quadrature:
     Args:
         alphas: [m] diagonal of T.
         betas: [m] norms after each step, not negative: betas[:-1] is the off-diagonal, betas[-1] bounds the residuals.
+        step_errors: [m] what each step left out of the recurrence, see `LanczosState`; None: not known.
 
     Raises:
         ValueError: The shapes disagree, there is no step, or an entry is not finite or a beta negative (with the step).
@@ -47,7 +52,8 @@ def quadrature(alphas: npt.ArrayLike, betas: npt.ArrayLike) -> Quadrature:
     # A power of two, so that scaling rounds nothing, keeps the squares inside LAPACK from under- or overflowing.
     _, exponent = np.frexp(max(np.abs(alphas).max(), betas[:-1].max(initial=0.0)))
     theta, vectors = _eigh(np.ldexp(alphas, -exponent), np.ldexp(betas[:-1], -exponent))
-    return Quadrature(np.ldexp(theta, exponent), vectors[0] ** 2, betas[-1] * np.abs(vectors[-1]))
+    errors = np.zeros_like(alphas) if step_errors is None else np.asarray(step_errors, np.float64) @ np.abs(vectors)
+    return Quadrature(np.ldexp(theta, exponent), vectors[0] ** 2, betas[-1] * np.abs(vectors[-1]) + errors, errors)
 
 
 def _eigh(diagonal: Array, off_diagonal: Array) -> tuple[Array, Array]:

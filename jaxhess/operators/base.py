@@ -12,7 +12,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from jaxhess.memory import bytes_per_device
-from jaxhess.vectors import Vector, checksum
+from jaxhess.vectors import Vector, checksum, widen
 
 
 class LinearOperator(abc.ABC):
@@ -153,13 +153,13 @@ def compiled_mv(operator: LinearOperator, v: Vector) -> Vector:
 
 
 def unit_roundoff(operator: LinearOperator, vectors: Vector) -> float:
-    """How far rounding moves eigenvalues in one step, relative to the largest: of the products, or of stored vectors.
+    """The eps of products with these vectors: of the operator's arithmetic, or of the dtype that they are returned in.
 
-    Rounding the entries of a vector, by eps each and independently, moves it by eps / sqrt(n) along any one direction.
+    Products come in the dtypes of the vectors they are of, in at least float32. What the storage of narrower vectors
+    rounds is measured in every step (`LanczosState.step_errors`).
     """
-    products = max(float(jnp.finfo(dtype).eps) for dtype in operator.dtypes)
-    stored = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(vectors))
-    return max(products, stored / operator.dim**0.5)
+    returned = {str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(widen, vectors))}
+    return max(float(jnp.finfo(dtype).eps) for dtype in returned.union(operator.dtypes))
 
 
 @functools.partial(jax.jit, static_argnums=1)

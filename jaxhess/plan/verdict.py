@@ -163,7 +163,7 @@ def _basis_dtype(job: Job) -> Iterator[tuple[str, Job]]:
 
 
 def _window(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.reorthogonalize in ("full", "selective") and job.steps > 8:
+    if job.reorthogonalize == "full" and job.steps > 8:
         yield _changed(job, "--reorthogonalize", reorthogonalize=8)
     if job.reorthogonalize != "none":
         yield _changed(job, "--reorthogonalize", reorthogonalize="none")
