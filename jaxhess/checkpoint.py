@@ -20,7 +20,7 @@ import numpy as np
 from jaxhess import processes
 from jaxhess.krylov.basis import HOST
 
-FORMAT = "jaxhess-unfinished-1"
+FORMAT = "jaxhess-unfinished-2"
 IDENTITY, STEPS = "identity.json", "steps"
 
 

@@ -90,9 +90,9 @@ def spectrum(
             never narrower than the vectors.
         basis_dtype: Storage of the vectors kept for re-orthogonalisation; None: as `vector_dtype`.
         basis_memory: Where these are: "device", or "host", in pinned memory; then one probe advances at a time.
-        batch_size: Probes that advance together, sharing primal passes and weight gathers. None: as many as fit into
-            what memory is left, in batches of equal size; one where the operator has nothing to share; as before when a
-            run is taken up. (Those that are under way then stay together.)
+        batch_size: The most probes that advance together, sharing primal passes and weight gathers; batches are of
+            equal size. None: as many as fit into what memory is left; one where the operator has nothing to share; as
+            before when a run is resumed. (Those that are under way then stay together.)
         distribution: Of the probes' entries.
         checkpoint: Where the unfinished run is kept, and whether to take it up.
         callback: Called on the host after each compiled segment.
@@ -179,6 +179,7 @@ class _Run:
         self.seconds = 0.0
         self.batch_size = 0
         self.program: dict[str, Any] = {}
+        self.compile_seconds = 0.0
 
     def template(self, runs: int | None) -> LanczosState:
         """The abstract state of so many probes together."""
@@ -197,15 +198,13 @@ class _Run:
                 begun = saver.restore(self.template(record["runs"]))
         began = time.perf_counter() - self.seconds
         if self.batch_size == 0 or batch_size is not None:
-            self.batch_size = batch_size or choose_batch_size(self.operator, self.template, self.probes, self.options)
+            self.batch_size = self._evenly(batch_size) if batch_size else self._choose_batch_size()
         while first < self.probes:
-            together = min(self.batch_size, self.probes - first)
-            if begun is not None:
-                together = len(np.atleast_1d(begun.size))
             if begun is None:
-                begun = self._start(first, together)
+                begun = self._start(first)
             if not self.program:
-                self.program = _described(self.operator, begun)
+                self.program = self._described(begun)
+            together = min(np.size(begun.size), self.probes - first)
             chosen = slice(first, first + together)
             for state in self._segments(begun, saver.every if saver else None):
                 self._read(state, chosen)
@@ -228,10 +227,56 @@ class _Run:
             begun = None
             first += together
 
-    def _start(self, first: int, together: int) -> LanczosState:
+    def _evenly(self, most: int) -> int:
+        """The size of batches, of at most so many probes, of which none is much smaller than the others."""
+        return -(-self.probes // -(-self.probes // most))
+
+    def _choose_batch_size(self) -> int:
+        """How many probes advance together: all, or as many as fit into nine tenths of the memory left.
+
+        Compiles the program for as many as are tried: usually the one that then runs.
+        """
+        if not self.operator.shares_work or self.options["basis_memory"] == "host":
+            return 1
+        size = self.probes
+        while size > 1:
+            state = self.template(size)
+            memory = self._compiled(state).memory_analysis()
+            if memory is None:
+                return 1
+            extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            needed = max(processes.gathered(extra + bytes_per_device(jax.tree.leaves(state))))
+            left = 0.9 * available_bytes(jax.tree.leaves(self.operator.shape_dtype))
+            if needed <= left:
+                return size
+            size = self._evenly(max(1, min(size - 1, int(size * left / needed))))
+        return 1
+
+    def _compiled(self, state: LanczosState) -> jax.stages.Compiled:
+        began = time.perf_counter()
+        compiled = compile_segment(self.operator, state)
+        self.compile_seconds += time.perf_counter() - began
+        return compiled
+
+    def _described(self, state: LanczosState) -> dict[str, Any]:
+        """Memory per device (bytes) of the segment's program, and the time that compilation took, of all that were."""
+        memory = self._compiled(state).memory_analysis()
+        described: dict[str, Any] = {"compile_seconds": self.compile_seconds}
+        if memory is not None:
+            described["bytes_per_device"] = {
+                "arguments": memory.argument_size_in_bytes,
+                "outputs": memory.output_size_in_bytes,
+                "outputs_in_place": memory.alias_size_in_bytes,
+                "temporaries": memory.temp_size_in_bytes,
+            }
+        return described
+
+    def _start(self, first: int) -> LanczosState:
+        """The probes that follow; the last one repeats where there are fewer, for another size would compile again."""
         if self.batch_size == 1:  # no axis over runs
             return start_lanczos(self.draw(first), self.steps, **self.options)
-        return start_batch((self.draw(p) for p in range(first, first + together)), self.steps, **self.options)
+        numbers = [min(first + k, self.probes - 1) for k in range(self.batch_size)]
+        return start_batch((self.draw(p) for p in numbers), self.steps, **self.options)
 
     def _segments(self, state: LanczosState, every: int | None) -> Iterator[LanczosState]:
         """The state after each segment, which end at multiples of `every` too; a second or so each."""
@@ -251,10 +296,11 @@ class _Run:
             yield state
 
     def _read(self, state: LanczosState, chosen: slice) -> None:
-        self.sizes[chosen] = np.asarray(state.size)
+        count = chosen.stop - chosen.start
+        self.sizes[chosen] = np.atleast_1d(state.size)[:count]
         beyond = np.arange(self.steps) >= self.sizes[chosen, None]
         for name in COEFFICIENTS:
-            getattr(self, name)[chosen] = np.where(beyond, np.nan, np.asarray(getattr(state, name)))
+            getattr(self, name)[chosen] = np.where(beyond, np.nan, np.atleast_2d(getattr(state, name))[:count])
         bad = ~beyond & ~np.isfinite(self.alphas[chosen] + self.betas[chosen])
         if bad.any():
             probe, step = np.argwhere(bad)[0]
@@ -265,7 +311,7 @@ class _Run:
 
     def _finish(self, state: LanczosState, chosen: slice) -> None:
         if np.isnan(self.orthogonality[chosen]).all():
-            self.orthogonality[chosen] = orthogonality_loss(state)
+            self.orthogonality[chosen] = np.atleast_1d(orthogonality_loss(state))[: chosen.stop - chosen.start]
 
     def _progress(self, state: LanczosState, chosen: slice) -> Progress:
         sizes = self.sizes[chosen]
@@ -304,31 +350,6 @@ class _Run:
 
 def _remark(probe: int, step: int) -> None:
     watch.remark(f"the last save is of step {step} of probe {probe + 1}; go on with --resume")
-
-
-def choose_batch_size(
-    operator: LinearOperator, template: Callable[[int | None], LanczosState], probes: int, options: dict[str, Any]
-) -> int:
-    """How many probes advance together: all, or as many as fit into nine tenths of the memory left, evenly divided.
-
-    Compiles the program for as many as are tried: usually the one that then runs.
-    """
-    if not operator.shares_work or options["basis_memory"] == "host":
-        return 1
-    size = probes
-    while size > 1:
-        state = template(size)
-        memory = compile_segment(operator, state).memory_analysis()
-        if memory is None:
-            return 1
-        extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        needed = max(processes.gathered(extra + bytes_per_device(jax.tree.leaves(state))))
-        left = 0.9 * available_bytes(jax.tree.leaves(operator.shape_dtype))
-        if needed <= left:
-            return size
-        fitting = max(1, min(size - 1, int(size * left / needed)))
-        size = -(-probes // -(-probes // fitting))
-    return 1
 
 
 def vectors_like(operator: LinearOperator, vector_dtype: Any = None) -> Vector:
@@ -378,22 +399,6 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     if isinstance(facts, dict):
         return {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device")}
     return facts
-
-
-def _described(operator: LinearOperator, state: LanczosState) -> dict[str, Any]:
-    """Compile time and memory per device (bytes) of the segment's program."""
-    began = time.perf_counter()
-    compiled = compile_segment(operator, state)
-    described: dict[str, Any] = {"compile_seconds": time.perf_counter() - began}
-    memory = compiled.memory_analysis()
-    if memory is not None:
-        described["bytes_per_device"] = {
-            "arguments": memory.argument_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "outputs_in_place": memory.alias_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-        }
-    return described
 
 
 def _next_length(length: int, done: int, seconds: float) -> int:

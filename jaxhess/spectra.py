@@ -21,6 +21,7 @@ from jaxhess.krylov.ghosts import (
     Ghosts,
     classify,
     independent,
+    orthogonality_lost,
     relative_tolerance,
     tolerances,
     unflagged,
@@ -77,7 +78,7 @@ class Spectrum:
         rounding: The eps of products, see `jaxhess.operators.base.unit_roundoff`. With `step_errors` it sets what
             counts as a ghost, and the slack of the bounds.
         step_errors: [probes, steps] float64, what each step left out of the recurrence (`LanczosState.step_errors`); it
-            is part of `residual_bounds`. None: not known, taken for zero.
+            is part of `residual_bounds`. Empty: not known, and taken for zero.
 
     Standard errors are of the chance in the probes, and such that two of them mean 95% whatever the number of probes:
     `jaxhess.standard_errors` says how, with the coverage measured. They are the sphere's where that holds; for probes
@@ -96,7 +97,7 @@ class Spectrum:
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: RunRecord = dataclasses.field(default=RunRecord(), kw_only=True)
     rounding: float = dataclasses.field(default=FLOAT32_ROUNDING, kw_only=True)
-    step_errors: Array = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
+    step_errors: Array = dataclasses.field(default_factory=lambda: np.zeros(0), kw_only=True)
 
     def __post_init__(self) -> None:
         alphas, betas = np.array(self.alphas, np.float64), np.array(self.betas, np.float64)
@@ -121,7 +122,7 @@ class Spectrum:
                 "both must be finite and beta not negative"
             )
         relative_tolerance(1, self.rounding)
-        errors = np.zeros_like(alphas) if self.step_errors is None else np.array(self.step_errors, np.float64)
+        errors = np.array(self.step_errors, np.float64) if np.size(self.step_errors) else np.zeros_like(alphas)
         if errors.shape != alphas.shape or not (beyond | (np.isfinite(errors) & (errors >= 0))).all():
             raise ValueError(f"step_errors must be [probes, steps], finite and not negative, got {errors}")
         errors[beyond] = np.nan
@@ -173,7 +174,7 @@ class Spectrum:
 
     @functools.cached_property
     def error_bounds(self) -> Array:
-        """[probes, steps] what storage and re-orthogonalisation may have moved, see `Quadrature`; NaN beyond the size."""
+        """[probes, steps] how far `step_errors` may have moved each, see `Quadrature`; NaN beyond a probe's size."""
         return self._padded(3, np.nan)
 
     @functools.cached_property
@@ -188,6 +189,11 @@ class Spectrum:
             row[: found.flags.size] = found.flags
         rows.flags.writeable = False
         return rows
+
+    @property
+    def orthogonality_lost(self) -> npt.NDArray[np.bool_]:
+        """[probes] whether re-orthogonalisation failed, see `krylov.ghosts`: do not rely on these probes."""
+        return orthogonality_lost(self.run, self.sizes)
 
     def clusters(self, probe: int) -> Clusters:
         """The Ritz values of a probe with copies merged, [clusters] ascending; their weights sum to one.
@@ -353,6 +359,7 @@ class Spectrum:
                 "sizes": self.sizes,
                 "num_broke_down": int(self.broke_down.sum()),
                 "num_ghosts": int(self.ghosts.sum()),
+                "num_orthogonality_lost": int(self.orthogonality_lost.sum()),
                 "rounding": self.rounding,
                 "smallest": smallest._asdict(),
                 "largest": largest._asdict(),
@@ -402,7 +409,7 @@ class Spectrum:
             rounding = float(arrays.get("rounding", FLOAT32_ROUNDING))
             info = record.get("info", {})
             run = RunRecord.read(record["run"]) if "run" in record else RunRecord.of_old_info(info)
-            errors = arrays.get("step_errors")
+            errors = arrays.get("step_errors", np.zeros(0))
             return cls(alphas, betas, sizes, int(rows), info, run=run, rounding=rounding, step_errors=errors)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from error

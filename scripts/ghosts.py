@@ -142,7 +142,7 @@ def measure(variant: Variant, operator: jaxhess.LinearOperator, steps: int, seed
     wide = "float64" if variant.vector_dtype == "float64" else "float32"
     state = start_lanczos(probe, steps, variant.reorthogonalize, wide, variant.basis_dtype)
     memory = compile_segment(operator, state).memory_analysis()
-    kept = {"vectors": (state.previous, state.current), "basis": (state.basis, state.ritz_vectors)}
+    kept = {"vectors": (state.previous, state.current), "basis": state.basis}
     held = {name: bytes_per_device(jax.tree.leaves(x)) for name, x in kept.items()}
     one = bytes_per_device(jax.tree.leaves(operator.shape_dtype))
     state = jax.block_until_ready(lanczos_segment(operator, state, 1))  # compiles what is not yet
@@ -154,6 +154,7 @@ def measure(variant: Variant, operator: jaxhess.LinearOperator, steps: int, seed
         **dataclasses.asdict(variant),
         "alphas": np.asarray(state.alphas, np.float64)[:rows],
         "betas": np.asarray(state.betas, np.float64)[:rows],
+        "step_errors": np.asarray(state.step_errors, np.float64)[:rows],
         "orthogonality_loss": float(orthogonality_loss(state)),
         "seconds_per_step": seconds,
         "stored_vectors": sum(held.values()) / one,
@@ -188,7 +189,7 @@ def compared(found: dict[str, Any], reference: dict[str, Any], steps: tuple[int,
 
 
 def _quadrature(run: dict[str, Any], steps: int) -> Quadrature:
-    return quadrature(run["alphas"][:steps], run["betas"][:steps])
+    return quadrature(*(run[name][:steps] for name in ("alphas", "betas", "step_errors")))
 
 
 def _distance(a: Quadrature, b: Quadrature) -> float:

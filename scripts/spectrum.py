@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -410,6 +411,11 @@ class _Bar:
 
 def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> None:
     extremes, trace, frobenius = result.extreme(), result.trace(), result.frobenius_norm()
+    if lost := np.flatnonzero(result.orthogonality_lost).tolist():
+        numbers = ", ".join(str(p + 1) for p in lost)
+        console.print(
+            f"NOT RELIABLE: the Lanczos vectors of probe {numbers} are not orthogonal; take more of them (full)."
+        )
     console.print(f"loss            {result.info['loss']:.6g} nats per token")
     for name, value in (("largest", extremes.largest), ("smallest", extremes.smallest)):
         console.print(f"{name + ' Ritz':15s} {value.value:.6g}  (residual bound {value.residual_bound:.2g})")

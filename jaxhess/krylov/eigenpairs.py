@@ -25,7 +25,7 @@ from jaxhess.krylov.lanczos import (
     lanczos_vectors,
     start_lanczos,
 )
-from jaxhess.krylov.quadrature import quadrature
+from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.vectors import Vector, add_scaled, cast, check_vector_dtype, norm, random_probe, scale
@@ -44,7 +44,7 @@ class Eigenpairs:
         values: [k] float64, Ritz values.
         vectors: Unit eigenvectors, a pytree like the operator's vectors with a leading axis [k, ...].
         residuals: [k] |H y - value y|, each by one more product: an eigenvalue of a symmetric H lies within it.
-        converged: [k] bool, whether the residual bound was within the tolerance.
+        converged: [k] bool, whether the residual is within the tolerance, relative to the largest |Ritz value|.
         steps: Lanczos steps taken.
     """
 
@@ -128,7 +128,8 @@ def leading_eigenpairs(
         operator: Symmetric.
         count: How many.
         which: Largest magnitude, largest, or smallest (most negative).
-        tolerance: Converged is a residual bound of at most this times the largest |Ritz value|.
+        tolerance: Converged is a residual of at most this times the largest |Ritz value|. Steps end when the residual
+            bounds of T say so; `converged` then rests on the residuals themselves.
         steps: The most to take. Pairs that have not converged by then are returned too, and `converged` says so.
         seed: Of the starting vector, other than those of `spectrum`. A vector finds one direction of each eigenspace:
             of a multiple eigenvalue one eigenvector.
@@ -162,22 +163,23 @@ def leading_eigenpairs(
         done = min(done + CHECK_EVERY, steps)
         state = lanczos_segment(operator, state, done)
         size = int(state.size)
-        alphas, betas = (np.asarray(x, np.float64)[:size] for x in (state.alphas, state.betas))
+        tridiagonal = (state.alphas, state.betas, state.step_errors)
+        alphas, betas, errors = (np.asarray(x, np.float64)[:size] for x in tridiagonal)
         if not np.isfinite(alphas + betas).all():
             where = operator.explain_non_finite(state.previous)
             raise FloatingPointError(f"A product within {size} steps is not finite{f': {where}' if where else ''}.")
-        chosen = _chosen(alphas, betas, count, which, None if keeps_all else rounding)
-        nodes = quadrature(alphas, betas)
+        nodes = quadrature(alphas, betas, errors)
+        chosen = _chosen(nodes, count, which, None if keeps_all else rounding)
         bounds = nodes.residual_bounds[chosen]
         converged = bounds <= tolerance * np.abs(nodes.ritz_values).max()
         if callback is not None:
             callback(size, nodes.ritz_values[chosen], bounds)
         ended = bool(state.broken) or done == steps or (len(chosen) == count and bool(converged.all()))
         ended = processes.agreed(ended)  # each machine's LAPACK rounds in its own way
-    if bool(state.broken):
-        converged = np.ones(len(chosen), bool)  # the space is invariant, within rounding
-    found = (nodes.ritz_values[chosen], converged, _coefficients(alphas, betas, chosen))
-    values, converged, coefficients = (np.asarray(x) for x in processes.agreed([x.tolist() for x in found]))
+    limit = tolerance * float(np.abs(nodes.ritz_values).max())
+    found = (nodes.ritz_values[chosen].tolist(), limit, _coefficients(alphas, betas, chosen).tolist())
+    agreed = processes.agreed(found)
+    values, limit, coefficients = np.asarray(agreed[0]), agreed[1], np.asarray(agreed[2])
     coefficients = coefficients.reshape(-1, size)
     if keeps_all:
         padded = np.zeros((len(values), steps))
@@ -188,7 +190,7 @@ def leading_eigenpairs(
         del state
         vectors = _second_pass(operator, start_lanczos(probe, steps, *options), coefficients)
     vectors, residuals = _measured(operator, vectors, values)
-    return Eigenpairs(values, vectors, residuals, converged.astype(bool), size)
+    return Eigenpairs(values, vectors, residuals, residuals <= limit, size)
 
 
 def _check(operator: LinearOperator, count: int, which: str, tolerance: float, steps: int) -> None:
@@ -203,13 +205,12 @@ def _check(operator: LinearOperator, count: int, which: str, tolerance: float, s
         raise ValueError(f"tolerance is {tolerance}; it must be between 0 and 1.")
 
 
-def _chosen(alphas: np.ndarray, betas: np.ndarray, count: int, which: Which, rounding: float | None) -> np.ndarray:
+def _chosen(nodes: Quadrature, count: int, which: Which, rounding: float | None) -> np.ndarray:
     """Indices of the wanted Ritz values, the leading one first; no ghosts (`rounding` None: there can be none).
 
     Nor a ghost on its way: of values nearer to each other than their residual bounds the one of smaller bound stays.
     """
-    nodes = quadrature(alphas, betas)
-    theta, _, bounds = nodes
+    theta, _, bounds, _ = nodes
     genuine = np.flatnonzero(~(unflagged(nodes) if rounding is None else classify(nodes, rounding)).flags)
     if rounding is not None:
         apart: list[int] = []

@@ -46,9 +46,10 @@ def relative_tolerance(steps: int, rounding: float) -> float:
     """2.5 sqrt(m) rounding: how far, relative to |T|, rounding moves a Ritz value of m steps beyond its residual bound.
 
     The computed vectors satisfy A Q = Q T + beta_m q_{m+1} e_m' + F, where each column of F is the error of one step.
-    What storage and re-orthogonalisation leave is measured in the run (`Quadrature.error_bounds`). This is the rest, the
-    rounding of products: at most eps_1 |A| in a step, so |F| <= sqrt(m) eps_1 |A|. A Ritz value that is not itself inside a cluster then lies within
-    2.5 (beta_m |s_mi| + sqrt(m) eps_1 |A|) of an eigenvalue (Paige 1980; Paige 1976 for F). Here eps_1 is
+    What storage and re-orthogonalisation leave is measured in the run (`Quadrature.error_bounds`). This is the rest,
+    the rounding of products: at most eps_1 |A| in a step, so |F| <= sqrt(m) eps_1 |A|. A Ritz value that is not itself
+    inside a cluster then lies within 2.5 (beta_m |s_mi| + sqrt(m) eps_1 |A|) of an eigenvalue (Paige 1980; Paige 1976
+    for F). Here eps_1 is
     `rounding`, the eps of products (Paige's worst case is eight of them; measured columns of F, in
     float32 and float64, are at most 1.1), |A| is the largest |Ritz value|, and the residual bound keeps its factor of
     one: T is what exact Lanczos gives for a matrix whose eigenvalues lie in tiny intervals around A's (Greenbaum 1989).
@@ -75,8 +76,9 @@ def find_ghosts(alphas: npt.ArrayLike, betas: npt.ArrayLike, rounding: float = F
     """The ghosts of a tridiagonal T: copies, and spurious values (Cullum and Willoughby 1979; 1985, chapter 4).
 
     Copies. Without re-orthogonalisation an eigenvalue that has converged is found again and again. Each copy lies
-    within its tolerance (`tolerances`) of it, so neighbours no farther apart than the sum of theirs are one cluster. Its member of largest weight stays, the others are flagged: the first to converge carries the probe's own
-    component, and the weights of later copies are born of rounding. (The smallest residual bound would say less: all
+    within its tolerance (`tolerances`) of it, so neighbours no farther apart than the sum of theirs are one cluster.
+    Its member of largest weight stays, the others are flagged: the first to converge carries the probe's own component,
+    and the weights of later copies are born of rounding. (The smallest residual bound would say less: all
     converged copies have one that is zero but for rounding.) Distinct eigenvalues that close cannot be told from
     copies: of a bulk that lies far below `rounding` times |T| one value stays. Their number is then not known, their
     total weight is.
@@ -130,9 +132,21 @@ def independent(run: RunRecord, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.
     """
     if run.reorthogonalize != "full":
         return np.zeros(len(sizes), bool)
+    return ~orthogonality_lost(run, sizes)
+
+
+def orthogonality_lost(run: RunRecord, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """[probes] whether the vectors that were to stay orthogonal are measured not to be.
+
+    These are all of them after full re-orthogonalisation, the last r after a window of r, and none otherwise. Lost is a
+    largest entry of |Q'Q - I| above one half of one over their number: they may be dependent (see `independent`).
+    """
+    window = run.reorthogonalize
     measured = run.orthogonality
-    entries = measured if measured is not None and len(measured) == len(sizes) else [None] * len(sizes)
-    return np.array([x is None or m * x <= 0.5 for m, x in zip(sizes, entries, strict=True)])
+    if measured is None or len(measured) != len(sizes) or not (window == "full" or isinstance(window, int)):
+        return np.zeros(len(sizes), bool)
+    kept = sizes if window == "full" else np.minimum(sizes, window)
+    return np.array([x is not None and m * x > 0.5 for m, x in zip(kept, measured, strict=True)])
 
 
 def _clustered(nodes: Quadrature, starts: npt.NDArray[np.int64], negligible: npt.NDArray[np.bool_]) -> Ghosts:

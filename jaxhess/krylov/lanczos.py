@@ -74,9 +74,9 @@ class LanczosState:
         alphas: [m] diagonal of T, in the accumulation dtype (float32 or wider).
         betas: [m]; betas[j] is the norm left after step j: the off-diagonal, and the last one bounds the residuals.
         previous, current: Vectors q_{j-1} and q_j, in the storage dtype.
-        step_errors: [m] upper bounds of |f_j|, f_j what step j left out of the recurrence: A Q = Q T + beta_m q_{m+1} e_m' +
-            F. It is measured: what re-orthogonalisation took away, and the rounding of q_{j+1} where vectors are
-            stored narrower than they are computed. The rounding of the products is not in it.
+        step_errors: [m] upper bounds of |f_j|, what step j left out of A Q = Q T + beta_m q_{m+1} e_m' + F, f_j the
+            columns of F. They are measured: what re-orthogonalisation took away, and the rounding of q_{j+1} where
+            vectors are stored narrower than they are computed. The rounding of the products is not in them.
         basis: Lanczos vectors stacked along a leading axis, zero where not yet computed: all m of them ("full"), or the
             last r in a ring where q_j has row j mod r. None for "none".
         reorthogonalize: See `Reorthogonalize`. Static.
@@ -167,8 +167,8 @@ def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> 
     component that k of them share by 1 - k: with bfloat16 vectors a copy of an outlier grew in every step. A modified
     pass makes no vector longer.
 
-    Scalars stay on device. After a breakdown `previous` keeps the last vector, `current` is zero, and further steps only
-    count. `state` is donated: its buffers become those of the result.
+    Scalars stay on device. After a breakdown `previous` keeps the last vector, `current` is zero, and further steps
+    only count. `state` is donated: its buffers become those of the result.
     """
     return _segment_program(state)(operator, state, jnp.int32(end))
 

@@ -79,7 +79,7 @@ def memory(job: Job) -> Memory:
     state = job.state(job.shape)
     theta = bytes_per_device(params)
     vector = bytes_per_device(jax.tree.leaves(state.current))
-    stored = bytes_per_device(jax.tree.leaves((state.basis, state.ritz_vectors)))
+    stored = bytes_per_device(jax.tree.leaves(state.basis))
     basis, host = (0, stored) if job.basis_memory == "host" else (stored, 0)
     batch = 4 * job.microbatches * job.sequences_per_device * (2 * job.seq_len + 1)
     wide = max(4, jnp.dtype(job.vector_dtype or job.config.dtype).itemsize, jnp.dtype(job.accumulation_dtype).itemsize)
