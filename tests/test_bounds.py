@@ -68,7 +68,7 @@ def test_bounds_contain_the_distribution_of_the_probe_at_between_and_beside_eige
     widths = []
     for steps in (1, 2, 3, 5, 20, 60):
         alphas, betas, masses, broke = _lanczos(MATRICES[name], steps, dtype, seed=steps)
-        theta, weights, _ = quadrature(alphas, betas)
+        theta, weights, *_ = quadrature(alphas, betas)
         slack = relative_tolerance(theta.size, eps) * np.abs(theta).max() + (betas[-1] if broke else 0)
         beside = [sign * amount for sign in (-1, 1) for amount in (1e-15, 0.5 * slack, slack, 2 * slack)]
         x = np.concatenate(
@@ -107,7 +107,7 @@ def test_between_nodes_the_bounds_are_the_neighbouring_sums_and_at_a_node_its_ow
 @pytest.mark.parametrize("steps", [1, 4, 25, 200])
 def test_semicircle_law_lies_between_bounds_whose_gap_is_known(steps):
     # T with zeros and halves: the Chebyshev polynomials of the second kind, orthogonal under the semicircle law.
-    theta, weights, _ = quadrature(np.zeros(steps), np.full(steps, 0.5))
+    theta, weights, *_ = quadrature(np.zeros(steps), np.full(steps, 0.5))
     angle = np.arange(steps, 0, -1) * np.pi / (steps + 1)
     exact = 2 / (steps + 1) * np.sin(angle) ** 2
 
@@ -147,7 +147,7 @@ def test_slack_covers_a_node_that_lies_beside_its_eigenvalue_on_either_side():
 
 
 def test_bounds_keep_the_shape_of_x_and_never_fall():
-    theta, weights, _ = quadrature([0.3, -0.2, 0.1], [0.4, 0.5, 0.6])
+    theta, weights, *_ = quadrature([0.3, -0.2, 0.1], [0.4, 0.5, 0.6])
     x = np.linspace(-2, 2, 12).reshape(3, 4)
     lower, upper = distribution_bounds(theta, weights, x, 0.05)
     assert lower.shape == upper.shape == (3, 4)

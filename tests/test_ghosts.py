@@ -5,7 +5,7 @@ import pytest
 from scipy.linalg import eigvalsh_tridiagonal
 
 from jaxhess.krylov.ghosts import classify, find_ghosts, relative_tolerance, unflagged
-from jaxhess.krylov.quadrature import quadrature
+from jaxhess.krylov.quadrature import Quadrature, quadrature
 
 
 def _matrices(n):
@@ -181,8 +181,7 @@ def test_cluster_is_the_weighted_mean_and_the_heaviest_member_stays():
 
 
 def _nodes(theta, weights, bounds):
-    nodes = quadrature([0.0], [0.0])
-    return nodes._replace(ritz_values=theta, weights=weights, residual_bounds=bounds)
+    return Quadrature(theta, weights, bounds, np.zeros_like(theta))
 
 
 @pytest.mark.parametrize("factor", [1e-200, 1e-7, 1e200])

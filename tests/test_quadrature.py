@@ -83,7 +83,7 @@ def test_scaling_the_operator_scales_nodes_and_bounds_and_keeps_weights(factor):
 
 def test_one_step_is_one_node():
     found = quadrature([-3.0], [0.25])
-    assert [list(field) for field in found] == [[-3.0], [1.0], [0.25]]
+    assert [list(field) for field in found] == [[-3.0], [1.0], [0.25], [0.0]]
 
 
 def test_zero_operator_has_zero_nodes_and_unit_mass():
