@@ -1,69 +1,65 @@
 """`config.json` of a Hugging Face checkpoint -> `DecoderConfig`, and back.
 
 The `transformers` configuration class of the model fills the defaults and brings old and new spellings into one form;
-the tables of `convert.families` say what each attribute means here. What our decoder cannot compute is refused by name.
+the tables of `convert.families` say what each attribute means here, those of `convert.config_keys` which keys there
+are. What our decoder cannot compute is refused by name.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from convert.config_keys import ROPE_VALUES, relevant
 from convert.families import ACTIVATIONS, FAMILIES, Family
+from convert.json_files import check, one_line, shown
 from jaxhess.models import DecoderConfig, RopeConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-SIZES = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_positions")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It does not hold a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} does not hold a JSON object.")
-    return data
-
-
-def family_of(hf_config: dict[str, Any]) -> Family:
+def family_of(hf_config: dict[str, Any], file: str | Path = "config.json") -> Family:
     """The table of the model that a raw `config.json` describes; ValueError names an unsupported one."""
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        found = "names no model_type" if model_type is None else f"has model_type {model_type!r}, which is unsupported"
-        raise ValueError(f"config.json {found}; supported are {known}.")
+        said = f"has model_type {shown(model_type)}, which is unsupported"
+        raise ValueError(f"{file} {'names no model_type' if model_type is None else said}; supported are {known}.")
     return FAMILIES[model_type]
 
 
-def decoder_config(hf_config: dict[str, Any], dtype: str = "float32") -> DecoderConfig:
-    """The decoder that a raw `config.json` describes, computing in `dtype`.
+def decoder_config(
+    hf_config: dict[str, Any], dtype: str = "float32", file: str | Path = "config.json"
+) -> DecoderConfig:
+    """The decoder that a raw `config.json` describes, computing in `dtype`; `file` is what errors call it.
 
     Raises:
-        ValueError: An unsupported model, or an option that our decoder cannot represent; the sentence names it.
+        ValueError: An unsupported model, a key that is not understood, a value of the wrong type or range, or an option
+            that our decoder cannot represent; the sentence names it.
+
+    Warns:
+        UserWarning: Keys that `transformers` ignores as well.
     """
-    family = family_of(hf_config)
-    if hf_config.get("quantization_config"):
-        method = dict(hf_config["quantization_config"]).get("quant_method", "unknown")
-        raise ValueError(f"The checkpoint is quantized (quantization_config: {method}); use the unquantized weights.")
-    _check_sizes(family, hf_config)
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(hf_config.get(name), dict | None):
-            raise ValueError(f"config.json has {name} {hf_config[name]!r}; it must be an object or null.")
-    full = _filled_in(family, hf_config)
+    family = family_of(hf_config, file)
+    quantization = hf_config.get("quantization_config")
+    if quantization:
+        method = shown(quantization.get("quant_method") if isinstance(quantization, dict) else quantization).strip("'")
+        raise ValueError(
+            f"{file} says the checkpoint is quantized (quantization_config: {method}); use the unquantized weights."
+        )
+    full = _filled_in(family, relevant(family, hf_config, file), file)
+    try:
+        return DecoderConfig(**_fields(family, full), dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{file} describes no model that is supported: {one_line(error)}.") from None
+
+
+def _fields(family: Family, full: Any) -> dict[str, Any]:
+    """Fields of `DecoderConfig` from the `transformers` configuration."""
     for name, value in family.required.items():
         if getattr(full, name) != value:
             raise ValueError(
@@ -83,12 +79,14 @@ def decoder_config(hf_config: dict[str, Any], dtype: str = "float32") -> Decoder
         fields["head_dim"] = fields["embed_dim"] // fields["num_heads"]
     activation = getattr(full, family.activation)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{family.activation}={activation!r} is not supported; known are {', '.join(ACTIVATIONS)}.")
+        raise ValueError(
+            f"{family.activation}={shown(activation)} is not supported; known are {', '.join(ACTIVATIONS)}."
+        )
     fields["activation"] = ACTIVATIONS[activation]
     fields["sliding_window"], fields["sliding_layers"] = _sliding(family, full)
     if "rope" not in fields:
         fields["rope"] = _rope(family, full, fields["head_dim"])
-    return DecoderConfig(**fields, dtype=dtype)
+    return fields
 
 
 def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
@@ -109,34 +107,15 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
     raise ValueError(f"No supported Hugging Face architecture describes {config}.")
 
 
-def _check_sizes(family: Family, hf_config: dict[str, Any]) -> None:
-    """What fixes shapes must be there: the configuration class would fill in the sizes of some 7B model unsaid."""
-    from transformers import CONFIG_MAPPING  # slow to import, and `import convert` should not be
-
-    others = CONFIG_MAPPING[family.model_type].attribute_map  # hidden_size for GPT-2's n_embd
-    for ours, name in family.fields.items():
-        if ours not in SIZES:
-            continue
-        said = [
-            key for key in (name, *(o for o, own in others.items() if own == name)) if hf_config.get(key) is not None
-        ]
-        if not said and ours not in family.optional_sizes:
-            raise ValueError(f"config.json does not say {name}.")
-        for key in said:
-            if type(hf_config[key]) is not int or hf_config[key] < 1:
-                raise ValueError(f"config.json has {key} {hf_config[key]!r}; it must be a positive integer.")
-
-
-def _filled_in(family: Family, hf_config: dict[str, Any]) -> Any:
+def _filled_in(family: Family, relevant: dict[str, Any], file: str | Path) -> Any:
+    """The `transformers` configuration, with its defaults and in its newest spelling."""
     from transformers import CONFIG_MAPPING  # slow to import, and `import convert` should not be
 
     try:
-        return CONFIG_MAPPING[family.model_type].from_dict(
-            copy.deepcopy(hf_config)
-        )  # it writes into nested dictionaries
+        # Copied, for it writes into nested dictionaries.
+        return CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(relevant))
     except Exception as error:  # its validators raise classes of their own, by release
-        reason = " ".join(str(error).split())
-        raise ValueError(f"config.json is not a valid {family.model_type} configuration: {reason}") from None
+        raise ValueError(f"{file} is not a valid {family.model_type} configuration: {one_line(error)}.") from None
 
 
 def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:
@@ -170,7 +149,13 @@ def _rope(family: Family, full: Any, head_dim: int) -> RopeConfig:
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError("rope_parameters differ by layer type, which is not supported.")
     if kind not in ROPE_KINDS:
-        raise ValueError(f"RoPE scaling {kind!r} is not supported; known are {', '.join(ROPE_KINDS)}.")
+        raise ValueError(f"RoPE scaling {shown(kind)} is not supported; known are {', '.join(ROPE_KINDS)}.")
+    unknown = sorted(rope.keys() - ROPE_VALUES.keys())
+    if unknown:
+        raise ValueError(f"rope_parameters has {shown(unknown[0])}, which is not understood.")
+    if rope.get("type") not in (None, kind):
+        raise ValueError(f"rope_parameters has rope_type {kind!r} and type {shown(rope['type'])}.")
+    check(rope, ROPE_VALUES, "rope_parameters")
     part = rope.get("partial_rotary_factor")
     part = 1.0 if part is None else part
     if part != 1 and not family.partial_rotary:
@@ -200,8 +185,8 @@ def _rope(family: Family, full: Any, head_dim: int) -> RopeConfig:
 
 
 def _number(rope: dict[str, Any], name: str, kind: str) -> float:
-    if not isinstance(rope.get(name), (int, float)):
-        raise ValueError(f"RoPE scaling {kind!r} needs the number {name}; config.json has {rope.get(name)!r}.")
+    if rope.get(name) is None:
+        raise ValueError(f"RoPE scaling {kind!r} needs the number {name}.")
     return float(rope[name])
 
 

@@ -6,6 +6,7 @@ Adding a family whose architecture the decoder covers means adding a table here,
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ class Family:
         activation: The attribute that names the activation.
         window: Which attributes say where the sliding window applies.
         partial_rotary: Only a part of each head may be rotated.
+        aliases: Other names in `config.json` of attributes in `fields` -> their own.
+        refused: Keys of other families that this one's code in `transformers` reads too, and our decoder cannot.
     """
 
     model_type: str
@@ -47,6 +50,13 @@ class Family:
     window: Literal["none", "all layers", "layer types"] = "none"
     partial_rotary: bool = False
     optional_sizes: tuple[str, ...] = ("num_kv_heads", "head_dim", "max_positions")
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+
+    @property
+    def base_architecture(self) -> str:
+        """The `transformers` class without its head."""
+        return re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.architecture)
 
 
 _SIZES = {
@@ -206,6 +216,7 @@ _GPT_NEOX = Family(
     head="embed_out.weight",
     head_alias="lm_head.weight",  # its name inside transformers 5, and in files that were saved without renaming
     partial_rotary=True,
+    refused=("head_dim",),  # its rotary frequencies would follow it
 )
 
 _GPT2 = Family(
@@ -225,6 +236,12 @@ _GPT2 = Family(
         "norm_eps": "layer_norm_epsilon",
     },
     optional_sizes=("mlp_dim",),
+    aliases={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    },
     constants={
         "norm": "layer",
         "gated_mlp": False,

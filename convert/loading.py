@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from convert.configs import DTYPES, decoder_config, family_of, read_json
+from convert.configs import DTYPES, decoder_config, family_of
 from convert.families import Family
 from convert.hub import hub_config, local_directory
+from convert.json_files import read_json
 from convert.mapping import Row, axis_sizes, checked_rows
 from convert.orbax_checkpoint import is_orbax, parameter_shardings, restore, saved_config
 from convert.source import Source
@@ -93,19 +95,21 @@ def read_config(path_or_hub_id: str | Path, dtype: str | None = None) -> Decoder
     path = Path(path_or_hub_id).expanduser()
     if is_orbax(path):
         return saved_config(path, dtype)
-    hf_config = read_json(path / "config.json" if path.is_dir() else path if path.is_file() else hub_config(str(path)))
+    file = path / "config.json" if path.is_dir() else path if path.is_file() else hub_config(str(path))
+    hf_config = read_json(file)
     named = hf_config.get("dtype", hf_config.get("torch_dtype"))
-    return decoder_config(hf_config, dtype or (named if named in DTYPES else "float32"))
+    return decoder_config(hf_config, dtype or (named if named in DTYPES else "float32"), file)
 
 
 def _open(directory: Path, dtype: str | None) -> tuple[Family, DecoderConfig, Source, list[Row]]:
     """Everything about a Hugging Face checkpoint but its weights, checked against each other."""
-    hf_config = read_json(directory / "config.json")
-    family = family_of(hf_config)
-    config = decoder_config(hf_config)
+    file = directory / "config.json"
+    hf_config = read_json(file)
+    family = family_of(hf_config, file)
+    config = decoder_config(hf_config, file=file)
     source = Source(directory)
     rows = checked_rows(family, config, source)
-    return family, decoder_config(hf_config, dtype or stored_dtype(hf_config, rows, source)), source, rows
+    return family, dataclasses.replace(config, dtype=dtype or stored_dtype(hf_config, rows, source)), source, rows
 
 
 def check_dtype(dtype: str | None) -> None:

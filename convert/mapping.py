@@ -93,6 +93,10 @@ def checked_rows(family: Family, config: DecoderConfig, source: Source) -> list[
             names. The sentence names the tensor.
     """
     names = set(source.tensors)
+    if config.num_layers > len(names):  # before there is a row for each of a million layers
+        raise ValueError(
+            f"{source.directory} has {len(names)} tensors in all; config.json says {config.num_layers} layers."
+        )
     prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
     head = family.head
     if family.head_alias in names:

@@ -26,8 +26,9 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from convert.configs import DTYPES, hugging_face_config, read_json
+from convert.configs import DTYPES, hugging_face_config
 from convert.destination import appearing
+from convert.json_files import read_json
 from convert.tokenizer import add_tokenizer
 from jaxhess import processes
 from jaxhess.models import DecoderConfig, LanguageModel, abstract_params, model_shardings

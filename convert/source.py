@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.configs import read_json
+from convert.json_files import one_line, parse_json, read_json, shown
 from convert.layout import Slices
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -54,6 +53,8 @@ class Source:
         for file in files:
             headers = _safetensors_header(file) if file.suffix == ".safetensors" else self._pickle_header(file)
             for name, tensor in headers.items():
+                if not name.isprintable():  # it would be printed
+                    raise ValueError(f"{file} holds a tensor with the name {shown(name)}; a name is printable text.")
                 if name in self.tensors:
                     other = self.tensors[name].file.name
                     raise ValueError(f"Tensor {name} is in two files of {directory}: {other} and {file.name}.")
@@ -75,6 +76,8 @@ class Source:
 
     def _pickle_header(self, file: Path) -> dict[str, StoredTensor]:
         self._pickles[file] = tensors = _load_pickle(file)
+        for name, tensor in tensors.items():
+            _check_plain(name, tensor, file)
         return {
             name: StoredTensor(file, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()
         }
@@ -90,6 +93,12 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
             index = read_json(index_file).get("weight_map")
             if not isinstance(index, dict) or not index:
                 raise ValueError(f"{index_file} has no weight_map.")
+            for name, file_name in index.items():
+                if not isinstance(file_name, str) or file_name != Path(file_name).name or "\0" in file_name:
+                    raise ValueError(
+                        f"{index_file} has {shown(file_name)} for tensor {shown(name)}; it must be the name of a file "
+                        "in the same folder."
+                    )
             files = [directory / name for name in sorted(set(index.values()))]
             for file in files:
                 if not file.is_file():
@@ -106,21 +115,12 @@ def _safetensors_header(file: Path) -> dict[str, StoredTensor]:
         pass
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        entries = json.loads(stream.read(length), object_pairs_hook=lambda pairs: _unique(pairs, file))
+        entries = parse_json(stream.read(length), f"The header of {file}")
     return {
         name: StoredTensor(file, tuple(entry["shape"]), _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]))
         for name, entry in entries.items()
         if name != "__metadata__"
     }
-
-
-def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{file} holds tensor {twice} twice.")
-    return data
 
 
 @contextlib.contextmanager
@@ -132,7 +132,7 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
             yield opened
     except SafetensorError as error:
         size = file.stat().st_size
-        raise ValueError(f"{file} is truncated or damaged ({size} bytes): {error}.") from None
+        raise ValueError(f"{file} is truncated or damaged ({size} bytes): {one_line(error)}.") from None
 
 
 def _load_pickle(file: Path) -> dict[str, Any]:
@@ -152,11 +152,27 @@ def _load_pickle(file: Path) -> dict[str, Any]:
                 raise
             loaded = torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
     except Exception as error:  # pickle, zip and torch each have errors of their own
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} is truncated, damaged, or no plain state dictionary: {reason}") from None
+        raise ValueError(f"{file} is truncated, damaged, or no plain state dictionary: {one_line(error)}.") from None
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise ValueError(f"{file} is no state dictionary of tensors.")
     return loaded
+
+
+def _check_plain(name: Any, tensor: Any, file: Path) -> None:
+    """Refuses what a state dictionary of weights has not, but torch can store: all but dense tensors under names."""
+    import torch
+
+    if not isinstance(name, str):
+        raise ValueError(f"{file} holds a tensor under the key {shown(name)}; it must be a name.")
+    kind = (
+        "nested" if tensor.is_nested
+        else "quantized" if tensor.is_quantized
+        else str(tensor.layout).removeprefix("torch.") if tensor.layout != torch.strided
+        else f"on the device {tensor.device.type}" if tensor.device.type != "cpu"
+        else ""
+    )  # fmt: skip
+    if kind:
+        raise ValueError(f"Tensor {shown(name)[1:-1]} in {file} is {kind}; weights must be dense, with their values.")
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.configs import read_json
+from convert.json_files import read_json
 from convert.loading import load
 from jaxhess.mesh import data_shards
 from jaxhess.models import LanguageModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -14,6 +15,9 @@ class RopeConfig:
 
     `kind` names the frequency rule (see `jaxhess.models.rotary`); the fields below `kind` are read only by the rules
     that need them.
+
+    Raises:
+        ValueError: A number that is not positive and finite, or two that contradict each other.
     """
 
     theta: float = 10000.0
@@ -30,6 +34,19 @@ class RopeConfig:
     truncate: bool = True
     attention_factor: float = 1.0
     """Factor on cos and sin (`yarn`), already resolved from the checkpoint's `mscale` settings."""
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
+            if not (0 < getattr(self, name) < math.inf):
+                raise ValueError(f"rope {name} is {getattr(self, name)}; it must be positive and finite.")
+        if self.kind in ("dynamic", "llama3", "yarn") and (self.original_max_positions or 0) < 1:
+            raise ValueError(f"{self.kind} rope needs original_max_positions, the context before extension.")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}."
+            )
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast < math.inf:
+            raise ValueError(f"beta_slow={self.beta_slow} must be positive and at most beta_fast={self.beta_fast}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +112,8 @@ class DecoderConfig:
         for name in sizes.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be finite and not negative.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "

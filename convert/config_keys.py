@@ -1,0 +1,190 @@
+"""The keys of a `config.json`: every one is understood, irrelevant for a stated reason, or refused by name.
+
+A key that means something in another supported family but is not read by this one's code in `transformers` is warned
+about: the file says something that neither `transformers` nor we do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from convert.families import FAMILIES, Family
+from convert.json_files import FLAG, OBJECT, TEXT, TEXTS, Kind, check, integer, number, optional, shown
+
+SIZE, LAYERS = integer(1), integer(1, 10_000)
+FRACTION, POSITIVE = number(1e-6, 1), number(1e-30, 1e30)
+
+FIELD_KINDS = {
+    **dict.fromkeys(("vocab_size", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"), SIZE),
+    "num_layers": LAYERS,
+    "max_positions": SIZE,
+    "norm_eps": number(0, 1),
+    **dict.fromkeys(("tied_embeddings", "parallel_residual", "qkv_bias", "out_bias", "mlp_bias"), FLAG),
+}
+"""Fields of `DecoderConfig` -> what the attribute of the same meaning must be."""
+
+WINDOW_KINDS = {"sliding_window": optional(SIZE), "use_sliding_window": FLAG, "max_window_layers": integer(0)}
+
+ROPE_VALUES = {
+    "rope_theta": POSITIVE,
+    "factor": optional(number(1, 1e6)),
+    "original_max_position_embeddings": SIZE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "beta_fast": optional(number(0, 1e6)),
+    "beta_slow": optional(number(0, 1e6)),
+    "truncate": FLAG,
+    "attention_factor": optional(POSITIVE),
+    "mscale": optional(number(0, 1e3)),
+    "mscale_all_dim": optional(number(0, 1e3)),
+    "partial_rotary_factor": optional(FRACTION),
+    "rope_type": TEXT,
+    "type": TEXT,  # its older name
+    "finetuned": FLAG,  # a note that YaRN's first checkpoints carry
+}
+"""Keys of `rope_parameters`, or of `rope_scaling` as it was called before."""
+
+ROTARY_KINDS = {
+    "rope_theta": optional(POSITIVE),
+    "rope_scaling": optional(OBJECT),
+    "rope_parameters": optional(OBJECT),
+    "partial_rotary_factor": optional(FRACTION),
+    "original_max_position_embeddings": optional(SIZE),
+}
+"""What models with rotary positions say of them outside `rope_parameters`."""
+
+NEOX_ROTARY_KINDS = {"rotary_pct": optional(FRACTION), "rotary_emb_base": optional(POSITIVE)}
+
+IRRELEVANT = {
+    "what wrote the file, or what it is for": (
+        "transformers_version name_or_path dtype torch_dtype tokenizer_class prefix finetuning_task "
+        "task_specific_params custom_pipelines transformers.js_config is_llama_config unsloth_version unsloth_fixed "
+        "unsloth_training_args model_max_length max_sequence_length n_ctx"
+    ),
+    "how the same function is computed": (
+        "use_cache output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16 "
+        "attn_implementation use_flash_attention use_flash_attn chunk_size_feed_forward reorder_and_upcast_attn "
+        "pretraining_tp gradient_checkpointing is_decoder tf_legacy_loss"
+    ),
+    "training: where it starts, and dropout, which we leave out as `transformers` does in evaluation": (
+        "initializer_range attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop "
+        "neftune_noise_alpha"
+    ),
+    "token ids, which the tokenizer knows": "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id "
+    "decoder_start_token_id mask_token_id",
+    "heads for other tasks": (
+        "id2label label2id num_labels problem_type summary_type summary_use_proj summary_activation "
+        "summary_proj_to_labels summary_first_dropout"
+    ),
+    "generation of text": (
+        "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty "
+        "do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff "
+        "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length "
+        "max_new_tokens min_length no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule "
+        "num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty "
+        "return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p"
+    ),
+}
+"""Why a key says nothing about the function that a checkpoint computes -> such keys."""
+
+ONLY_AT = {
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "per_layer_config": {},
+    "auto_map": {},
+    "alibi": False,
+    "rope_interleaved": False,
+    "use_mrope": False,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+}
+"""Keys that change the function, except at this value. One that is in no table here is refused unless it is null."""
+
+_IRRELEVANT = {key for keys in IRRELEVANT.values() for key in keys.split()}
+
+
+def understood(family: Family) -> dict[str, Kind]:
+    """The keys that describe a model of this family, and what their values must be."""
+    kinds = {name: FIELD_KINDS[ours] for ours in family.fields for name in _names(family, ours)}
+    kinds |= {family.activation: TEXT, "layer_types": optional(TEXTS), **dict.fromkeys(family.required, FLAG)}
+    if "rope" not in family.constants:
+        kinds |= ROTARY_KINDS
+    if family.partial_rotary:
+        kinds |= NEOX_ROTARY_KINDS
+    if family.window == "all layers":
+        kinds["sliding_window"] = WINDOW_KINDS["sliding_window"]
+    elif family.window == "layer types":
+        kinds |= WINDOW_KINDS
+    return kinds
+
+
+def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dict[str, Any]:
+    """The part of a raw `config.json` that describes the function it computes, checked key by key.
+
+    Raises:
+        ValueError: A key that we do not understand, or a value of the wrong type or range; the sentence names it.
+
+    Warns:
+        UserWarning: Keys that this family's code in `transformers` does not read.
+    """
+    kinds = understood(family)
+    elsewhere = {key for other in FAMILIES.values() for key in understood(other)} - kinds.keys() - set(family.refused)
+    check(hf_config, {"architectures": optional(TEXTS), "dtype": optional(TEXT), "torch_dtype": optional(TEXT)}, file)
+    own = {family.architecture.lower(), family.base_architecture.lower()}  # LLaMAForCausalLM was one spelling
+    foreign = [name for name in hf_config.get("architectures") or () if name.lower() not in own]
+    if foreign:
+        raise ValueError(
+            f"{file} has architectures {shown(foreign)}; a {family.model_type} that is a language model has "
+            f"{family.architecture}."
+        )
+    ignored = []
+    for key, value in hf_config.items():
+        known = key in kinds or key in _IRRELEVANT or key in ("model_type", "architectures", "quantization_config")
+        if known or value is None or key.startswith("_"):  # transformers' own notes to itself
+            continue
+        if key in elsewhere:
+            ignored.append(key)
+        elif key not in ONLY_AT or value != ONLY_AT[key]:
+            only = f"only {shown(ONLY_AT[key])} is supported" if key in ONLY_AT else "it is not understood"
+            raise ValueError(f"{file} has {shown(key)[1:-1]} {shown(value)}; {only} for {family.model_type}.")
+    chosen = {key: value for key, value in hf_config.items() if key in kinds}
+    unsaid = _check_sizes(family, chosen, file)
+    check({key: value for key, value in chosen.items() if key not in unsaid}, kinds, file)
+    if ignored:
+        warnings.warn(
+            f"{file} has {', '.join(sorted(ignored))}: ignored, as transformers ignores it in a {family.model_type}.",
+            stacklevel=3,
+        )
+    return chosen
+
+
+def _names(family: Family, field: str) -> list[str]:
+    """The keys under which a `config.json` may say a field of `DecoderConfig`."""
+    own = family.fields[field]
+    return [own, *(alias for alias, name in family.aliases.items() if name == own)]
+
+
+def _check_sizes(family: Family, chosen: dict[str, Any], file: str | Path) -> set[str]:
+    """Names of the sizes that are null, where a size may be left open.
+
+    What fixes shapes must be there: the configuration class would fill in the sizes of some 7B model unsaid.
+    """
+    unsaid = set()
+    for field in family.fields:
+        if FIELD_KINDS[field] not in (SIZE, LAYERS):
+            continue
+        names = _names(family, field)
+        said = [name for name in names if chosen.get(name) is not None]
+        if not said and field not in family.optional_sizes:
+            raise ValueError(f"{file} does not say {names[0]}.")
+        if any(chosen[name] != chosen[said[0]] for name in said):
+            raise ValueError(f"{file} has two values, {names[0]} and {said[-1]}, for one size.")
+        unsaid |= set(names) - set(said)
+    return unsaid
