@@ -157,6 +157,8 @@ def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dic
     chosen = {key: value for key, value in hf_config.items() if key in kinds}
     unsaid = _check_sizes(family, chosen, file)
     check({key: value for key, value in chosen.items() if key not in unsaid}, kinds, file)
+    for name in ("rope_scaling", "rope_parameters"):
+        check(chosen.get(name) or {}, ROPE_VALUES, f"{name} in {file}")
     if ignored:
         warnings.warn(
             f"{file} has {', '.join(sorted(ignored))}: ignored, as transformers ignores it in a {family.model_type}.",

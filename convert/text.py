@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from convert.json_files import one_line, shown
 from convert.tokenizer import load_tokenizer
 from jaxhess.data import TokenBlocks, pack, random_blocks, read_blocks
 
@@ -95,15 +96,13 @@ def hub_documents(address: str) -> Iterator[str]:
     name, _, config = name.partition("@")
     split, column = split or "train", column or "text"
     try:
-        rows = iter(datasets.load_dataset(name, config or None, split=split, streaming=True))
-        first = next(rows, None)
+        for number, row in enumerate(datasets.load_dataset(name, config or None, split=split, streaming=True)):
+            if column not in row:
+                raise ValueError(f"it has no column {column!r}; its columns are {', '.join(map(str, row))}")
+            if not isinstance(row[column], str):
+                raise ValueError(f"row {number} holds {shown(row[column])} in column {column!r}; it must be text")
+            yield row[column]
+    except GeneratorExit:
+        raise
     except Exception as error:  # its errors come from several libraries
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"hub:{address} cannot be opened ({type(error).__name__}: {reason}).") from None
-    if first is None:
-        return
-    if column not in first:
-        raise ValueError(f"hub:{address} has no column {column!r}; its columns are {', '.join(first)}.")
-    yield first[column]
-    for row in rows:
-        yield row[column]
+        raise ValueError(f"hub:{address} cannot be read ({type(error).__name__}: {one_line(error)}).") from None

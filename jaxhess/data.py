@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import zipfile
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxhess.array_files import check_regular, read_npy, read_npz
 from jaxhess.losses import TokenBatch
 from jaxhess.mesh import batch_sharding, data_shards
 
@@ -30,7 +31,11 @@ TEXT_SUFFIXES = frozenset(
 )
 """Files of a folder that are read as text. A file named directly is read whatever its suffix."""
 
-ENCODED_AT_ONCE = 2**22
+ENCODED_AT_ONCE = 2**18
+"""Characters that are tokenised together. Tokenizers need some 200 bytes of memory for each."""
+
+_CUTS = tuple(re.compile(place) for place in (r"(?<=\S) (?=\S)", r"(?<=\S\n)(?=\S)", r"\s"))
+"""Where a long text is cut, the best place first: before a single space, after a line end, at any whitespace."""
 
 IGNORED_LABEL = -100
 """Label of a token that does not count, as in PyTorch's `ignore_index`."""
@@ -46,8 +51,8 @@ class TokenBlocks:
             it counts and 0 where it is padding.
 
     Raises:
-        ValueError: Tokens that are not integers or negative, shapes that do not fit, weights that are negative, not
-            finite, or all zero.
+        ValueError: Tokens that are not integers or negative, shapes that do not fit, weights that are no real numbers,
+            negative, not finite, or all zero.
     """
 
     tokens: np.ndarray
@@ -64,7 +69,10 @@ class TokenBlocks:
                 f"weights have shape {list(weights.shape)}; tokens {list(tokens.shape)} need {list(expected)}, "
                 "one weight per predicted token."
             )
-        weights = weights.astype(np.float32)
+        if weights.dtype.kind not in "biuf":
+            raise ValueError(f"weights are {weights.dtype}; they must be real numbers.")
+        with np.errstate(over="ignore"):  # what overflows is infinite, and refused below
+            weights = weights.astype(np.float32)
         if not np.all(np.isfinite(weights)) or np.any(weights < 0):
             raise ValueError("weights must be finite and not negative: 1 where a token counts, 0 where it is padding.")
         if not np.any(weights):
@@ -156,12 +164,12 @@ def read_blocks(
         raise ValueError(f"{path}: no such file or folder.")
     _check_sizes(seq_len, sequences)
     if path.suffix == ".npy":
-        tokens = _load(path)
+        tokens = read_npy(path)
         if tokens.ndim == 1:
             return _cut(tokens, seq_len, vocab_size, sequences, str(path))
         return _array_blocks(path, {"tokens": tokens}, seq_len, vocab_size, sequences)
     if path.suffix == ".npz":
-        return _array_blocks(path, _load(path), seq_len, vocab_size, sequences)
+        return _array_blocks(path, read_npz(path), seq_len, vocab_size, sequences)
     if encode is None:
         raise ValueError(f"{path} is text and needs the model's tokenizer; without one, give tokens as .npy or .npz.")
     return pack(
@@ -182,13 +190,15 @@ def read_documents(path: str | Path) -> Iterator[tuple[Path, str]]:
     links to folders are passed over. Text is UTF-8 (a byte-order mark is dropped, line ends are kept).
 
     Raises:
-        ValueError: A folder without text files, or a file that is not UTF-8.
+        ValueError: A folder without text files, or a file that is not UTF-8, or no regular file: a pipe would be waited
+            for, and a device has no end.
     """
     path = Path(path)
-    files = [path] if path.is_file() else _text_files(path)
+    files = _text_files(path) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path}: no text files under this folder (looked for {' '.join(sorted(TEXT_SUFFIXES))}).")
     for file in files:
+        check_regular(file)
         try:
             yield file, file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -209,9 +219,13 @@ def pack(
 ) -> TokenBlocks:
     """Blocks of the documents, tokenised one by one and joined.
 
-    Reads no further once `sequences` blocks are full. Empty documents leave no trace. A document of more than
-    `ENCODED_AT_ONCE` characters is tokenised in parts that end with a line, so that the first blocks of a corpus in one
-    file need neither its time nor its memory.
+    Reads no further once `sequences` blocks are full. Empty documents leave no trace.
+
+    A document of more than `ENCODED_AT_ONCE` characters is tokenised in parts, so that the first blocks of a corpus in
+    one file need neither its time nor its memory. It is cut between two words, before a space or after a line end.
+    Tokenizers that split there too give the same tokens as for the whole: those of GPT-2, GPT-NeoX, Qwen and Llama 3.
+    Those that put a space before every text (SentencePiece: Llama 2, Mistral) can give other tokens around a cut, and
+    so can all where half of `ENCODED_AT_ONCE` characters have no such place: then it is any whitespace, or none.
 
     Args:
         documents: Texts, in order.
@@ -269,8 +283,10 @@ def label_weights(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
     The first label of a sequence is never predicted and may be either.
 
     Raises:
-        ValueError: Another shape, or a label that is neither its token nor -100.
+        ValueError: Another shape or no integers, or a label that is neither its token nor -100.
     """
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"labels are {labels.dtype}; they must be integers.")
     if labels.shape != tokens.shape:
         raise ValueError(f"labels have shape {list(labels.shape)}; they must have the tokens' {list(tokens.shape)}.")
     counts = labels != IGNORED_LABEL
@@ -286,7 +302,7 @@ def label_weights(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def check_tokens(tokens: np.ndarray, vocab_size: int | None, name: str) -> np.ndarray:
     """`tokens` themselves, if they are integers in [0, vocab_size) (None: in [0, 2^31)); a ValueError otherwise."""
-    if not np.issubdtype(tokens.dtype, np.integer):
+    if tokens.dtype.kind not in "iu":  # timedelta64 is a subtype of np.integer
         raise ValueError(f"{name}: the tokens are {tokens.dtype}; they must be integers.")
     limit = 2**31 if vocab_size is None else vocab_size
     low, high = int(tokens.min()), int(tokens.max())
@@ -306,15 +322,24 @@ def _check_sizes(seq_len: int, sequences: int | None) -> None:
 def _tokenised(documents: Iterable[str], encode: Encode, end_of_text: int | None) -> Iterator[np.ndarray]:
     separator: list[int] = []
     for text in documents:
-        start = 0
-        while start < len(text):
-            end = text.find("\n", start + ENCODED_AT_ONCE) + 1 or len(text)
-            ids = encode(text[start:end])
+        for number, part in enumerate(_parts(text)):
+            ids = encode(part)
             if len(ids):
-                yield np.asarray([*(separator if start == 0 else []), *ids], np.int64)
-            start = end
+                yield np.asarray([*([] if number else separator), *ids], np.int64)
         if text and end_of_text is not None:
             separator = [end_of_text]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text in parts of at most `ENCODED_AT_ONCE` characters, cut where it harms least."""
+    start = 0
+    while len(text) - start > ENCODED_AT_ONCE:
+        middle, end = start + ENCODED_AT_ONCE // 2, start + ENCODED_AT_ONCE
+        found = next((match for cut in _CUTS if (match := cut.search(text, middle, end))), None)
+        stop = found.start() if found else end
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def _text_files(folder: Path) -> list[Path]:
@@ -323,15 +348,6 @@ def _text_files(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(parent, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in TEXT_SUFFIXES]
     return sorted(files, key=lambda file: file.relative_to(folder).parts)
-
-
-def _load(path: Path):
-    try:
-        # A stream of many gigabytes is mapped: only the blocks that are taken are read.
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        return dict(loaded) if path.suffix == ".npz" else loaded
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
-        raise ValueError(f"{path} cannot be read as a NumPy array file of numbers.") from None
 
 
 def _array_blocks(
@@ -348,6 +364,11 @@ def _array_blocks(
             f"[sequences, {seq_len + 1}] (or, in a .npy file, one stream)."
         )
     _check_enough(tokens.shape[0], sequences, tokens.size, seq_len, str(path))
+    for name, array in arrays.items():
+        if array.shape[:1] != tokens.shape[:1]:
+            raise ValueError(
+                f"{path}: {name} have shape {list(array.shape)}, tokens {list(tokens.shape)}: as many rows."
+            )
     arrays = {name: array[:sequences] for name, array in arrays.items()}
     try:
         tokens = check_tokens(arrays["tokens"], vocab_size, "tokens")

@@ -200,6 +200,27 @@ def _spoil_index(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _index_value(value: Any) -> Callable[[Path], None]:
+    def spoil(directory: Path) -> None:
+        index = in_two_files(directory)
+        index["weight_map"][GATE] = value
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return spoil
+
+
+def _as_bin(change: Callable[[dict[Any, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """The checkpoint as a pickle, with its tensors changed."""
+
+    def spoil(directory: Path) -> None:
+        tensors: dict[Any, torch.Tensor] = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").unlink()
+        change(tensors)
+        torch.save(tensors, directory / "pytorch_model.bin")
+
+    return spoil
+
+
 def _spoil_duplicate(directory: Path) -> None:
     in_two_files(directory)
     second = directory / "model-00002-of-00002.safetensors"
@@ -235,12 +256,25 @@ SPOILED: list[tuple[Callable[[Path], Any], str]] = [
     (lambda d: reconfigure(d, num_hidden_layers=3), "Tensor model.layers.2.input_layernorm.weight is missing"),
     (lambda d: reconfigure(d, num_hidden_layers=1), "Tensor model.layers.1.input_layernorm.weight in"),
     (lambda d: reconfigure(d, attention_bias=True), "Tensor model.layers.0.self_attn.k_proj.bias is missing"),
+    (_index_value(5), f"model.safetensors.index.json has 5 for tensor '{GATE}'; it must be the name of a file"),
+    (_index_value(None), f"model.safetensors.index.json has None for tensor '{GATE}'"),
+    (_index_value("../copy/model-00001-of-00002.safetensors"), "has '../copy/model-00001-of-00002.safetensors' for"),
+    (_index_value("nul\0"), "has 'nul\\x00' for tensor"),
+    (_as_bin(lambda t: t.update({GATE: t[GATE].to_sparse()})), f"Tensor {GATE} in "),
+    (_as_bin(lambda t: t.update({GATE: t[GATE].to_sparse()})), "is sparse_coo; weights must be dense"),
+    (_as_bin(lambda t: t.update({GATE: t[GATE].to_sparse_csr()})), "pytorch_model.bin is sparse_csr; weights must be"),
+    (_as_bin(lambda t: t.update({GATE: t[GATE].to("meta")})), "is on the device meta; weights must"),
+    (_as_bin(lambda t: t.update({GATE: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])})), "is nested;"),
+    (_as_bin(lambda t: t.update({GATE: torch.quantize_per_tensor(t[GATE], 0.1, 0, torch.qint8)})), "is quantized;"),
+    (_as_bin(lambda t: t.update({5: torch.zeros(2)})), "holds a tensor under the key 5; it must be a name"),
+    (_as_bin(lambda t: t.update({GATE + "\n": torch.zeros(2)})), "a name is printable text"),
+    (_as_bin(lambda t: t.update({GATE: t[GATE].to(torch.complex64)})), "is complex64; weights must be float64"),
     (_set(float("nan")), f"Tensor {GATE} in"),
     (_set(float("-inf")), f"Tensor {GATE} in"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("spoil", "sentence"), SPOILED, ids=[sentence for _, sentence in SPOILED])
+@pytest.mark.parametrize(("spoil", "sentence"), SPOILED, ids=[repr(sentence) for _, sentence in SPOILED])
 def test_what_is_wrong_is_said_in_one_sentence(spoil: Callable[[Path], Any], sentence: str, copy: Path) -> None:
     spoil(copy)
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as caught:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
+import socket
 import struct
+import tracemalloc
+import zipfile
 
 import jax
 import numpy as np
 import pytest
 
 from jaxhess.data import (
+    ENCODED_AT_ONCE,
     TokenBlocks,
     label_weights,
     pack,
@@ -57,17 +63,51 @@ def test_no_document_is_read_beyond_the_sequences_asked_for() -> None:
     assert pack(documents(), encode, seq_len=3, vocab_size=256, sequences=2).num_sequences == 2
 
 
-def test_long_documents_are_tokenised_in_parts_that_end_with_a_line(monkeypatch) -> None:
-    monkeypatch.setattr("jaxhess.data.ENCODED_AT_ONCE", 5)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("short", ["short"]),
+        ("one two three", ["one two", " three"]),  # before a space
+        ("one\ntwo\nthree", ["one\n", "two\n", "three"]),  # after a line end
+        ("one two\nthree", ["one two", "\nthree"]),  # a line end that is not behind the middle is none
+        ("a\n\n\tb    c", ["a\n\n\tb", "    c"]),  # any other whitespace
+        ("abcdefghijklm", ["abcdefgh", "ijklm"]),  # none at all
+        ("a\u2003bcdefghi", ["a\u2003bcdefg", "hi"]),  # none behind the middle
+    ],
+)
+def test_long_documents_are_tokenised_in_parts_cut_where_it_harms_least(monkeypatch, text, expected) -> None:
+    monkeypatch.setattr("jaxhess.data.ENCODED_AT_ONCE", 8)
     parts: list[str] = []
 
     def recording(part: str) -> list[int]:
         parts.append(part)
         return encode(part)
 
-    blocks = pack(["short", "a longer\ntext\nof several lines\n"], recording, seq_len=1, vocab_size=256, end_of_text=0)
-    assert parts == ["short", "a longer\n", "text\nof several lines\n"]
-    assert bytes(blocks.tokens.ravel().tolist()) == b"short\0a longer\ntext\nof several lines\n"[:36]
+    blocks = pack(["x", text, "y"], recording, seq_len=1, vocab_size=256, end_of_text=0)
+    assert parts == ["x", *expected, "y"]
+    stream = f"x\0{text}\0y".encode()
+    assert bytes(blocks.tokens.ravel().tolist()) == stream[: len(stream) // 2 * 2]
+
+
+def test_one_long_line_takes_memory_for_its_parts_only() -> None:
+    """What a tokenizer needs is some hundred bytes for each character of a part; here it is exactly 100."""
+    sizes = []
+
+    def costly(part: str) -> list[int]:
+        sizes.append(len(part))
+        assert bytearray(100 * len(part))
+        return [1] * (len(part) // 8)
+
+    text = "seven b " * 2**19  # four megabytes in one line
+    tracemalloc.start()
+    blocks = pack([text], costly, seq_len=127, vocab_size=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(sizes) == len(text)
+    assert max(sizes) <= ENCODED_AT_ONCE
+    assert blocks.tokens.size > len(text) // 9
+    # A part's cost, and tokens four times over: parts and whole as int64, blocks as int32, weights
+    assert peak < 101 * ENCODED_AT_ONCE + 24 * len(text) // 8 + 2**21
 
 
 def test_folders_are_read_recursively_in_the_order_of_their_paths(tmp_path) -> None:
@@ -194,6 +234,46 @@ def npz(tmp_path, **arrays):
     return tmp_path / "x.npz"
 
 
+def renamed(path, name: str):
+    return path.rename(path.parent / name)
+
+
+def headed(tmp_path, header: dict, name: str = "x.npy"):
+    """A `.npy` with this header before a hundred bytes, alone or in an archive."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<i4", "fortran_order": False, "shape": (3, 4)} | header)
+    content = stream.getvalue() + bytes(100)
+    if name.endswith(".npy"):
+        return text(tmp_path, content, name)
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("tokens.npy", content)
+    return tmp_path / name
+
+
+def with_bytes(path, place: bytes, offset: int, value: bytes):
+    """Some bytes behind the first occurrence of others replaced."""
+    content = bytearray(path.read_bytes())
+    at = content.index(place) + offset
+    content[at : at + len(value)] = value
+    path.write_bytes(content)
+    return path
+
+
+def deflated(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", tokens=GOOD)
+    return tmp_path / "x.npz"
+
+
+def special(tmp_path, make, name: str = "x.txt"):
+    make(tmp_path / name)
+    return tmp_path / name
+
+
+def listening(path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
 def text(tmp_path, content: bytes, name: str = "x.txt"):
     (tmp_path / name).write_bytes(content)
     return tmp_path / name
@@ -234,6 +314,53 @@ BAD_SOURCES = {
     "zero weights": (lambda t: npz(t, tokens=GOOD, weights=GOOD[:, 1:] * 0), "All weights are zero"),
     "all labels ignored": (lambda t: npz(t, tokens=GOOD, labels=GOOD * 0 - 100), "All weights are zero"),
     "foreign labels": (lambda t: npz(t, tokens=GOOD, labels=GOOD + 1), r"labels\[0, 0\] is 1 but the token there is 0"),
+    "more rows of weights": (
+        lambda t: npz(t, tokens=GOOD, weights=np.ones((5, 3))),
+        r"x.npz: weights have shape \[5, 3\], tokens \[3, 4\]",
+    ),
+    "more rows of labels": (lambda t: npz(t, tokens=GOOD, labels=np.ones((5, 4), int)), r"x.npz: labels have shape"),
+    "weights without axes": (lambda t: npz(t, tokens=GOOD, weights=np.float32(1)), r"x.npz: weights have shape \[\]"),
+    "complex weights": (lambda t: npz(t, tokens=GOOD, weights=GOOD[:, 1:] * 1j), "weights are complex128; they must"),
+    "dates as weights": (lambda t: npz(t, tokens=GOOD, weights=GOOD[:, 1:].astype("M8[s]")), "weights are datetime64"),
+    "text as weights": (lambda t: npz(t, tokens=GOOD, weights=GOOD[:, 1:].astype(str)), "x.npz cannot be read .* <U21"),
+    "infinite as float32": (lambda t: npz(t, tokens=GOOD, weights=GOOD[:, 1:] * 1e300), "weights must be finite"),
+    "float labels": (lambda t: npz(t, tokens=GOOD, labels=GOOD * 1.0), "labels are float64; they must be integers"),
+    "time differences": (lambda t: npy(t, GOOD.astype("m8[s]")), "the tokens are timedelta64.*must be integers"),
+    "archive named npy": (lambda t: renamed(npz(t, tokens=GOOD), "x.npy"), "is an archive of arrays: name it .npz"),
+    "array named npz": (lambda t: renamed(npy(t, GOOD), "x.npz"), "is a single array: name it .npy"),
+    "negative shape": (lambda t: headed(t, {"shape": (-3, 4)}), r"its header promises the shape \[-3, 4\]"),
+    "more than the file": (lambda t: headed(t, {"shape": (3, 2**40)}), "its header promises the shape"),
+    "overflowing shape": (lambda t: headed(t, {"shape": (2**62, 2**62)}), "its header promises the shape"),
+    "more than the member": (lambda t: headed(t, {"shape": (3, 2**40)}, "x.npz"), "its header promises the shape"),
+    "negative in an archive": (lambda t: headed(t, {"shape": (-3, -4)}, "x.npz"), "its header promises the shape"),
+    "structure": (lambda t: headed(t, {"descr": [("a", "<i4")]}), "x.npy cannot be read .* it holds"),
+    "bad zlib": (
+        lambda t: with_bytes(deflated(t), b"tokens.npy", 30, b"\xff" * 9),
+        "x.npz cannot be read .*decompress",
+    ),
+    "encrypted": (
+        lambda t: with_bytes(with_bytes(npz(t, tokens=GOOD), b"PK\1\2", 8, b"\1"), b"PK\3\4", 6, b"\1"),
+        "x.npz cannot be read .*encrypted",
+    ),
+    "not a member of numpy": (
+        lambda t: with_bytes(npz(t, tokens=GOOD), b"\x93NUMPY", 0, b"hello!"),
+        "x.npz cannot be read",
+    ),
+    "pipe": (lambda t: special(t, os.mkfifo), "x.txt is a pipe, device, socket or folder; only regular files"),
+    "pipe in a folder": (lambda t: special(t, os.mkfifo).parent, "x.txt is a pipe"),
+    "pipe of tokens": (lambda t: special(t, os.mkfifo, "x.npy"), "x.npy is a pipe"),
+    "socket": (lambda t: special(t, listening), "x.txt is a pipe"),
+    "link to a device": (lambda t: special(t, lambda p: p.symlink_to("/dev/zero")), "x.txt is a pipe"),
+    "link to a device in a folder": (
+        lambda t: special(t, lambda p: p.symlink_to("/dev/zero")).parent,
+        "x.txt is a pipe",
+    ),
+    "device": (lambda t: "/dev/zero", "/dev/zero is a pipe"),
+    "link to nothing in a folder": (
+        lambda t: special(t, lambda p: p.symlink_to("no")).parent,
+        "cannot be read .No such",
+    ),
+    "link to itself": (lambda t: special(t, lambda p: p.symlink_to(p)).parent, "x.txt cannot be read"),
     "labels of other shape": (lambda t: npz(t, tokens=GOOD, labels=GOOD[:, 1:]), r"labels have shape \[3, 3\]"),
 }
 
