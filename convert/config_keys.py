@@ -89,7 +89,7 @@ IRRELEVANT = {
 }
 """Why a key says nothing about the function that a checkpoint computes -> such keys."""
 
-ONLY_AT = {
+ONLY_AT: dict[str, Any] = {
     "is_causal": True,
     "is_encoder_decoder": False,
     "add_cross_attention": False,

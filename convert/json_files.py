@@ -91,7 +91,8 @@ def shown(value: Any) -> str:
 
 def one_line(error: Exception, length: int = 300) -> str:
     """What another library's error says, on one line, without a full stop at its end."""
-    return " ".join(str(error).split())[:length].rstrip(" .") or type(error).__name__
+    text = " ".join(str(error).split())[:length].rstrip(" .") or type(error).__name__
+    return f"it lacks {text}" if isinstance(error, KeyError) else text
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

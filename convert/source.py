@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +95,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
             if not isinstance(index, dict) or not index:
                 raise ValueError(f"{index_file} has no weight_map.")
             for name, file_name in index.items():
-                if not isinstance(file_name, str) or file_name != Path(file_name).name or "\0" in file_name:
+                if not isinstance(file_name, str) or file_name != Path(file_name).name or not file_name.isprintable():
                     raise ValueError(
                         f"{index_file} has {shown(file_name)} for tensor {shown(name)}; it must be the name of a file "
                         "in the same folder."
@@ -152,7 +153,9 @@ def _load_pickle(file: Path) -> dict[str, Any]:
                 raise
             loaded = torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
     except Exception as error:  # pickle, zip and torch each have errors of their own
-        raise ValueError(f"{file} is truncated, damaged, or no plain state dictionary: {one_line(error)}.") from None
+        # torch's own words on a foreign class advise to let the file run code.
+        reason = "other things than tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        raise ValueError(f"{file} is truncated, damaged, or no plain state dictionary: {reason}.") from None
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise ValueError(f"{file} is no state dictionary of tensors.")
     return loaded

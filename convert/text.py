@@ -49,7 +49,10 @@ def load_blocks(
     tokenizer = load_tokenizer(model)
 
     def encode(text: str) -> list[int]:
-        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        except Exception as error:  # a damaged tokenizer may load and not work
+            raise ValueError(f"The tokenizer of {model} does not tokenise: {one_line(error)}.") from None
         if ids and max(ids) >= vocab_size:
             raise ValueError(
                 f"The tokenizer of {model} gives token {max(ids)} ({tokenizer.convert_ids_to_tokens(max(ids))!r}), "

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.hub import TOKENIZER_FILES, local_directory
+from convert.json_files import one_line
+from jaxhess.array_files import check_regular
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Any:
@@ -14,19 +16,23 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: No such directory or id, or no tokenizer files in it.
-        ValueError: The files cannot be read as a tokenizer.
+        ValueError: The files cannot be read as a tokenizer, or only by code of their own, which is not run.
     """
     directory = local_directory(path_or_hub_id)
     if not any(
         (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
         raise FileNotFoundError(f"{directory} has no tokenizer files (tokenizer.json, tokenizer.model or vocab.json).")
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (directory / name).exists():
+            check_regular(directory / name)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        # Left open, transformers asks on the terminal whether the checkpoint's own code shall run.
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # sentencepiece, tokenizers and transformers each have errors of their own
-        raise ValueError(f"The tokenizer in {directory} cannot be read: {' '.join(str(error).split())}") from None
+        raise ValueError(f"The tokenizer in {directory} cannot be read: {one_line(error)}.") from None
 
 
 def add_tokenizer(source: Any, directory: Path) -> None:

@@ -70,7 +70,7 @@ def _header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], Literal["C",
     if dtype.kind not in "biufcmM":  # complex numbers and dates have sentences of their own
         raise ValueError(f"it holds {dtype}")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size - stream.tell():
-        raise ValueError(f"its header promises the shape {list(shape)}")
+        raise ValueError(f"its header promises shape {list(shape)}, and the file has not that many numbers")
     return shape, "F" if columns else "C", dtype
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -296,6 +297,19 @@ def test_a_damaged_pickle_is_named(copy: Path) -> None:
         convert.load(copy)
 
 
+def test_a_pickle_that_would_run_code_is_refused_and_nobody_is_told_to_let_it(copy: Path) -> None:
+    class RunsCode:
+        def __reduce__(self) -> Any:
+            return Path.touch, (copy / "ran",)
+
+    tensors: dict[str, Any] = {**load_file(copy / "model.safetensors"), "x": RunsCode()}
+    (copy / "model.safetensors").unlink()
+    torch.save(tensors, copy / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no plain state dictionary: other things than tensors\.$"):
+        convert.load(copy)
+    assert not (copy / "ran").exists()
+
+
 def test_pickles_without_torch_ask_for_the_extra(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -361,6 +375,25 @@ def test_tokenizers_are_read_or_missed(llama: Path, tmp_path: Path) -> None:
     assert convert.load_tokenizer(tmp_path)("b a b")["input_ids"] == [1, 0, 1]
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
+        convert.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_brings_its_own_code_is_refused_without_a_question(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}})
+    )
+    with pytest.raises(ValueError, match="cannot be read"):
+        convert.load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_pipe_among_the_files_of_a_tokenizer_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a pipe, device, socket or folder"):
         convert.load_tokenizer(tmp_path)
 
 

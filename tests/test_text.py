@@ -1,6 +1,8 @@
 """What a user calls the data: hub data sets (a local folder stands for the hub) and the model's own tokenizer."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 import convert
 from convert.text import hub_documents, load_blocks
-from jaxhess.data import pack
+from jaxhess.data import ENCODED_AT_ONCE, pack
 
 TINY = Path(__file__).parent.parent / "scripts" / "tiny"
 TEXTS = ["def f(x):\n    return x\n", "import os\n", "class A:\n    pass\n"]
@@ -114,3 +116,26 @@ def test_a_column_that_holds_no_text_is_named(tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": i}) for i in range(3)))
     with pytest.raises(ValueError, match=r"cannot be read .*row 0 holds 0 in column 'text'; it must be text"):
         list(hub_documents(str(tmp_path)))
+
+
+LINE = """
+import resource, sys
+from tokenizers import Tokenizer
+from jaxhess.data import read_blocks
+tokenizer = Tokenizer.from_file(sys.argv[1])
+tokenizer.encode("warm")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_blocks(sys.argv[2], seq_len=100, vocab_size=2000, encode=lambda text: tokenizer.encode(text).ids)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+def test_a_text_of_one_line_takes_memory_for_a_part_at_a_time(tmp_path):
+    """Tokenised whole it took 170 times its size."""
+    line = " ".join((TINY / "sample.txt").read_text().split())
+    size = 4 * 2**20
+    (tmp_path / "line.txt").write_text((line * (size // len(line) + 1))[:size])
+    command = [sys.executable, "-c", LINE, TINY / "tokenizer.json", tmp_path / "line.txt"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=TINY.parent.parent)
+    assert int(done.stdout) < 400 * ENCODED_AT_ONCE + 10 * size  # a part in the tokenizer; text, its bytes and tokens
