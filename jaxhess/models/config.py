@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
+
+LARGEST = 1e30
+"""No factor of rotary positions is larger: far beyond any in use, and within float32 also when multiplied."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -17,7 +19,7 @@ class RopeConfig:
     that need them.
 
     Raises:
-        ValueError: A number that is not positive and finite, or two that contradict each other.
+        ValueError: A number that is not positive or out of range, or two that contradict each other.
     """
 
     theta: float = 10000.0
@@ -37,15 +39,15 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
-            if not (0 < getattr(self, name) < math.inf):
-                raise ValueError(f"rope {name} is {getattr(self, name)}; it must be positive and finite.")
-        if self.kind in ("dynamic", "llama3", "yarn") and (self.original_max_positions or 0) < 1:
-            raise ValueError(f"{self.kind} rope needs original_max_positions, the context before extension.")
+            if not 0 < getattr(self, name) <= LARGEST:
+                raise ValueError(f"rope {name} is {getattr(self, name)}; it must be positive and at most {LARGEST:g}.")
+        if self.kind in ("dynamic", "llama3", "yarn") and not 1 <= (self.original_max_positions or 0) < 2**31:
+            raise ValueError(f"original_max_positions is {self.original_max_positions}; it must be positive.")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}."
             )
-        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast < math.inf:
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast <= LARGEST:
             raise ValueError(f"beta_slow={self.beta_slow} must be positive and at most beta_fast={self.beta_fast}.")
 
 
@@ -79,7 +81,7 @@ class DecoderConfig:
         remat: Recompute each layer in the backward pass instead of storing its activations.
 
     Raises:
-        ValueError: A size is not positive, or two fields contradict each other.
+        ValueError: A size or number is out of range, or two fields contradict each other.
     """
 
     vocab_size: int
@@ -110,10 +112,10 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         sizes = "vocab_size embed_dim num_layers num_heads num_kv_heads head_dim mlp_dim max_positions query_chunk"
         for name in sizes.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 0 <= self.norm_eps < math.inf:
-            raise ValueError(f"norm_eps is {self.norm_eps}; it must be finite and not negative.")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2^31.")
+        if not 0 <= self.norm_eps <= 1:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be 0 to 1.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
@@ -121,7 +123,7 @@ class DecoderConfig:
             )
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
             raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers.")
-        if self.sliding_window is not None and self.sliding_window < 1:
+        if self.sliding_window is not None and not 1 <= self.sliding_window < 2**31:
             raise ValueError(f"sliding_window is {self.sliding_window}; it must be at least 1, or None for no window.")
         if self.rope is not None and (self.rotary_dims % 2 or not 0 < self.rotary_dims <= self.head_dim):
             raise ValueError(
