@@ -42,9 +42,13 @@ ROPE_VALUES = {
     "partial_rotary_factor": optional(FRACTION),
     "rope_type": TEXT,
     "type": TEXT,  # its older name
-    "finetuned": FLAG,  # a note that YaRN's first checkpoints carry
+    "finetuned": FLAG,
+    "attn_factor": optional(POSITIVE),
 }
 """Keys of `rope_parameters`, or of `rope_scaling` as it was called before."""
+
+ROPE_IGNORED = ("finetuned", "attn_factor")
+"""Those that published checkpoints have (the first with YaRN, and DeepSeek-R1-0528-Qwen3-8B), and nothing reads."""
 
 ROTARY_KINDS = {
     "rope_theta": optional(POSITIVE),
@@ -69,14 +73,14 @@ IRRELEVANT = {
         "pretraining_tp gradient_checkpointing is_decoder tf_legacy_loss"
     ),
     "training: where it starts, and dropout, which we leave out as `transformers` does in evaluation": (
-        "initializer_range attention_dropout hidden_dropout classifier_dropout resid_pdrop embd_pdrop attn_pdrop "
-        "neftune_noise_alpha"
+        "initializer_range attention_dropout hidden_dropout attention_probs_dropout_prob hidden_dropout_prob "
+        "classifier_dropout resid_pdrop embd_pdrop attn_pdrop neftune_noise_alpha"
     ),
     "token ids, which the tokenizer knows": "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id "
     "decoder_start_token_id mask_token_id",
     "heads for other tasks": (
         "id2label label2id num_labels problem_type summary_type summary_use_proj summary_activation "
-        "summary_proj_to_labels summary_first_dropout"
+        "summary_proj_to_labels summary_first_dropout n_special predict_special_tokens"
     ),
     "generation of text": (
         "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty "
@@ -158,7 +162,9 @@ def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dic
     unsaid = _check_sizes(family, chosen, file)
     check({key: value for key, value in chosen.items() if key not in unsaid}, kinds, file)
     for name in ("rope_scaling", "rope_parameters"):
-        check(chosen.get(name) or {}, ROPE_VALUES, f"{name} in {file}")
+        rope = chosen.get(name) or {}
+        check(rope, ROPE_VALUES, f"{name} in {file}")
+        ignored += [key for key in ROPE_IGNORED if key in rope]
     if ignored:
         warnings.warn(
             f"{file} has {', '.join(sorted(ignored))}: ignored, as transformers ignores it in a {family.model_type}.",

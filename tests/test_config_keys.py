@@ -98,6 +98,13 @@ def test_what_transformers_ignores_too_is_warned_about_by_name(model_type: str, 
         assert decoder_config(raw(model_type, **options)) == decoder_config(raw(model_type))
 
 
+def test_a_rope_key_that_nothing_reads_is_warned_about() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    with pytest.warns(UserWarning, match="has attn_factor: ignored"):
+        config = decoder_config(raw("qwen3", rope_scaling=rope | {"attn_factor": 0.88}))
+    assert config == decoder_config(raw("qwen3", rope_scaling=rope))
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

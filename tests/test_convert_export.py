@@ -172,7 +172,7 @@ SPOILED: list[tuple[Callable[[Path], Any], str]] = [
     (_configure(num_layers="2"), NO_MODEL + 'num_layers is "2".'),
     (_configure(sliding_layers=None), NO_MODEL + "sliding_layers is null."),
     (_configure(dtype="int8"), NO_MODEL + 'dtype is "int8".'),
-    (_configure(num_heads=0), NO_MODEL + "num_heads is 0; it must be at least 1."),
+    (_configure(num_heads=0), NO_MODEL + "num_heads is 0; it must be at least 1"),
 ]  # fmt: skip
 
 
@@ -312,6 +312,6 @@ def test_python_m_convert_exits_with_one_sentence_and_no_traceback(tmp_path: Pat
     command = [sys.executable, "-m", "convert", str(tmp_path), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: config.json has model_type 'mamba'")
+    assert result.stderr.startswith(f"error: {tmp_path / 'config.json'} has model_type 'mamba'")
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
