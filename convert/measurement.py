@@ -19,7 +19,7 @@ from jaxhess.krylov.lanczos import lanczos_segment, start_lanczos
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.models import LOGIT_CHUNK, DecoderConfig, LanguageModel, Params, model_graph
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
-from jaxhess.vectors import Vector, cast, random_probe, widen
+from jaxhess.vectors import Vector, cast, random_key, random_probe, widen
 
 Mode = Literal["none", "full"]
 MODES: tuple[Mode, ...] = ("none", "full")
@@ -29,7 +29,7 @@ both."""
 
 def probe_of(model: LanguageModel, seed: int) -> Vector:
     """A random vector like the parameters: that of the first probe of `jaxhess.spectrum` with this seed."""
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0)
+    key = jax.random.fold_in(random_key(seed), 0)
     return random_probe(key, model.params)
 
 

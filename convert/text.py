@@ -8,6 +8,7 @@ from pathlib import Path
 from convert.json_files import one_line, shown
 from convert.tokenizer import load_tokenizer
 from jaxhess.data import TokenBlocks, pack, random_blocks, read_blocks
+from jaxhess.vectors import check_seed
 
 HUB = "hub:"
 
@@ -36,9 +37,8 @@ def load_blocks(
     Raises:
         ValueError, FileNotFoundError, ImportError: One sentence that names the source and what would be right.
     """
+    check_seed(seed)
     if data == "random":
-        if seed < 0:
-            raise ValueError(f"seed is {seed}; it must not be negative.")
         if sequences is None:
             raise ValueError("Random tokens have no end: give the number of sequences.")
         return random_blocks(seq_len=seq_len, vocab_size=vocab_size, sequences=sequences, seed=seed)

@@ -15,6 +15,7 @@ from convert.json_files import read_json
 from convert.loading import load
 from jaxhess.mesh import data_shards
 from jaxhess.models import LanguageModel
+from jaxhess.vectors import check_seed
 
 TOLERANCE = 1e-4
 """Above the rounding of float32 through a hundred layers, far below what one misplaced tensor does (order 1)."""
@@ -67,6 +68,7 @@ def verify(
     from transformers import AutoModelForCausalLM
 
     read_json(theirs / "config.json")
+    check_seed(seed)
     try:
         reference = AutoModelForCausalLM.from_pretrained(
             theirs, dtype=getattr(torch, dtype), attn_implementation="eager"

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxhess.array_files import check_regular, read_npy, read_npz
 from jaxhess.losses import TokenBatch
 from jaxhess.mesh import batch_sharding, data_shards
+from jaxhess.vectors import check_seed
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -252,6 +253,7 @@ def pack(
 def random_blocks(*, seq_len: int, vocab_size: int, sequences: int, seed: int = 0) -> TokenBlocks:
     """`sequences` blocks of independent tokens, uniform over the vocabulary; the seed decides them."""
     _check_sizes(seq_len, sequences)
+    check_seed(seed)
     tokens = np.random.default_rng(seed).integers(0, vocab_size, (sequences, seq_len + 1))
     return _full(tokens)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxhess import processes
 from jaxhess.memory import available_bytes
 from jaxhess.operators.base import LinearOperator, compiled_mv
-from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_probe, scale, widen
+from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_key, random_probe, scale, widen
 
 
 def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) -> dict[str, Any]:
@@ -40,8 +40,8 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
     Raises:
         FloatingPointError: The loss or a product is not finite.
     """
+    key = jax.random.fold_in(random_key(seed), 0x0A0D17)
     operator.validate()
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0x0A0D17)
     like = operator.shape_dtype
 
     def probe(k: int) -> Vector:

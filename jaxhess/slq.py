@@ -30,7 +30,7 @@ from jaxhess.memory import available_bytes, bytes_per_device, devices_of, host_b
 from jaxhess.operators.base import LinearOperator, unit_roundoff
 from jaxhess.record import RunRecord
 from jaxhess.spectra import Spectrum
-from jaxhess.vectors import Distribution, Vector, cast, check_vector_dtype, random_probe
+from jaxhess.vectors import Distribution, Vector, cast, check_vector_dtype, random_key, random_probe
 
 COEFFICIENTS = ("alphas", "betas", "step_errors")
 SEGMENT_SECONDS = 1.0
@@ -107,6 +107,7 @@ def spectrum(
     """
     if probes < 1:
         raise ValueError(f"probes is {probes}; at least 1 is needed.")
+    key = random_key(seed)
     like = vectors_like(operator, vector_dtype)
     check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
     if batch_size is not None and (batch_size < 1 or (basis_memory == "host" and batch_size > 1)):
@@ -132,7 +133,6 @@ def spectrum(
     saver = None
     if checkpoint is not None:
         saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": operator.checksum()})
-    key = jax.random.key(seed, impl="threefry2x32")
 
     def draw(p: int) -> Vector:
         probe = random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 Vector = Any
@@ -134,6 +135,22 @@ def size(x: Vector) -> int:
     return sum(e.size for e in jax.tree.leaves(x))
 
 
+def random_key(seed: int) -> jax.Array:
+    """The typed key of a seed, of the generator whose draws depend neither on the mesh nor on JAX's settings.
+
+    Raises:
+        ValueError: See `check_seed`.
+    """
+    check_seed(seed)
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for what is no seed. JAX would cut one of more than 32 bits: 0 and 2^32 would be the same."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ValueError(f"The seed is {seed}; it must be a whole number from 0 to 2^32 - 1.")
+
+
 def random_probe(key: jax.Array, like: Vector, distribution: Distribution = "normal") -> Vector:
     """A random vector with independent entries of mean 0 and variance 1.
 
@@ -142,7 +159,7 @@ def random_probe(key: jax.Array, like: Vector, distribution: Distribution = "nor
     nothing is ever whole on one device.
 
     Args:
-        key: A typed key, `jax.random.key(seed)`.
+        key: A typed key, `random_key(seed)`.
         like: Arrays or `jax.ShapeDtypeStruct`s that give structure, shapes, dtypes and (where set) shardings.
         distribution: `normal` is isotropic: n times the quadrature weight of a lone eigenvalue is then chi-squared with
             one degree of freedom. `rademacher` (entries -1 and 1) has the smaller trace variance.

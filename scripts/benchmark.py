@@ -37,7 +37,7 @@ from jaxhess.peaks import peak_matmul_flops
 from jaxhess.plan.compiled import gradient
 from jaxhess.program import bytes_accessed, matmul_flops, read_program, temporary_bytes
 from jaxhess.spectra import json_ready
-from jaxhess.vectors import Vector
+from jaxhess.vectors import Vector, check_seed, random_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def run(options: Options) -> dict[str, Any]:
     _check(options, mesh)
     model = _model(options, mesh)
     hessian, lanczos_hessian = (_hessian(options, model, n) for n in (options.sequences, options.lanczos_sequences))
-    vector = jaxhess.random_probe(jax.random.key(options.seed), hessian.shape_dtype)
+    vector = jaxhess.random_probe(random_key(options.seed), hessian.shape_dtype)
     references = _references(options, hessian, lanczos_hessian, vector) if options.reference else {}
     rows = _rows(options, model, hessian, lanczos_hessian, vector, references)
     if options.peers:
@@ -154,6 +154,7 @@ def _check(options: Options, mesh: jax.sharding.Mesh) -> None:
             raise FileExistsError(f"{options.out} exists; choose another file or pass --overwrite.")
         if options.out.is_dir() or not options.out.absolute().parent.is_dir():
             raise ValueError(f"--out {options.out}: give a file in a directory that exists.")
+    check_seed(options.seed)
     for name in ("sequences", "lanczos_sequences", "seq_len", "steps", "rounds"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
@@ -190,7 +191,7 @@ def _model(options: Options, mesh: jax.sharding.Mesh) -> LanguageModel:
         dtype=options.dtype or "float32",
         remat=options.remat,
     )
-    return initialize(config, jax.random.key(options.seed), mesh)
+    return initialize(config, random_key(options.seed), mesh)
 
 
 def _hessian(options: Options, model: LanguageModel, sequences: int) -> jaxhess.Hessian:

@@ -32,7 +32,7 @@ from jaxhess.memory import bytes_per_device
 from jaxhess.operators.base import unit_roundoff
 from jaxhess.record import RunRecord
 from jaxhess.spectra import json_ready, refuse_unusable
-from jaxhess.vectors import cast
+from jaxhess.vectors import cast, random_key
 
 TINY = Path(__file__).parent / "tiny"
 RECORD, PLOT = "ghosts.json", "ghosts.png"
@@ -138,7 +138,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def measure(variant: Variant, operator: jaxhess.LinearOperator, steps: int, seed: int) -> dict[str, Any]:
     """One run: its tridiagonal, loss of orthogonality, time and memory."""
-    probe = cast(jaxhess.random_probe(jax.random.key(seed), operator.shape_dtype), variant.vector_dtype)
+    probe = cast(jaxhess.random_probe(random_key(seed), operator.shape_dtype), variant.vector_dtype)
     wide = "float64" if variant.vector_dtype == "float64" else "float32"
     state = start_lanczos(probe, steps, variant.reorthogonalize, wide, variant.basis_dtype)
     memory = compile_segment(operator, state).memory_analysis()

@@ -32,6 +32,7 @@ from jaxhess.operators.restriction import restriction
 from jaxhess.report import remove_report, write_report
 from jaxhess.slq import check_basis_fits, vectors_like
 from jaxhess.spectra import refuse_unusable
+from jaxhess.vectors import check_seed, random_key
 
 TINY = Path(__file__).parent / "tiny"
 UNFINISHED, EIGENVECTORS = "unfinished", "eigenvectors"
@@ -298,7 +299,7 @@ def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any)
     elif options.operator == "empirical-fisher":
         operator = jaxhess.EmpiricalFisher(*arguments, accumulation_dtype=accumulation)
     elif options.operator == "monte-carlo-fisher":
-        key = jax.random.fold_in(jax.random.key(options.seed, impl="threefry2x32"), 1)
+        key = jax.random.fold_in(random_key(options.seed), 1)
         operator = jaxhess.MonteCarloFisher.draw(
             *arguments, key=key, samples=options.fisher_samples, accumulation_dtype=accumulation
         )
@@ -329,6 +330,7 @@ def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any)
 def _check_options(options: Options) -> None:
     if options.steps < 1 or options.probes < 1:
         raise ValueError(f"--steps {options.steps} and --probes {options.probes} must both be at least 1.")
+    check_seed(options.seed)
     if options.checkpoint_every < 0:
         raise ValueError(f"--checkpoint-every {options.checkpoint_every} must be a number of steps, or 0 for none.")
     if options.resume and options.out is None:

@@ -30,7 +30,7 @@ from jaxhess.krylov.quadrature import quadrature
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.plotting import format_number
 from jaxhess.spectra import json_ready, refuse_unusable
-from jaxhess.vectors import Vector, cast, norm, random_probe, size
+from jaxhess.vectors import Vector, cast, check_seed, norm, random_key, random_probe, size
 
 TINY = Path(__file__).parent / "tiny"
 RECORD, PLOT = "step_size.json", "step_size.png"
@@ -134,6 +134,7 @@ def check_options(options: Options) -> None:
         raise ValueError(
             f"--lanczos {' '.join(map(str, options.lanczos))}: the first Lanczos vector is the random one."
         )
+    check_seed(options.seed)
     if not options.dtypes:
         raise ValueError("--dtypes names none; it takes float32, bfloat16, float16.")
 
@@ -191,7 +192,7 @@ def ritz_study(
     options: Options, exact: jaxhess.Hessian, reference: jaxhess.Hessian, difference: jaxhess.FiniteDifferenceHessian
 ) -> dict[str, Any]:
     """Relative errors of the extreme Ritz values of short Lanczos runs: over the grid, at automatic steps, exact."""
-    probe = random_probe(jax.random.key(options.seed), exact.in_dtype("float32").shape_dtype)
+    probe = random_probe(random_key(options.seed), exact.in_dtype("float32").shape_dtype)
 
     def extremes(operator: jaxhess.LinearOperator, dtype: str = "float32") -> np.ndarray:
         state = jaxhess.start_lanczos(cast(probe, dtype), options.ritz_steps, "full")
@@ -220,7 +221,7 @@ def ritz_study(
 def vectors(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> dict[str, Vector]:
     """A random vector, Lanczos vectors that follow from it, and single coordinates, in float32."""
     like = exact.shape_dtype
-    found = {"random": random_probe(jax.random.key(options.seed), like)}
+    found = {"random": random_probe(random_key(options.seed), like)}
     if options.lanczos:
         state = jaxhess.start_lanczos(found["random"], max(options.lanczos), "none")
         for k in sorted(options.lanczos):

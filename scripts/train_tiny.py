@@ -36,6 +36,7 @@ from jaxhess.command import one_sentence
 from jaxhess.data import TEXT_SUFFIXES, TokenBlocks, pack, read_documents
 from jaxhess.losses import TokenBatch
 from jaxhess.models import DecoderConfig, LanguageModel, NextTokenLoss, RopeConfig, abstract_params, initialize
+from jaxhess.vectors import check_seed, random_key
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_EVERY = 20  # every twentieth file is never trained on
@@ -101,6 +102,7 @@ class Corpus:
 
 def run(options: Options) -> None:
     """Train, export and report."""
+    check_seed(options.seed)
     check_destination(options.out, options.overwrite)  # before the training, not after it
     corpus = read_corpus(options.text)
     work = options.trained or options.work
@@ -244,7 +246,7 @@ def decoder_config(options: Options, vocab_size: int) -> DecoderConfig:
 
 def train(options: Options, vocab_size: int, blocks: dict[str, TokenBlocks]) -> tuple[LanguageModel, dict[str, Any]]:
     """The trained model, and its losses along the way and at the end."""
-    model = initialize(decoder_config(options, vocab_size), jax.random.key(options.seed))
+    model = initialize(decoder_config(options, vocab_size), random_key(options.seed))
     loss = model.loss()
     optimizer = optimizer_of(options)
     params, state = model.params, optimizer.init(model.params)

@@ -272,6 +272,87 @@ def directions(operator, coordinates, lanczos) -> dict:
     return found
 
 
+def lora_loss(params, batch):
+    """A layer with a low-rank correction to fixed weights; follows params' dtypes."""
+    x, y = (e.astype(params["b"].dtype) for e in batch)
+    fixed = jnp.asarray(np.random.default_rng(3).normal(size=(8, 12)) / 3, x.dtype)
+    return jnp.sum((jnp.tanh(x @ fixed + (x @ params["a"]) @ params["b"]) - y) ** 2), 1.0 * len(x)
+
+
+def network_loss(activation, scales=(1.0, 1.0)):
+    """Two or three layers; the first and the last see their weights divided by `scales`."""
+
+    def loss(params, batch):
+        x, y = (e.astype(params["out"].dtype) for e in batch)
+        hidden = activation(x @ (params["in"] / scales[0]))
+        hidden = activation(hidden @ params["middle"]) if "middle" in params else hidden
+        return jnp.sum((hidden @ (params["out"] / scales[1]) - y) ** 2), 1.0 * len(x)
+
+    return loss
+
+
+def hard_case(name: str, dtype: str = "float32") -> FiniteDifferenceHessian:
+    rng = np.random.default_rng(0)
+    batches = [(jnp.asarray(rng.normal(size=(16, 8)), "float32"), jnp.asarray(rng.normal(size=(16, 12)), "float32"))]
+    if name.startswith("LoRA"):
+        params = {"a": rng.normal(size=(8, 2)) / 3, "b": np.zeros((2, 12))}
+        whole = FiniteDifferenceHessian(lora_loss, cast(jax.tree.map(jnp.asarray, params), dtype), batches)
+        return whole.restrict("b") if name == "LoRA, B alone" else whole
+    scales = (1e-3, 1e4) if name == "unequal scales" else (1.0, 1.0)
+    params = {"in": scales[0] * rng.normal(size=(8, 64)), "out": scales[1] * rng.normal(size=(64, 12)) / 8}
+    if name == "ReLU":
+        params["middle"] = rng.normal(size=(64, 64)) / 6
+    loss = network_loss(jax.nn.relu if name == "ReLU" else jnp.tanh, scales)
+    return FiniteDifferenceHessian(loss, cast(jax.tree.map(jnp.asarray, params), dtype), batches)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        # The balance in float32 leaves (2^-24)^(2/3) = 1.5e-5 times a factor of the loss; in bfloat16 2.5e-2.
+        ("LoRA", "float32", 3e-4),
+        ("LoRA, B alone", "float32", 3e-4),
+        ("LoRA, B alone", "bfloat16", 0.3),
+        ("unequal scales", "float32", 3e-4),
+        # Jumps of the gradient leave room for shorter steps only, which show more of the rounding.
+        ("ReLU", "float32", 3e-3),
+    ],
+)
+@pytest.mark.parametrize("localised", [False, True])
+def test_the_automatic_step_serves_zeros_jumps_and_unequal_scales(name, dtype, tolerance, localised):
+    operator = hard_case(name, dtype)
+    v = random_probe(jax.random.key(1), in_float32(operator.shape_dtype))
+    if localised:
+        v = jax.tree.map(lambda x: jnp.zeros_like(x).at[1, 1].set(x[1, 1]), v)
+    with jax.enable_x64(True):
+        product = operator.exact("float64") @ cast(v, "float64")
+    found = operator @ v
+    with jax.enable_x64(True):
+        assert relative(found, product) < tolerance
+
+
+def test_where_no_step_serves_the_automatic_one_is_refused():
+    operator = hard_case("ReLU", "bfloat16")
+    with pytest.raises(ValueError, match=r"No finite-difference step serves in bfloat16: the best, .* with \d+% of error"):
+        operator.validate()
+    assert "error" not in dataclasses.replace(operator, step=1e-3).validate()["shift_of_a_random_vector"]
+    assert dataclasses.replace(operator, shift="float32").validate()["shift_of_a_random_vector"]["error"] < 0.01
+
+
+def test_leaves_that_do_not_move_are_named_in_a_warning():
+    with pytest.warns(UserWarning, match=r"miss the curvature of parameters that a shift .* out \(1?\d\d% *\)"):
+        hard_case("unequal scales").validate()
+
+
+def test_several_automatic_steps_at_once_are_those_of_one_after_the_other():
+    operator = hard_case("LoRA")
+    probes = [random_probe(jax.random.key(k), operator.shape_dtype) for k in range(2)]
+    probes[1] = probes[1] | {"a": jnp.zeros_like(probes[1]["a"])}
+    together = jax.jit(jax.vmap(operator.shift_length))(jax.tree.map(lambda *x: jnp.stack(x), *probes))
+    alone = [float(operator.calibrated(probe).step) for probe in probes]
+    np.testing.assert_allclose(together, alone, rtol=0.5)  # cube roots of roundings, which differ
+
+
 def test_a_calibrated_step_is_the_automatic_one_of_that_vector():
     operator = bigram(step="auto")
     v = random_probe(jax.random.key(1), operator.shape_dtype)

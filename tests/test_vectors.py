@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxhess import make_mesh, random_probe
-from jaxhess.vectors import add_scaled, basis_dot, basis_sum, dot, norm, scale
+from convert.text import load_blocks
+from jaxhess import (
+    MatrixOperator,
+    audit,
+    leading_eigenpairs,
+    make_mesh,
+    random_probe,
+    spectrum,
+)
+from jaxhess.data import random_blocks
+from jaxhess.krylov.trace import diagonal, hutch_plus_plus, hutchinson, xtrace
+from jaxhess.vectors import add_scaled, basis_dot, basis_sum, dot, norm, random_key, scale
 
 
 def tree(seed: int, dtype=jnp.float32):
@@ -70,6 +80,39 @@ def test_probe_leaves_are_independent_and_unit_variance():
         x = np.stack([np.asarray(v, np.float64) for v in random_probe(jax.random.key(0), like, distribution).values()])
         # Standard errors of the entries of a sample covariance of 1e5 draws are at most sqrt(2/1e5) = 0.0045.
         np.testing.assert_allclose(np.cov(x), np.eye(3), atol=5 * 0.0045)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 1.0, True])
+def test_a_seed_that_jax_would_cut_is_refused_before_any_product(seed):
+    class Untouchable(MatrixOperator):
+        def mv(self, v):
+            raise AssertionError("a product was asked for")
+
+        def validate(self):
+            raise AssertionError("the loss was asked for")
+
+    jax.tree_util.register_dataclass(Untouchable, ["matrix"], [])
+    operator = Untouchable(jnp.eye(4))
+    entries = (
+        lambda: random_key(seed),
+        lambda: spectrum(operator, steps=2, seed=seed),
+        lambda: leading_eigenpairs(operator, 1, steps=2, seed=seed),
+        lambda: audit(operator, seed=seed),
+        lambda: hutchinson(operator, 2, seed=seed),
+        lambda: diagonal(operator, 2, seed=seed),
+        lambda: hutch_plus_plus(operator, 3, seed=seed),
+        lambda: xtrace(operator, 2, seed=seed),
+        lambda: random_blocks(seq_len=2, vocab_size=3, sequences=1, seed=seed),
+        lambda: load_blocks("random", "none", seq_len=2, vocab_size=3, sequences=1, seed=seed),
+    )
+    for entry in entries:
+        with pytest.raises(ValueError, match=r"The seed is .*; it must be a whole number from 0 to 2\^32 - 1"):
+            entry()
+
+
+def test_the_largest_seed_is_another_than_zero():
+    keys = [jax.random.key_data(random_key(seed)) for seed in (0, np.int64(2**32 - 1))]
+    assert (np.asarray(keys[0]) != np.asarray(keys[1])).any()
 
 
 def test_probe_refuses_integers_and_unknown_distributions():

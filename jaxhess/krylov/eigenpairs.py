@@ -28,7 +28,7 @@ from jaxhess.krylov.lanczos import (
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.vectors import Vector, add_scaled, cast, check_vector_dtype, norm, random_probe, scale
+from jaxhess.vectors import Vector, add_scaled, cast, check_vector_dtype, norm, random_key, random_probe, scale
 
 Which = Literal["magnitude", "largest", "smallest"]
 
@@ -147,8 +147,8 @@ def leading_eigenpairs(
     _check(operator, count, which, tolerance, steps)
     check_vector_dtype("vector_dtype", vector_dtype)
     check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+    key = jax.random.fold_in(random_key(seed), 0xE16E)
     operator.validate()
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0xE16E)
     probe = random_probe(key, operator.shape_dtype)
     if vector_dtype is not None:
         probe = cast(probe, vector_dtype)

@@ -20,10 +20,11 @@ class Solution(NamedTuple):
 
     Attributes:
         solution: x, a tree like b in at least float32.
-        history: [steps + 1] float64, |r_k| / |b| by the recursion, from r_0 = b on.
-        residual: |b - (A + damping I) x| / |b|, from x, with one more product. Well above the last of the history, it
-            shows that rounding has decided: the tolerance is below what dtype and condition number allow.
-        converged: Whether the history ends within the tolerance; of x only `residual` speaks.
+        history: [steps + 1] float64, |r_k| / |b| by the recursion, from r_0 = b on; where the run was restarted and at
+            its end, measured like `residual`.
+        residual: |b - (A + damping I) x| / |b|, from x.
+        converged: Whether `residual` is within the tolerance. Where it is not before `max_steps`, rounding has decided:
+            the tolerance is below what dtype and condition number allow.
         nonpositive_curvature: Whether it ended at a direction p with p'(A + damping I)p not above zero, within
             rounding: the matrix is not positive definite, and x is the iterate before.
     """
@@ -33,6 +34,10 @@ class Solution(NamedTuple):
     residual: float
     converged: bool
     nonpositive_curvature: bool
+
+
+CAPACITY = 1024
+"""Length of the history's buffer, doubled until `max_steps` fits: only then is a run compiled for itself."""
 
 
 class _State(NamedTuple):
@@ -45,6 +50,8 @@ class _State(NamedTuple):
     largest: jax.Array  # Rayleigh quotient of a direction so far
     nonpositive: jax.Array
     bad_preconditioner: jax.Array
+    residual: jax.Array  # of x, as last measured
+    ended: jax.Array
 
 
 def conjugate_gradients(
@@ -60,14 +67,17 @@ def conjugate_gradients(
 
     `jax.scipy.sparse.linalg.cg` keeps no history and does not see negative curvature, which a Hessian has. Here the
     loop ends where p'(A + damping I)p is not above rounding, eps times the largest Rayleigh quotient so far times p'p.
-    Vectors are in at least float32, sharded like the operator's: b, x, r, p, and b over its length.
+    Where the recursion has reached the tolerance the residual is measured, with one more product, for rounding makes
+    the two part (Greenbaum 1997); if it is not within the tolerance the run restarts from x and the measured residual,
+    as long as that takes off a quarter. Vectors are in at least float32, sharded like the operator's: b, x, r, p, and
+    b over its length.
 
     Args:
         operator: Symmetric; positive definite once damped.
         b: A tree like the operator's vectors; zero gives zero.
         damping: Not negative; data, so that another one compiles nothing again.
-        tolerance: Of |r_k| / |b|.
-        max_steps: Products at most, without the one that measures the residual at the end.
+        tolerance: Of |b - (A + damping I) x| / |b|.
+        max_steps: Products at most, without those that measure the residual.
         preconditioner: An approximation of the inverse of A + damping I: symmetric and positive definite.
 
     Raises:
@@ -87,7 +97,8 @@ def conjugate_gradients(
     if not math.isfinite(float(norm(b))):
         raise ValueError("b has entries that are not finite.")
     operator.validate()
-    state, solution, residual, converged = _solved(operator, b, damping, tolerance, max_steps, preconditioner)
+    capacity = CAPACITY * 2 ** max(0, math.ceil(math.log2((max_steps + 1) / CAPACITY)))
+    state, solution = _solved(operator, b, damping, tolerance, max_steps, preconditioner, capacity)
     steps = int(state.step)
     history = np.asarray(state.history, np.float64)[: steps + 1]
     if bool(state.bad_preconditioner):
@@ -96,19 +107,21 @@ def conjugate_gradients(
         where = operator.explain_non_finite(state.p)
         message = f"The product at step {steps} of conjugate gradients is not finite"
         raise FloatingPointError(f"{message}: {where}." if where else f"{message}.")
-    return Solution(solution, history, float(residual), bool(converged), bool(state.nonpositive))
+    nonpositive, residual = bool(state.nonpositive), float(state.residual)
+    return Solution(solution, history, residual, residual <= tolerance and not nonpositive, nonpositive)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=6)
 def _solved(
     operator: LinearOperator,
     b: Vector,
     damping: jax.Array,
     tolerance: jax.Array,
-    max_steps: int,
+    max_steps: jax.Array,
     preconditioner: LinearOperator | None,
-) -> tuple[_State, Vector, jax.Array, jax.Array]:
-    """The last state, x, the relative residual of x, and whether the recursion's is within the tolerance."""
+    capacity: int,
+) -> tuple[_State, Vector]:
+    """The last state, and x."""
 
     def product(v: Vector) -> Vector:
         return add_scaled(operator.mv(v), damping, v)
@@ -142,18 +155,41 @@ def _solved(
         p = jax.tree.map(lambda e, f: jnp.where(jnp.isfinite(left), e, f), add_scaled(z, beta, state.p), state.p)
         done = jnp.where(nonpositive, state.step, state.step + 1)
         history = state.history.at[done].set(left)
-        return _State(done, x, r, p, squared, history, largest, nonpositive, ~(squared > 0) & (left > 0))
+        bad = ~(squared > 0) & (left > 0)
+        return state._replace(
+            step=done,
+            x=x,
+            r=r,
+            p=p,
+            squared=squared,
+            history=history,
+            largest=largest,
+            nonpositive=nonpositive,
+            bad_preconditioner=bad,
+        )
 
-    z = conditioned(b)
-    squared, left = dot(b, z), norm(b)
+    def started(state: _State, r: Vector) -> _State:
+        z = conditioned(r)
+        squared = dot(r, z)
+        return state._replace(r=r, p=z, squared=squared, bad_preconditioner=~(squared > 0) & (state.residual > 0))
+
+    def run(state: _State) -> _State:
+        state = jax.lax.while_loop(goes_on, step, state)
+        reached = state.history[state.step] <= tolerance
+        r = add_scaled(b, jnp.float32(-1), product(state.x))
+        residual = norm(r)
+        again = reached & (residual > tolerance) & (residual < 0.75 * state.residual)
+        history = state.history.at[state.step].set(jnp.where(reached, residual, state.history[state.step]))
+        state = state._replace(history=history, residual=residual, ended=~again)
+        return jax.lax.cond(again, lambda: started(state, r), lambda: state)
+
+    left = norm(b)
     zero, zeros = jnp.zeros_like(left), jax.tree.map(jnp.zeros_like, b)
-    history = jnp.zeros((max_steps + 1,), left.dtype).at[0].set(left)
-    bad = ~(squared > 0) & (left > 0)
-    start = _State(jnp.int32(0), zeros, b, z, squared, history, zero, jnp.bool_(False), bad)
-    state = jax.lax.while_loop(goes_on, step, start)
-    residual = norm(add_scaled(b, jnp.float32(-1), product(state.x)))
-    converged = state.history[state.step] <= tolerance
-    return state, _pinned(operator, scale(length, state.x)), residual, converged
+    history = jnp.zeros((capacity,), left.dtype).at[0].set(left)
+    no = jnp.bool_(False)
+    state = started(_State(jnp.int32(0), zeros, b, b, zero, history, zero, no, no, left, no), b)
+    state = jax.lax.while_loop(lambda state: ~state.ended, run, state)
+    return state, _pinned(operator, scale(length, state.x))
 
 
 def _pinned(operator: LinearOperator, v: Vector) -> Vector:

@@ -31,6 +31,7 @@ from jaxhess.vectors import (
     dot,
     named_sharding,
     norm,
+    random_key,
     random_probe,
     scale,
     widen,
@@ -117,8 +118,8 @@ def diagonal(operator: LinearOperator, samples: int, *, seed: int = 0, batch_siz
     float32. Errors are NaN for one sample; arguments and exceptions are those of `hutchinson`.
     """
     _check_count("samples", samples, 1, "one probe needs one product")
+    key = random_key(seed)
     _validate(operator, batch_size)
-    key = _key(seed)
     mean, squares = _zeros(operator, 1), _zeros(operator, 1)
 
     def update(numbers: Numbers, probes: Vector, products: Vector) -> jax.Array:
@@ -156,7 +157,7 @@ def hutch_plus_plus(operator: LinearOperator, products: int, *, seed: int = 0, b
         return _exact_trace(operator, batch_size)
     sketch = products // 3
     samples = products - 2 * sketch
-    key = _key(seed)
+    key = random_key(seed)
     basis, _, _ = _sketched(operator, sketch, key, "rademacher", batch_size)
     reduced = _reduced(operator, basis, sketch, batch_size)
     draw = _drawer(operator, key, "rademacher")
@@ -205,7 +206,7 @@ def xtrace(operator: LinearOperator, products: int, *, seed: int = 0, batch_size
     if products >= operator.dim:
         return _exact_trace(operator, batch_size)
     count = products // 2
-    key = _key(seed)
+    key = random_key(seed)
     basis, r, forms = _sketched(operator, count, key, "normal", batch_size)
     reduced = _reduced(operator, basis, count, batch_size)
     draw = _drawer(operator, key, "normal")  # again: the probes of the sketch were not kept
@@ -314,7 +315,7 @@ def _over_probes(
     batch_size: int,
 ) -> Array:
     """What `_forms` or `_lengths` says of so many probes and their products."""
-    key = _key(seed)
+    key = random_key(seed)
     random_probe(key, (), distribution)  # refuses an unknown distribution
     _validate(operator, batch_size)
     return _collected(
@@ -577,10 +578,6 @@ def _wide(operator: LinearOperator) -> Vector:
         return jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32), sharding=named_sharding(x))
 
     return jax.tree.map(leaf, operator.shape_dtype)
-
-
-def _key(seed: int) -> jax.Array:
-    return jax.random.key(seed, impl="threefry2x32")
 
 
 def _validate(operator: LinearOperator, batch_size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any, Literal
 
 import jax
@@ -16,10 +17,16 @@ from jaxhess.operators.loss import LossOperator, divided
 from jaxhess.operators.microbatches import Microbatches
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.operators.step_size import add_gradient, balanced_length
-from jaxhess.vectors import Vector, norm, random_probe, size
+from jaxhess.vectors import Vector, cast, norm, random_key, random_probe, size
 
 Per = Literal["coordinate", "unit"]
 Shift = Literal["realised", "float32"]
+
+UNTRUSTED = 1 / 3
+"""Relative error of a random vector's product above which the automatic step is refused.
+
+Language models in bfloat16 have a tenth, and up to four tenths along single coordinates; networks with ReLU half or more.
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -34,15 +41,16 @@ class FiniteDifferenceHessian(LossOperator):
     neither error at 8/6 of the matrix products. See `LossOperator` for the other fields.
 
     Attributes:
-        step: The size of the shift; "auto": measured for every vector on the first microbatch, which costs ten
-            of its gradients beside the two of every microbatch (`step_size.balanced_length`), in float32, and one
-            more buffer: with few microbatches dearer than the exact product. Stored as None. `calibrated` measures
-            once.
+        step: The size of the shift; "auto": measured for every vector on the first microbatch, which costs eight to
+            twelve of its gradients as a rule beside the two of every microbatch (`step_size.balanced_length`), in
+            float32, and one more buffer: with few microbatches dearer than the exact product. Stored as None.
+            `calibrated` measures once. `validate` refuses where no step serves.
         per: What a number in `step` is the size of. "coordinate" (as in the paper): of the root mean square entry,
             e = step * sqrt(n) for n parameters. "unit": of the whole shift, e = step.
         shift: In what precision parameters are shifted. "realised": their own; the difference is divided by the part
-            along u of the shift that was representable, not of the one asked for. Entries whose shift rounds to nothing
-            (`vanished`) are still missing from the Hessian. "float32": float32 copies are shifted and the loss is
+            along u of the shift that was representable, not of the one asked for, over the leaves that moved by at
+            least half. Entries whose shift rounds to nothing (`vanished`) are still missing from the Hessian, and
+            `validate` warns of leaves where these are nine in ten. "float32": float32 copies are shifted and the loss is
             computed in float32 (`loss.in_dtype("float32")` where the loss has a dtype of its own); the same for
             parameters that are float32.
 
@@ -121,11 +129,50 @@ class FiniteDifferenceHessian(LossOperator):
         return {name: float(lost) / max(float(asked), 1.0) for name, (lost, asked) in zip(names, counts, strict=True)}
 
     def validate(self) -> dict[str, Any]:
-        """Also the shift that a random direction gets, and for every leaf what that loses to rounding."""
+        """Also the shift that a random direction gets, and what every leaf loses of it to rounding.
+
+        For the automatic step also `error`, measured on the first microbatch: how far the product is, relative to it,
+        from that of a third of the balanced step in at least float32, which errs by rounding alone.
+
+        Raises:
+            ValueError: The automatic step errs by more than a third: no step serves.
+        """
         facts = super().validate()
-        probe = random_probe(jax.random.key(0, impl="threefry2x32"), self.shape_dtype)
+        probe = random_probe(random_key(0), self.shape_dtype)
         length = float(_shift_length(self, probe))
-        return {**facts, "shift_of_a_random_vector": {"length": length, "vanished": self.vanished(probe)}}
+        vanished = self.vanished(probe)
+        shift = {"length": length, "vanished": vanished}
+        if self.step is None:
+            shift["error"] = error = self._error(probe, length)
+            if not error < UNTRUSTED:
+                stuck = max(vanished, key=lambda name: vanished[name])
+                raise ValueError(
+                    f"No finite-difference step serves in {' and '.join(self._shifted().dtypes)}: the best, of length "
+                    f"{length:.3g}, gives a random vector's product with {100 * error:.0f}% of error. It is too short "
+                    "for rounding where it is short enough not to leap over jumps of the gradient, as ReLU has, or for "
+                    f"other leaves ({100 * vanished[stuck]:.0f}% of the entries of {stuck} do not move). Use exact "
+                    "products, shift='float32' or a wider dtype."
+                )
+        still = {name: share for name, share in vanished.items() if share > 0.9}
+        if still:
+            listed = ", ".join(f"{name} ({100 * share:.0f}%)" for name, share in still.items())
+            warnings.warn(
+                f"Finite differences miss the curvature of parameters that a shift of length {length:.3g} does not "
+                f"move in {' and '.join(self._shifted().dtypes)}: {listed} of the entries for a random vector. Use "
+                "exact products, or shift='float32', or restrict the operator to leaves of one scale.",
+                stacklevel=2,
+            )
+        return {**facts, "shift_of_a_random_vector": shift}
+
+    def _error(self, v: Vector, length: float) -> float:
+        """The relative error of the product with a shift of that length, on the first microbatch."""
+        first = (Microbatches(jax.tree.map(lambda x: x[:1], self.batches[0].stacked)),)
+        v = cast(v, "float32")
+        found = dataclasses.replace(self, batches=first, step=length, per="unit") @ v
+        wide = dataclasses.replace(self._wide(), batches=first)
+        reference = dataclasses.replace(wide, step=float(_shift_length(wide, v)) / 3, per="unit") @ v
+        size = float(norm(reference))
+        return float(norm(jax.tree.map(lambda x, y: x - y, found, reference))) / size if size else 0.0
 
     def explain_non_finite(self, v: Vector) -> str:
         lost, asked = _vanished(self, v)
@@ -150,17 +197,22 @@ class FiniteDifferenceHessian(LossOperator):
                 v,
             )
             total, count = add_gradient(base, total, count, sign, shifted, groups)
-            return (total, moved + sum(jax.tree.leaves(parts), start=jnp.zeros_like(moved)), count), None
+            return (total, moved + jnp.stack(jax.tree.leaves(parts)).astype(moved.dtype), count), None
 
         one = jax.tree.map(lambda x: x[0], groups[0].stacked)
         _, count = jax.eval_shape(base.sum_and_count, base.free, one)
         sums = jax.tree.map(
             lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, self.accumulation_dtype)), base.free
         )
-        start = (base.pin(sums), jnp.zeros_like(length), jnp.zeros((), count.dtype))
+        squares = jnp.stack(jax.tree.leaves(jax.tree.map(lambda d: jnp.sum(jnp.square(inverse * _wide(d))), v)))
+        start = (base.pin(sums), jnp.zeros_like(squares), jnp.zeros((), count.dtype))
         # A loop over the two sides: neither begins before the other's shifted parameters and gradient are gone.
         (total, moved, count), _ = jax.lax.scan(one_side, start, jnp.array([1, -1], length.dtype))
-        factor = jnp.where(length > 0, length / moved, 0)
+        # Leaves that moved by less than half of what was asked are missing from the product, and must not enlarge it.
+        counts = moved > e * squares
+        counts = counts | ~counts.any()
+        realised = jnp.sum(jnp.where(counts, moved, 0)) / jnp.sum(jnp.where(counts, squares, 0))
+        factor = jnp.where(length > 0, length / realised, 0)
         return jax.tree.map(lambda t: factor.astype(t.dtype) * t, total), count / 2  # counted on both sides
 
     def _shifted(self) -> FiniteDifferenceHessian:

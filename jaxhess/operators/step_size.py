@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +15,37 @@ from jaxhess.operators.microbatches import Microbatches
 from jaxhess.vectors import Vector, norm, size
 
 TRIAL = 0.01
-"""Shift of the first trial gradients relative to the leaf that it changes the most.
+"""Shift of the first trial relative to the leaf that it changes the most.
 
 A trial must be long enough for the third difference to rise above rounding and short against the distance over which
-the third derivative changes. In float32 one to two decades lie between, but not the same ones for every vector: the
-second trial is placed by what the first has found, wherever it was.
+the third derivative changes. In float32 one to two decades lie between, but not the same ones for every vector.
+"""
+CONCENTRATION = 16.0
+"""A trial changes no entry by more than this times TRIAL times the leaf's typical entry; for normal v it never does."""
+
+FINEST = 1e-4
+"""Shift at which rounding is measured, in first trials: 16 rounding units of the leaf that it changes the most.
+
+The parameters then take different values, and the true third difference is 1e-12 of the trial's.
 """
 REACH = 2.0
-"""Length of the second trial over that of the balanced step in float32: rounding is then 3% of the third difference."""
+"""Length of a trial over that of the balanced step as known before: rounding is then 3% of the third difference."""
 
-SHARE = 1 / 3
-"""The rounding of a difference along v over that between parameters all moved by one unit, which share the least.
+CLEAR, STEEP = 8.0, 500.0
+"""Third differences between these multiples of their rounding are believed: trials from 1.3 to 5 balanced steps.
 
-Measured on trained and untrained decoders, over random, Lanczos and single-coordinate vectors: 0.45 to 1 in float32 and
-0.1 to 0.9 in bfloat16, the least where one coordinate alone is shifted. Its cube root is what enters.
+Below, rounding is more than an eighth of it; above, the third derivative may have changed on the way.
 """
+CLIMB = 100.0
+"""Factor from a trial lost in rounding to the next, where no trial that was too long is known."""
 
-# Trial gradients: shift along v in trial lengths, shift along the parameters in rounding units, weight in the sum,
-# whether it goes on from the row before, whether it ends here as a rounding (1) or as a third difference (2).
-_ROUNDING = ((0, 1, SHARE / 2, 0, 0), (0, -1, -SHARE / 2, 1, 1))
-_THIRD = ((3, 0, 1, 0, 0), (1, 0, -3, 1, 0), (-1, 0, 3, 1, 0), (-3, 0, -1, 1, 2))
-_THIRD_NOISE = math.sqrt(2 * (1 + 9 + 9 + 1))
+TRIALS = 8
+"""Third differences at most, of four gradients each."""
+
+# A third difference: shift along v in trial lengths, weight in the sum. The first two make a central difference.
+_ROWS = ((3, 1), (-3, -1), (1, -3), (-1, 3))
+_CENTRAL, _THIRD = 1, 3  # the rows after which they are complete
+_NOISE = math.sqrt(2 * (1 + 9 + 9 + 1))
 """Rounding of the third difference over that of a central one: independent errors, weights 1, 3, 3, 1 against 1/2."""
 
 
@@ -43,13 +53,23 @@ def balanced_length(operator: LossOperator, v: Vector, dtypes: Iterable[str]) ->
     """The length e of the shift along v at which a central difference of gradients errs least: a scalar.
 
     A central difference at e errs by a / e + e^2 / 6 |D|, with a the rounding of half a difference of two gradients and
-    D the third derivative of the gradient along v / |v|, so that e = (3 a / |D|)^(1/3) (the balance of Theorem 3.1 of
-    arXiv 2602.00816, its D^3 f read as the gradient's: truncation of a central difference knows nothing of the second).
-    Both are measured on the first microbatch by ten gradients: a by moving every parameter one rounding unit up and
-    down, D by third differences at a trial shift and at a better one. Where the first microbatch does not respond to v
-    (an embedding of a token that is not in it) all are measured, ten gradients of each; under `vmap`, where both sides
-    of a condition are computed, always. The cube root forgives: a step off by 2.5 either way costs a factor of 3 in
-    error.
+    D the third derivative of the gradient along u = v / |v|, so that e = (3 a / |D|)^(1/3) (the balance of Theorem 3.1
+    of arXiv 2602.00816, its D^3 f read as the gradient's: truncation of a central difference knows nothing of the
+    second). Both are read off third differences of the gradient g along u on the first microbatch,
+
+        g(3 t) - 3 g(t) + 3 g(-t) - g(-3 t) = 8 t^3 D + rounding:
+
+    at a t of a few rounding units only rounding is left, which gives a whatever the parameters are (moving each by its
+    own rounding unit would leave those that are zero where they are, and show nothing); at a longer t the rest is D.
+    Where a trial is lost in rounding the next is longer, and where it is far above, shorter, by the cube root. As a rule
+    two or three of four gradients each do, eight at most. A gradient with jumps (ReLU) has no such t: from one side of
+    the first jump to the other the third difference leaps from rounding to far above. Then e is the longest trial that
+    met no jump. Where the first microbatch does not respond to v (an embedding of a token that is not in it) all are
+    measured; under `vmap`, where both sides of a condition are computed, always. The cube root forgives: a step off by
+    2.5 either way costs a factor of 3 in error.
+
+    All parameters move by the same e along v: with a length for every leaf the difference would be the Hessian's product
+    with another vector. Where a leaf needs a step that is below another's rounding, no e is right for both.
 
     Differences, because three nested `jvp` of the gradient, which give D exactly, take 14 gradients and up to nine
     parameter-sized buffers.
@@ -91,49 +111,91 @@ def add_gradient(
     return total, count
 
 
+class _Search(NamedTuple):
+    """Where the search for the balanced step is."""
+
+    trials: jax.Array  # made
+    trial: jax.Array  # the next one's length
+    noise: jax.Array  # of a third difference
+    below: jax.Array  # the longest trial that was lost in rounding
+    above: jax.Array  # the shortest that was too long
+    e: jax.Array
+    responds: jax.Array
+    done: jax.Array
+
+
 def _measured(operator: LossOperator, v: Vector, groups: tuple) -> tuple[jax.Array, jax.Array]:
     """The balanced length in the operator's own precision, and whether the gradients of `groups` respond to v."""
-    theta = operator.free
     length = norm(v)
     inverse = jnp.where(length > 0, 1 / length, 0)
-    unit = _unit(operator.dtypes)
+    first = TRIAL / jnp.where(length > 0, inverse * _strain(operator, v), 1).astype(length.dtype)
 
-    def add(carry: Any, row: jax.Array) -> tuple[Any, None]:
-        total, trial, rounding, e, responds = carry
-        along_v, along_theta, weight, going_on, end = row
+    def measure(at: _Search) -> _Search:
+        gradient, central, third = _third_difference(operator, v, at.trial * inverse, groups)
+        finest = at.trials == 0
+        noise = jnp.where(finest, jnp.maximum(third, _unit(operator.dtypes) * gradient), at.noise)
+        lost, steep = third <= CLEAR * noise, ~(third <= STEEP * noise)  # steep: NaN and infinity too
+        below = jnp.where(lost, jnp.maximum(at.below, at.trial), at.below)
+        above = jnp.where(steep, jnp.minimum(at.above, at.trial), at.above)
+        balanced = at.trial * jnp.cbrt(24 / _NOISE * noise / third)
+        middle = jnp.sqrt(below) * jnp.sqrt(above)
+        shorter = jnp.where(jnp.isfinite(third), jnp.maximum(REACH * balanced, middle), middle)
+        longer = jnp.where(jnp.isfinite(above), middle, CLIMB * at.trial)
+        trial = jnp.where(finest, first, jnp.where(lost, longer, shorter))
+        e = jnp.where(lost | steep, below, balanced)
+        unmoved = (central == 0) & (at.trials > 1)
+        done = ~finest & (~(lost | steep) | unmoved | (above < 2 * REACH * below))
+        return _Search(at.trials + 1, trial, noise, below, above, e, central > CLEAR * noise, done)
+
+    def goes_on(at: _Search) -> jax.Array:
+        return ~at.done & (at.trials <= TRIALS)
+
+    zero = jnp.zeros_like(length)
+    start = _Search(jnp.int32(0), FINEST * first, zero, zero, zero + jnp.inf, first, length < 0, length <= 0)
+    found = jax.lax.while_loop(goes_on, measure, start)
+    return found.e, found.responds
+
+
+def _third_difference(
+    operator: LossOperator, v: Vector, t: jax.Array, groups: tuple
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Norms of g at 3 t v, of g(3 t v) - g(-3 t v) and of the third difference, g the gradient of summed losses."""
+    theta = operator.free
+
+    def add(total: Vector, row: jax.Array) -> tuple[Vector, jax.Array]:
+        along, weight = row
 
         def moved(x: jax.Array, d: jax.Array) -> jax.Array:
             x_wide, d_wide = (y.astype(jnp.promote_types(row.dtype, y.dtype)) for y in (x, d))
-            return (x_wide * (1 + along_theta * unit) + (along_v * trial * inverse) * d_wide).astype(x.dtype)
+            return (x_wide + (along * t) * d_wide).astype(x.dtype)
 
-        kept = jax.tree.map(lambda t: going_on.astype(t.dtype) * t, total)
         shifted = operator.pin(jax.tree.map(moved, theta, v))
-        total, _ = add_gradient(operator, kept, jnp.zeros((), count.dtype), weight, shifted, groups)
-        found = norm(total).astype(length.dtype)
-        rounding = jnp.where(end == 1, found, rounding)
-        noise = _THIRD_NOISE * rounding / SHARE
-        responds = jnp.where(end == 2, found > noise, responds)
-        # A third difference below its rounding only says that e is no smaller.
-        better = 2 * trial * jnp.cbrt(3 * rounding / jnp.maximum(found, SHARE * noise))
-        e = jnp.where((end == 2) & jnp.isfinite(better) & (better > 0), better, e)
-        return (total, jnp.where(end == 2, REACH * e, trial), rounding, e, responds), None
+        total, _ = add_gradient(operator, total, jnp.zeros((), count.dtype), weight, shifted, groups)
+        return total, norm(total).astype(t.dtype)
 
     one = jax.tree.map(lambda x: x[0], groups[0].stacked)
     _, count = jax.eval_shape(operator.sum_and_count, theta, one)
     zeros = operator.pin(jax.tree.map(jnp.zeros_like, theta))
-    trial = (TRIAL / jnp.where(length > 0, inverse * _strain(theta, v), 1)).astype(length.dtype)
-    start = (zeros, trial, jnp.zeros_like(length), trial, length < 0)
-    (_, _, _, e, responds), _ = jax.lax.scan(add, start, jnp.array(_ROUNDING + 2 * _THIRD, length.dtype))
-    return e, responds
+    _, norms = jax.lax.scan(add, zeros, jnp.array(_ROWS, t.dtype))
+    return norms[0], norms[_CENTRAL], norms[_THIRD]
 
 
-def _strain(theta: Any, v: Vector) -> jax.Array:
-    """The largest over leaves of |v| / |theta|, a leaf of zeros counting as one of typical parameters."""
-    typical = norm(theta) / math.sqrt(size(theta))
-    typical = jnp.where(typical > 0, typical, 1)
-    pairs = zip(jax.tree.leaves(theta), jax.tree.leaves(v), strict=True)
-    strains = [norm(d) / jnp.maximum(norm(x), typical * math.sqrt(x.size)) for x, d in pairs if x.size]
-    return functools.reduce(jnp.maximum, strains)
+def _strain(operator: LossOperator, v: Vector) -> jax.Array:
+    """How much v changes the leaf that it changes the most, relative to the leaf.
+
+    A leaf of zeros has no scale and is left out; if v moves no other, all parameters tell what is typical, or 1 does.
+    """
+
+    def strain(x: jax.Array, d: jax.Array) -> jax.Array:
+        typical = norm(x) / math.sqrt(x.size)
+        largest = jnp.maximum(norm(d) / math.sqrt(x.size), jnp.max(jnp.abs(d)).astype(typical.dtype) / CONCENTRATION)
+        return jnp.where(typical > 0, largest / typical, 0)
+
+    pairs = zip(jax.tree.leaves(operator.free), jax.tree.leaves(v), strict=True)
+    found = functools.reduce(jnp.maximum, [strain(x, d) for x, d in pairs if x.size])
+    typical = norm(operator.params) / math.sqrt(size(operator.params))
+    of_zeros = norm(v) / math.sqrt(size(v)) / jnp.where(typical > 0, typical, 1)
+    return jnp.where(found > 0, found, of_zeros)
 
 
 def _unit(dtypes: Iterable[str]) -> float:
