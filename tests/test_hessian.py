@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from small_models import SMALL, TINY, batch_of, language_operator, relative, scaled_up, tokens
 
-from jaxhess import Hessian, Microbatches, make_mesh, random_probe, spectrum, start_lanczos
+from jaxhess import Hessian, MatrixOperator, Microbatches, make_mesh, random_probe, spectrum, start_lanczos
 from jaxhess.krylov import compile_segment
 from jaxhess.losses import TokenBatch
 from jaxhess.mesh import batch_sharding
@@ -194,6 +194,17 @@ def test_plain_functions_and_flax_models_work():
         (lambda: Hessian(sum, {"w": jnp.ones(2)}, [None]), ValueError, "Batch 0 is None"),
         (lambda: Hessian(sum, {"w": jnp.ones(2)}, (1, 2)), TypeError, "pass a list of batches"),
         (lambda: Hessian(sum, {"w": jnp.arange(2)}, [1]), ValueError, r"Parameter \['w'\] has dtype int32"),
+        (lambda: Hessian(sum, {}, [1]), ValueError, r"params is {}: there are no parameters in it"),
+        (lambda: Hessian(sum, {"w": jnp.ones((0, 3))}, [1]), ValueError, r"\['w'\] has shape \(0, 3\), no entries"),
+        (lambda: Hessian(sum, {"w": jnp.ones(2)}, Microbatches(jnp.ones(()))), ValueError, r"\(\): every array needs"),
+        (lambda: Hessian(sum, {"w": jnp.ones(2)}, Microbatches(jnp.ones((0, 2)))), ValueError, "and at least 1"),
+        (lambda: Hessian(sum, {"w": jnp.ones(2)}, Microbatches({})), ValueError, "shapes none at all"),
+        (
+            lambda: Hessian(sum, {"w": jnp.ones(2)}, (Microbatches((jnp.ones(2), jnp.ones(3))),)),
+            ValueError,
+            r"\(2,\), \(3,\): every array needs a leading axis .* as long as that of the others",
+        ),
+        (lambda: MatrixOperator(jnp.ones((0, 0))), ValueError, "square, with at least one row"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(make, error, sentence):
@@ -244,6 +255,42 @@ def test_all_padding_is_refused():
     empty = dataclasses.replace(operator, batches=as_groups([batch_of(tokens(2, 12, 101), np.zeros((2, 12)))]))
     with pytest.raises(ValueError, match="count of the loss is 0"):
         spectrum(empty, steps=2, probes=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "sentence"),
+    [
+        (lambda p, b: b - 2.0, r"count of microbatch 0 is -1\.0; it is a number .* not negative"),
+        (lambda p, b: b / 0, "count of microbatch 0 is inf"),
+        (lambda p, b: 0 * b, "count of the loss is 0 over all batches"),
+        (lambda p, b: jnp.sum(jnp.square(p)), "count of the loss changes with the parameters"),
+    ],
+)
+def test_a_count_that_is_none_is_refused_before_any_product(count, sentence):
+    operator = Hessian(lambda p, b: (jnp.sum(p**4), count(p, b)), jnp.ones(2), [jnp.float32(1), jnp.float32(5)])
+    with pytest.raises(ValueError, match=sentence):
+        operator.validate()
+
+
+def test_counts_of_other_kinds_are_taken():
+    # Of the shape of the parameters, of labels that the model gets right, a whole number, and of fixed parameters.
+    batch = jnp.array([3.0, -1.0])
+    counts = (lambda p, b: p["w"].size, lambda p, b: jnp.sum(p["w"] * b > 0), lambda p, b: 2, lambda p, b: p["fixed"])
+    for count in counts:
+        loss = lambda p, b, count=count: (jnp.sum(p["w"] ** 2), count(p, b))  # noqa: E731
+        operator = Hessian(loss, {"w": jnp.ones(2), "fixed": jnp.float32(2)}, [batch]).restrict("w")
+        assert operator.validate()["count"] in (1, 2)
+
+
+def test_operators_are_equal_to_themselves_and_hash():
+    operator = language_operator()
+    other = language_operator()
+    for a, b in ((operator, other), (operator + other, operator + other), (MatrixOperator(jnp.eye(2)),) * 2):
+        assert a == a  # noqa: PLR0124
+        assert (a == b) == (a is b)
+        assert len({a, b}) == 1 + (a is not b)
+    assert operator.batches[0] != other.batches[0]
+    assert operator.loss == other.loss  # static: what a program is compiled for is compared by value
 
 
 def test_parameters_are_arguments_of_the_program_not_constants():

@@ -93,7 +93,7 @@ class NextTokenLoss:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
     """Configuration and parameters, optionally sharded over `mesh`."""
 

@@ -13,7 +13,7 @@ from jaxhess.vectors import Vector, add_scaled, cast, scale, widen
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SumOperator(LinearOperator):
     """The sum of operators on the same vectors; `A + B` and `A - B` make it. Products are added in at least float32."""
 
@@ -65,7 +65,7 @@ class SumOperator(LinearOperator):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _OperatorOfOne(LinearOperator):
     """What is the same for every operator made of one other and a number."""
 
@@ -101,7 +101,7 @@ class _OperatorOfOne(LinearOperator):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ScaledOperator(_OperatorOfOne):
     """`factor` times an operator; `factor * A` makes it. The factor is data: changing it compiles nothing again."""
 
@@ -115,7 +115,7 @@ class ScaledOperator(_OperatorOfOne):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ShiftedOperator(_OperatorOfOne):
     """`A + shift I`; `A.shifted(shift)` makes it. The shift is data."""
 

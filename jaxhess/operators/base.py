@@ -19,7 +19,7 @@ class LinearOperator(abc.ABC):
     """A symmetric linear map on vectors that are pytrees.
 
     Operators are frozen dataclasses registered as pytrees: their arrays are arguments of a jitted program, never
-    constants captured by it.
+    constants captured by it. Two are equal if they are the same object (`eq=False`): arrays have no truth to compare.
     """
 
     @abc.abstractmethod
@@ -123,7 +123,7 @@ class LinearOperator(abc.ABC):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MatrixOperator(LinearOperator):
     """A dense symmetric matrix [n, n]; its vectors are arrays [n]."""
 
@@ -131,8 +131,8 @@ class MatrixOperator(LinearOperator):
 
     def __post_init__(self) -> None:
         shape = getattr(self.matrix, "shape", None)
-        if shape is not None and (len(shape) != 2 or shape[0] != shape[1]):
-            raise ValueError(f"The matrix has shape {shape}; it must be square.")
+        if shape is not None and (len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0):
+            raise ValueError(f"The matrix has shape {shape}; it must be square, with at least one row.")
 
     def mv(self, v: Vector) -> Vector:
         wide = jnp.promote_types(jnp.promote_types(v.dtype, self.matrix.dtype), jnp.float32)

@@ -30,7 +30,7 @@ Language models in bfloat16 have a tenth, and up to four tenths along single coo
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FiniteDifferenceHessian(LossOperator):
     """The Hessian of `sum of losses / sum of counts`, by two gradients at shifted parameters.
 

@@ -40,7 +40,7 @@ class LikelihoodLoss(Protocol):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class GaussNewton(LossOperator):
     """The generalised Gauss-Newton matrix `sum_t w_t J_t' (diag(p_t) - p_t p_t') J_t / count` (Schraudolph 2002).
 
@@ -74,7 +74,7 @@ class GaussNewton(LossOperator):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EmpiricalFisher(GaussNewton):
     """The empirical Fisher matrix `sum_t w_t g_t g_t' / count`, g_t the gradient of prediction t's loss.
 
@@ -88,7 +88,7 @@ class EmpiricalFisher(GaussNewton):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class MonteCarloFisher(GaussNewton):
     """The Fisher matrix with its expectation over targets replaced by targets drawn from the model.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Hessian(LossOperator):
     """The Hessian of `sum of losses / sum of counts` over all batches, by forward-over-reverse differentiation.
 

@@ -21,7 +21,7 @@ from jaxhess.vectors import Vector, cast
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LinearizedHessian(LinearOperator):
     """The exact Hessian from `jax.linearize` of the gradient, made by `Hessian.linearize`.
 

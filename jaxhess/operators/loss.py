@@ -23,7 +23,7 @@ Loss = Callable[[Any, Any], Any]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LossOperator(LinearOperator):
     """Curvature of `sum of losses / sum of counts` over all batches.
 
@@ -32,6 +32,7 @@ class LossOperator(LinearOperator):
 
     Attributes:
         loss: `loss(params, batch) -> (sum, count)`, twice differentiable in forward-over-reverse mode: no `custom_vjp`.
+            The count is not negative and does not depend on the parameters.
             A function that returns a plain scalar (a batch's mean loss) is accepted; its batches weigh the same.
             Static: reuse the same function object, or each new one is compiled again.
         params: Any pytree of floating-point arrays, sharded or not.
@@ -39,7 +40,8 @@ class LossOperator(LinearOperator):
         accumulation_dtype: Of sums over microbatches, "float32" or "float64"; never narrower than the products.
 
     Raises:
-        TypeError, ValueError: `batches` is not a list, or empty; a parameter is not floating point.
+        TypeError, ValueError: `batches` is not a list, or empty; there is no parameter, or one without entries or not
+            floating point.
     """
 
     loss: Loss = dataclasses.field(metadata={"static": True})
@@ -55,7 +57,13 @@ class LossOperator(LinearOperator):
     def __post_init__(self) -> None:
         if self.shardings is not None:  # rebuilt from its leaves by JAX, which may be anything
             return
-        for path, leaf in jax.tree.flatten_with_path(self.params)[0]:
+        named = jax.tree.flatten_with_path(self.params)[0]
+        if not named:
+            raise ValueError(f"params is {self.params!r}: there are no parameters in it.")
+        for path, leaf in named:
+            if 0 in jnp.shape(leaf):
+                name, shape = jax.tree_util.keystr(path), jnp.shape(leaf)
+                raise ValueError(f"Parameter {name} has shape {shape}, no entries: leave it out of the parameters.")
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
                 raise ValueError(f"Parameter {name} has dtype {dtype}; a Hessian needs floating-point parameters.")
@@ -166,7 +174,8 @@ class LossOperator(LinearOperator):
 
         Raises:
             FloatingPointError: The loss of a microbatch is not finite; names it.
-            ValueError: Nothing counts: the mean loss is undefined.
+            ValueError: Nothing counts, so that the mean loss is undefined; a count is negative, not finite, or depends on
+                the parameters.
         """
         total, count, seen = 0.0, 0.0, 0
         for group in self.batches:
@@ -176,6 +185,17 @@ class LossOperator(LinearOperator):
                 raise FloatingPointError(
                     f"The loss of microbatch {seen + bad[0]} is {sums[bad[0]]}: the parameters or the data hold NaN or "
                     "infinite values, or the model overflows in this dtype."
+                )
+            odd = np.flatnonzero(~((counts >= 0) & np.isfinite(counts)))
+            if odd.size:
+                raise ValueError(
+                    f"The count of microbatch {seen + odd[0]} is {counts[odd[0]]}; it is a number of tokens or examples, "
+                    "or a sum of weights: finite and not negative."
+                )
+            if _count_depends(self, group):
+                raise ValueError(
+                    "The count of the loss changes with the parameters, and the sum is divided by it as if it did not: "
+                    "return a count that only depends on the batch, or the quotient alone as a mean loss."
                 )
             total, count, seen = total + sums.sum(), count + counts.sum(), seen + len(group)
         if count == 0:
@@ -217,11 +237,16 @@ def divided(total: Vector, count: jax.Array, like: Vector) -> Vector:
 
 
 def sum_and_count(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) of a loss of either form.
+    """(sum, count) of a loss of either form, the count not differentiated.
 
     Raises:
         ValueError: It returned anything else.
     """
+    total, count = _sum_and_count(loss, params, batch)
+    return total, jax.lax.stop_gradient(count)
+
+
+def _sum_and_count(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     value = loss(params, batch)
     total, count = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
     if not all(
@@ -229,13 +254,21 @@ def sum_and_count(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, jax.A
     ):
         shapes = jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array) else type(x).__name__, value)
         raise ValueError(f"The loss returned {shapes}; it must return (sum, count), two scalars, or one scalar mean.")
-    return total, jax.lax.stop_gradient(jnp.asarray(count, jnp.promote_types(jnp.result_type(total), jnp.float32)))
+    return total, jnp.asarray(count, jnp.promote_types(jnp.result_type(total), jnp.float32))
 
 
 @jax.jit(static_argnums=0)
 def _losses(loss: Loss, params: Any, group: Any) -> tuple[jax.Array, jax.Array]:
     with jax.default_matmul_precision("highest"):
         return jax.lax.map(lambda batch: sum_and_count(loss, params, batch), group.stacked)
+
+
+@jax.jit
+def _count_depends(operator: LossOperator, group: Any) -> jax.Array:
+    """Whether the count of the group's first batch has a gradient. Where it has none XLA drops the whole pass."""
+    batch = jax.tree.map(lambda x: x[0], group.stacked)
+    gradient = jax.grad(lambda free: _sum_and_count(operator.loss, operator.whole(free), batch)[1])(operator.free)
+    return functools.reduce(jnp.logical_or, [(x != 0).any() for x in jax.tree.leaves(gradient)])
 
 
 @jax.jit

@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Microbatches:
     """Batches of one shape, stacked: every leaf of `stacked` has a leading axis that runs over them."""
 
@@ -29,11 +30,19 @@ def as_groups(batches: Any) -> tuple[Microbatches, ...]:
 
     Raises:
         TypeError: Anything else: a bare batch cannot be told from a stack of them.
-        ValueError: No batch at all.
+        ValueError: No batch at all, or `Microbatches` without a common leading axis.
     """
     if isinstance(batches, Microbatches):
-        return (batches,)
+        batches = (batches,)
     if isinstance(batches, tuple) and batches and all(isinstance(group, Microbatches) for group in batches):
+        for group in batches:
+            shapes = [np.shape(x) for x in jax.tree.leaves(group.stacked)]
+            lengths = {shape[:1] for shape in shapes}
+            if len(lengths) != 1 or lengths <= {(), (0,)}:
+                raise ValueError(
+                    f"Microbatches are of shapes {', '.join(map(str, shapes)) or 'none at all'}: every array needs a "
+                    "leading axis that runs over the microbatches, as long as that of the others and at least 1."
+                )
         return batches
     if not isinstance(batches, list):
         raise TypeError(
