@@ -59,6 +59,14 @@ def test_low_precision_terms_are_added_in_float32():
     assert float(total[0]) == 258
 
 
+def test_low_precision_products_are_scaled_and_shifted_in_float32():
+    one = jnp.ones(2, jnp.bfloat16)
+    near = MatrixOperator(1.001 * jnp.eye(2))  # in bfloat16 1
+    np.testing.assert_allclose(np.asarray(near.shifted(-1.0) @ one, np.float32), 1e-3, rtol=2**-8)
+    large = MatrixOperator(jnp.full((2, 2), 1e5))  # above the largest number of float16
+    np.testing.assert_allclose(np.asarray((1e-5 * large) @ one.astype("float16"), np.float32), 2, rtol=2**-10)
+
+
 def test_what_does_not_add_is_refused_in_a_sentence():
     a = MatrixOperator(jnp.asarray(A))
     with pytest.raises(TypeError, match="not to int"):
@@ -69,6 +77,13 @@ def test_what_does_not_add_is_refused_in_a_sentence():
         a * a
     with pytest.raises(ValueError, match="scaled by a scalar"):
         a * jnp.ones(7)
+    with pytest.raises(ValueError, match=r"shifted by a scalar, not by an array of shape \(7,\)"):
+        a.shifted(jnp.ones(7))
+    for value in ("x", None, 1j):
+        with pytest.raises(TypeError, match="scaled by a real number"):
+            a * value
+        with pytest.raises(TypeError, match="shifted by a real number"):
+            a.shifted(value)
     with pytest.raises(ValueError, match="stops at 32,768"):
         language_operator(vocab_size=4001).to_matrix()
 

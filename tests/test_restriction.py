@@ -59,6 +59,7 @@ def test_names_select_what_they_say():
         (["embed"], [0], "none of these is in a layer"),
         (["mlp", "head"], [0], "'head': none of these is in a layer"),
         ([], [], "name at least one"),
+        ([], [0.5], r"Layers \[0.5\]: the model has layers 0 to 1"),
     ],
 )
 def test_a_restriction_to_nothing_is_refused_in_a_sentence(patterns, layers, sentence):
@@ -91,6 +92,8 @@ def test_layers_may_be_a_list():
     assert [x.shape for x in jax.tree.leaves(taken)] == [(4, 4)]
     with pytest.raises(ValueError, match="layers 0 to 1"):
         restriction(params, [], [2])
+    with pytest.raises(ValueError, match=r"Layers \[0\] of 'layers/1/\*': none of these is in one of those layers"):
+        restriction(params, ["layers/1/*"], [0])
     with pytest.raises(ValueError, match="layers/b has 3 rows and the model 5 layers"):
         restriction({"layers": {"a": jnp.ones((5, 2)), "b": jnp.ones(3)}}, [], [0])
     graph = nnx.split(nnx.Dict(layers=nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))] * 1)), nnx.Param)[1]

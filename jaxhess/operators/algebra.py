@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxhess.operators.base import LinearOperator, check_structure
 from jaxhess.vectors import Vector, add_scaled, cast, scale, widen
@@ -103,12 +104,15 @@ class _OperatorOfOne(LinearOperator):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScaledOperator(_OperatorOfOne):
-    """`factor` times an operator; `factor * A` makes it. The factor is data: changing it compiles nothing again."""
+    """`factor` times an operator; `factor * A` makes it. The factor is data: changing it compiles nothing again.
+
+    Multiplied in at least float32, like sums and shifts.
+    """
 
     factor: Any
 
     def mv(self, v: Vector) -> Vector:
-        return scale(self.factor, self.operator.mv(v))
+        return cast(scale(self.factor, self.operator.mv(widen(v))), v)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "factor": float(self.factor), "operator": self.operator.describe()}
@@ -122,10 +126,42 @@ class ShiftedOperator(_OperatorOfOne):
     shift: Any
 
     def mv(self, v: Vector) -> Vector:
-        return add_scaled(self.operator.mv(v), self.shift, v)
+        wide = widen(v)
+        return cast(add_scaled(self.operator.mv(wide), self.shift, wide), v)
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "shift": float(self.shift), "operator": self.operator.describe()}
+
+
+def scaled(operator: LinearOperator, factor: Any) -> ScaledOperator:
+    """factor * operator.
+
+    Raises:
+        TypeError: The factor is an operator or no real number.
+        ValueError: It is an array.
+    """
+    if isinstance(factor, LinearOperator):
+        raise TypeError("Operators are not multiplied with each other: apply one after the other.")
+    _check_scalar("An operator is scaled by", factor)
+    return ScaledOperator(operator, factor)
+
+
+def shifted(operator: LinearOperator, shift: Any) -> ShiftedOperator:
+    """operator + shift I.
+
+    Raises:
+        TypeError: The shift is no real number.
+        ValueError: It is an array.
+    """
+    _check_scalar("An operator is shifted by", shift)
+    return ShiftedOperator(operator, shift)
+
+
+def _check_scalar(what: str, value: Any) -> None:
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or np.iscomplexobj(value):
+        raise TypeError(f"{what} a real number, not by {value!r}.")
+    if np.shape(value) != ():
+        raise ValueError(f"{what} a scalar, not by an array of shape {np.shape(value)}.")
 
 
 def added(a: LinearOperator, b: Any) -> SumOperator:

@@ -57,21 +57,17 @@ class LinearOperator(abc.ABC):
         return (-1) * self
 
     def __mul__(self, factor: float | jax.Array) -> LinearOperator:
-        from jaxhess.operators.algebra import ScaledOperator
+        from jaxhess.operators.algebra import scaled
 
-        if isinstance(factor, LinearOperator):
-            raise TypeError("Operators are not multiplied with each other: apply one after the other.")
-        if jnp.shape(factor) != ():
-            raise ValueError(f"An operator is scaled by a scalar, not by an array of shape {jnp.shape(factor)}.")
-        return ScaledOperator(self, factor)
+        return scaled(self, factor)
 
     __rmul__ = __mul__
 
     def shifted(self, shift: float | jax.Array) -> LinearOperator:
         """The operator plus `shift` times the identity."""
-        from jaxhess.operators.algebra import ShiftedOperator
+        from jaxhess.operators.algebra import shifted
 
-        return ShiftedOperator(self, shift)
+        return shifted(self, shift)
 
     def to_matrix(self, batch_size: int = 16) -> jax.Array:
         """The matrix [dim, dim], in the order of `jax.flatten_util.ravel_pytree`; for small problems and tests.

@@ -84,6 +84,9 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
         keep and (indices if name in stacked else name in listed and listed[name] in indices)
         for (name, _), keep in zip(named, wanted, strict=True)
     ]
+    for pattern in patterns or ("*",):
+        if not any(kept and _matches(name, pattern) for (name, _), kept in zip(named, selection, strict=True)):
+            raise ValueError(f"Layers {list(indices)} of {pattern!r}: none of these is in one of those layers.")
     return Restriction(tuple(selection), f"{' '.join(patterns) or '*'} in layers {','.join(map(str, indices))}")
 
 
@@ -109,10 +112,10 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _normalised(layers: Iterable[int], count: int) -> tuple[int, ...]:
     given = list(layers)
-    bad = [k for k in given if not -count <= k < count]
+    bad = [k for k in given if not isinstance(k, int | np.integer) or not -count <= k < count]
     if bad or not given:
         raise ValueError(f"Layers {given}: the model has layers 0 to {count - 1}; name at least one of them.")
-    return tuple(sorted({k % count for k in given}))
+    return tuple(sorted({int(k) % count for k in given}))
 
 
 def _range(indices: tuple[int, ...]) -> Any:
