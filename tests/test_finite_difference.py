@@ -333,7 +333,9 @@ def test_the_automatic_step_serves_zeros_jumps_and_unequal_scales(name, dtype, t
 
 def test_where_no_step_serves_the_automatic_one_is_refused():
     operator = hard_case("ReLU", "bfloat16")
-    with pytest.raises(ValueError, match=r"No finite-difference step serves in bfloat16: the best, .* with \d+% of error"):
+    with pytest.raises(
+        ValueError, match=r"No finite-difference step serves in bfloat16: the best, .* with \d+% of error"
+    ):
         operator.validate()
     assert "error" not in dataclasses.replace(operator, step=1e-3).validate()["shift_of_a_random_vector"]
     assert dataclasses.replace(operator, shift="float32").validate()["shift_of_a_random_vector"]["error"] < 0.01

@@ -16,7 +16,7 @@ from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import LossOperator, divided
 from jaxhess.operators.microbatches import Microbatches
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.operators.step_size import add_gradient, balanced_length
+from jaxhess.operators.step_size import add_gradient, balanced_length, rounding_unit
 from jaxhess.vectors import Vector, cast, norm, random_key, random_probe, size
 
 Per = Literal["coordinate", "unit"]
@@ -25,7 +25,8 @@ Shift = Literal["realised", "float32"]
 UNTRUSTED = 1 / 3
 """Relative error of a random vector's product above which the automatic step is refused.
 
-Language models in bfloat16 have a tenth, and up to four tenths along single coordinates; networks with ReLU half or more.
+Language models in bfloat16 have a tenth, and up to four tenths along single coordinates; deep networks with ReLU half
+or more.
 """
 
 
@@ -42,7 +43,7 @@ class FiniteDifferenceHessian(LossOperator):
 
     Attributes:
         step: The size of the shift; "auto": measured for every vector on the first microbatch, which costs eight to
-            twelve of its gradients as a rule beside the two of every microbatch (`step_size.balanced_length`), in
+            sixteen of its gradients as a rule beside the two of every microbatch (`step_size.balanced_length`), in
             float32, and one more buffer: with few microbatches dearer than the exact product. Stored as None.
             `calibrated` measures once. `validate` refuses where no step serves.
         per: What a number in `step` is the size of. "coordinate" (as in the paper): of the root mean square entry,
@@ -50,8 +51,8 @@ class FiniteDifferenceHessian(LossOperator):
         shift: In what precision parameters are shifted. "realised": their own; the difference is divided by the part
             along u of the shift that was representable, not of the one asked for, over the leaves that moved by at
             least half. Entries whose shift rounds to nothing (`vanished`) are still missing from the Hessian, and
-            `validate` warns of leaves where these are nine in ten. "float32": float32 copies are shifted and the loss is
-            computed in float32 (`loss.in_dtype("float32")` where the loss has a dtype of its own); the same for
+            `validate` warns of leaves where these are nine in ten. "float32": float32 copies are shifted and the loss
+            is computed in float32 (`loss.in_dtype("float32")` where the loss has a dtype of its own); the same for
             parameters that are float32.
 
     Raises:
@@ -140,8 +141,8 @@ class FiniteDifferenceHessian(LossOperator):
         facts = super().validate()
         probe = random_probe(random_key(0), self.shape_dtype)
         length = float(_shift_length(self, probe))
-        vanished = self.vanished(probe)
-        shift = {"length": length, "vanished": vanished}
+        vanished = dataclasses.replace(self, step=length, per="unit").vanished(probe)
+        shift: dict[str, Any] = {"length": length, "vanished": vanished}
         if self.step is None:
             shift["error"] = error = self._error(probe, length)
             if not error < UNTRUSTED:
@@ -169,8 +170,9 @@ class FiniteDifferenceHessian(LossOperator):
         first = (Microbatches(jax.tree.map(lambda x: x[:1], self.batches[0].stacked)),)
         v = cast(v, "float32")
         found = dataclasses.replace(self, batches=first, step=length, per="unit") @ v
-        wide = dataclasses.replace(self._wide(), batches=first)
-        reference = dataclasses.replace(wide, step=float(_shift_length(wide, v)) / 3, per="unit") @ v
+        wide, own = self._wide(), self._shifted()
+        third = length / 3 * (rounding_unit(wide.dtypes) / rounding_unit(own.dtypes)) ** (1 / 3)
+        reference = dataclasses.replace(wide, batches=first, step=third, per="unit") @ v
         size = float(norm(reference))
         return float(norm(jax.tree.map(lambda x, y: x - y, found, reference))) / size if size else 0.0
 

@@ -174,8 +174,8 @@ class LossOperator(LinearOperator):
 
         Raises:
             FloatingPointError: The loss of a microbatch is not finite; names it.
-            ValueError: Nothing counts, so that the mean loss is undefined; a count is negative, not finite, or depends on
-                the parameters.
+            ValueError: Nothing counts, so that the mean loss is undefined; a count is negative, not finite, or depends
+                on the parameters.
         """
         total, count, seen = 0.0, 0.0, 0
         for group in self.batches:
@@ -189,8 +189,8 @@ class LossOperator(LinearOperator):
             odd = np.flatnonzero(~((counts >= 0) & np.isfinite(counts)))
             if odd.size:
                 raise ValueError(
-                    f"The count of microbatch {seen + odd[0]} is {counts[odd[0]]}; it is a number of tokens or examples, "
-                    "or a sum of weights: finite and not negative."
+                    f"The count of microbatch {seen + odd[0]} is {counts[odd[0]]}; it is a number of tokens or "
+                    "examples, or a sum of weights: finite and not negative."
                 )
             if _count_depends(self, group):
                 raise ValueError(

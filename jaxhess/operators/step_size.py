@@ -36,11 +36,14 @@ CLEAR, STEEP = 8.0, 500.0
 
 Below, rounding is more than an eighth of it; above, the third derivative may have changed on the way.
 """
-CLIMB = 100.0
-"""Factor from a trial lost in rounding to the next, where no trial that was too long is known."""
+CLIMB = 10.0
+"""Factor from the first trial, if it is lost in rounding, to the next; then its square and its cube.
+
+For as long as no trial that was too long is known.
+"""
 
 TRIALS = 8
-"""Third differences at most, of four gradients each."""
+"""Third differences at most after the one for the rounding."""
 
 # A third difference: shift along v in trial lengths, weight in the sum. The first two make a central difference.
 _ROWS = ((3, 1), (-3, -1), (1, -3), (-1, 3))
@@ -61,15 +64,15 @@ def balanced_length(operator: LossOperator, v: Vector, dtypes: Iterable[str]) ->
 
     at a t of a few rounding units only rounding is left, which gives a whatever the parameters are (moving each by its
     own rounding unit would leave those that are zero where they are, and show nothing); at a longer t the rest is D.
-    Where a trial is lost in rounding the next is longer, and where it is far above, shorter, by the cube root. As a rule
-    two or three of four gradients each do, eight at most. A gradient with jumps (ReLU) has no such t: from one side of
-    the first jump to the other the third difference leaps from rounding to far above. Then e is the longest trial that
-    met no jump. Where the first microbatch does not respond to v (an embedding of a token that is not in it) all are
-    measured; under `vmap`, where both sides of a condition are computed, always. The cube root forgives: a step off by
-    2.5 either way costs a factor of 3 in error.
+    Where a trial is lost in rounding the next is longer, and where it is far above, shorter, by the cube root. With the
+    one for the rounding two to four third differences do as a rule, and nine at most, of four gradients each. A
+    gradient with jumps (ReLU) has no such t: from one side of the first jump to the other the third difference leaps
+    from rounding to far above. Then e is the longest trial that met no jump. Where the first microbatch does not
+    respond to v (an embedding of a token that is not in it) all are measured; under `vmap`, where both sides of a
+    condition are computed, always. The cube root forgives: a step off by 2.5 either way costs a factor of 3 in error.
 
-    All parameters move by the same e along v: with a length for every leaf the difference would be the Hessian's product
-    with another vector. Where a leaf needs a step that is below another's rounding, no e is right for both.
+    All parameters move by the same e along v: with a length for every leaf the difference would be the product with
+    another vector. Where a leaf needs a step that is below another's rounding, no e is right for both.
 
     Differences, because three nested `jvp` of the gradient, which give D exactly, take 14 gradients and up to nine
     parameter-sized buffers.
@@ -86,7 +89,7 @@ def balanced_length(operator: LossOperator, v: Vector, dtypes: Iterable[str]) ->
     e, responds = _measured(operator, v, (first,))
     if sum(map(len, groups)) > 1:
         e = jax.lax.cond(responds, lambda: e, lambda: _measured(operator, v, groups)[0])
-    return e * (_unit(dtypes) / _unit(operator.dtypes)) ** (1 / 3)
+    return e * (rounding_unit(dtypes) / rounding_unit(operator.dtypes)) ** (1 / 3)
 
 
 def add_gradient(
@@ -133,19 +136,20 @@ def _measured(operator: LossOperator, v: Vector, groups: tuple) -> tuple[jax.Arr
     def measure(at: _Search) -> _Search:
         gradient, central, third = _third_difference(operator, v, at.trial * inverse, groups)
         finest = at.trials == 0
-        noise = jnp.where(finest, jnp.maximum(third, _unit(operator.dtypes) * gradient), at.noise)
+        noise = jnp.where(finest, jnp.maximum(third, rounding_unit(operator.dtypes) * gradient), at.noise)
         lost, steep = third <= CLEAR * noise, ~(third <= STEEP * noise)  # steep: NaN and infinity too
         below = jnp.where(lost, jnp.maximum(at.below, at.trial), at.below)
         above = jnp.where(steep, jnp.minimum(at.above, at.trial), at.above)
         balanced = at.trial * jnp.cbrt(24 / _NOISE * noise / third)
         middle = jnp.sqrt(below) * jnp.sqrt(above)
         shorter = jnp.where(jnp.isfinite(third), jnp.maximum(REACH * balanced, middle), middle)
-        longer = jnp.where(jnp.isfinite(above), middle, CLIMB * at.trial)
+        longer = jnp.where(jnp.isfinite(above), middle, CLIMB ** at.trials.astype(length.dtype) * at.trial)
         trial = jnp.where(finest, first, jnp.where(lost, longer, shorter))
         e = jnp.where(lost | steep, below, balanced)
-        unmoved = (central == 0) & (at.trials > 1)
+        responds = central > CLEAR * noise
+        unmoved = ~responds & (at.trials > 2)
         done = ~finest & (~(lost | steep) | unmoved | (above < 2 * REACH * below))
-        return _Search(at.trials + 1, trial, noise, below, above, e, central > CLEAR * noise, done)
+        return _Search(at.trials + 1, trial, noise, below, above, e, responds, done)
 
     def goes_on(at: _Search) -> jax.Array:
         return ~at.done & (at.trials <= TRIALS)
@@ -153,7 +157,7 @@ def _measured(operator: LossOperator, v: Vector, groups: tuple) -> tuple[jax.Arr
     zero = jnp.zeros_like(length)
     start = _Search(jnp.int32(0), FINEST * first, zero, zero, zero + jnp.inf, first, length < 0, length <= 0)
     found = jax.lax.while_loop(goes_on, measure, start)
-    return found.e, found.responds
+    return jnp.where(found.responds, found.e, first), found.responds
 
 
 def _third_difference(
@@ -198,6 +202,6 @@ def _strain(operator: LossOperator, v: Vector) -> jax.Array:
     return jnp.where(found > 0, found, of_zeros)
 
 
-def _unit(dtypes: Iterable[str]) -> float:
+def rounding_unit(dtypes: Iterable[str]) -> float:
     """The rounding unit of the narrowest dtype."""
     return max(float(jnp.finfo(dtype).eps) / 2 for dtype in dtypes)

@@ -121,7 +121,7 @@ def flops(job: Job) -> float:
         )
     else:
         gradient = 4 * layers - last + (4.5 if chunks > 1 else 4) * attention + (4 if sizes.slices > 1 else 3) * head
-        passes = (2 + (10 / job.microbatches if job.step == "auto" else 0)) * gradient
+        passes = (2 + (12 / job.microbatches if job.step == "auto" else 0)) * gradient
     return 2 * job.tokens_per_device * job.microbatches * passes / job.axes.get("tensor", 1)
 
 
@@ -137,7 +137,7 @@ def traffic(job: Job) -> dict[str, float]:
     config, sizes = job.config, _Sizes.of(job)
     data, fsdp, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
     moved = dict.fromkeys(KINDS, 0.0)
-    gradients = 1 if job.hvp == "exact" else 2 + (10 / job.microbatches if job.step == "auto" else 0)
+    gradients = 1 if job.hvp == "exact" else 2 + (12 / job.microbatches if job.step == "auto" else 0)
     gathers = 4 if job.hvp == "exact" else 2 * gradients
     layers = config.num_layers * sizes.weights
     head = config.vocab_size * config.embed_dim * sizes.bytes / tensor
