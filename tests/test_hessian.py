@@ -286,7 +286,6 @@ def test_operators_are_equal_to_themselves_and_hash():
     operator = language_operator()
     other = language_operator()
     for a, b in ((operator, other), (operator + other, operator + other), (MatrixOperator(jnp.eye(2)),) * 2):
-        assert a == a  # noqa: PLR0124
         assert (a == b) == (a is b)
         assert len({a, b}) == 1 + (a is not b)
     assert operator.batches[0] != other.batches[0]
