@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.memory import bytes_per_device, devices_of, total_bytes
 from jaxhess.operators.base import LinearOperator
-from jaxhess.standard_errors import Estimate, across_probes
+from jaxhess.standard_errors import Estimate, across_probes, of_forms, of_squares, student_factor
 from jaxhess.vectors import (
     Distribution,
     Vector,
@@ -51,10 +51,29 @@ rounding of the products themselves.
 
 
 class DiagonalEstimate(NamedTuple):
-    """Estimates of a matrix's diagonal and their standard errors, both trees like the operator's vectors."""
+    """Estimates of a matrix's diagonal.
+
+    Attributes:
+        value, standard_error: Trees like the operator's vectors.
+        freedom: Degrees of freedom of every standard error; NaN for a single sample, whose errors are NaN.
+    """
 
     value: Vector
     standard_error: Vector
+    freedom: float
+
+    def interval(self, level: float = 0.95) -> tuple[Vector, Vector]:
+        """Low and high ends, trees like the value, of what holds an entry with this probability.
+
+        Raises:
+            ValueError: `level` is not between 0 and 1.
+        """
+        factor = student_factor(self.freedom, level)
+        low, high = (
+            jax.tree.map(lambda v, e, sign=sign: v + sign * factor * e, self.value, self.standard_error)
+            for sign in (-1, 1)
+        )
+        return low, high
 
 
 def hutchinson(
@@ -67,8 +86,10 @@ def hutchinson(
 ) -> Estimate:
     """The trace as the mean of v'Av over random probes v (Girard 1989; Hutchinson 1990), and its standard error.
 
-    The variance of one sample is 2 (|A|_F^2 - sum_i A_ii^2) for Rademacher probes and 2 |A|_F^2 for normal ones; the
-    standard error is that measured across samples, std(ddof=1)/sqrt(samples), NaN for one. Memory: one batch.
+    The variance of one sample is 2 |A|_F^2 for normal probes, and |A|_F^2 the mean of |Av|^2. For Rademacher probes it
+    is 2 (|A|_F^2 - sum_i A_ii^2), twice the sum of the variances of the entries of v * Av, which the samples give (see
+    `diagonal`). Both are known far better than the samples' own scatter tells; for their degrees of freedom see
+    `jaxhess.standard_errors.of_forms`. Unknown for one sample. Memory: one batch, for Rademacher probes and a vector.
 
     Args:
         operator: Symmetric.
@@ -83,7 +104,26 @@ def hutchinson(
         FloatingPointError: The loss or a product is not finite.
     """
     _check_count("samples", samples, 1, "one probe needs one product")
-    return _widened(_over_probes(_forms, operator, samples, seed, distribution, batch_size)[:, 0])
+    mean: Vector = None
+
+    def of_normal(_: Numbers, probes: Vector, products: Vector) -> jax.Array:
+        return _forms_and_lengths(operator, probes, products)
+
+    def of_signs(numbers: Numbers, probes: Vector, products: Vector) -> jax.Array:
+        nonlocal mean
+        mean = _zeros(operator, 1) if mean is None else mean
+        mean, found = _scattered(operator, mean, probes, products, numbers, samples)
+        return found
+
+    values = of_normal if distribution == "normal" else of_signs
+    forms, lengths, *deviations = _over_probes(values, operator, samples, seed, distribution, batch_size).T
+    unit = float(lengths.max()) or 1.0  # squares of 1e-200 vanish, even in float64
+    squares = (lengths / unit) ** 2
+    variance = 2 * float(squares.mean())
+    if deviations:
+        variance = 2 * float(np.square(np.array(deviations) / unit).sum()) / max(samples - 1, 1)
+    error, freedom = of_forms(variance, squares)
+    return Estimate(float(forms.mean()), unit * error, freedom)
 
 
 def frobenius_norm(
@@ -96,17 +136,20 @@ def frobenius_norm(
 ) -> Estimate:
     """The Frobenius norm, the square root of the mean of |Av|^2 over random probes v, and its standard error.
 
-    E|Av|^2 = tr(A'A) = F^2; the standard error of that mean is divided by 2 F (delta method), NaN for one sample. The
-    root of an unbiased mean is low by about the squared standard error over 2 F. Arguments and exceptions are those of
-    `hutchinson`.
+    E|Av|^2 = tr(A'A) = F^2; the standard error of that mean is divided by 2 F (delta method), unknown for one sample;
+    the interval is one of log F (`jaxhess.standard_errors.of_squares`). The root of an unbiased mean is low by about the
+    squared standard error over 2 F. Arguments and exceptions are those of `hutchinson`.
     """
     _check_count("samples", samples, 1, "one probe needs one product")
-    lengths = _over_probes(_lengths, operator, samples, seed, distribution, batch_size)
-    largest = lengths.max() or 1.0  # squares of 1e-200 vanish, even in float64
-    second = _widened((lengths / largest) ** 2)
-    value = np.sqrt(second.value)
-    error = second.standard_error / (2 * value) if value > 0 else second.standard_error
-    return second._replace(value=float(largest * value), standard_error=float(largest * error))
+    lengths = _over_probes(
+        lambda _, probes, products: _lengths(operator, products), operator, samples, seed, distribution, batch_size
+    )
+    largest = float(lengths.max()) or 1.0  # squares of 1e-200 vanish, even in float64
+    squares = (lengths / largest) ** 2
+    error, freedom = of_squares(squares)
+    value = float(np.sqrt(squares.mean()))
+    error = error / (2 * value) if value > 0 else error
+    return Estimate(largest * value, largest * error, freedom, positive=True)
 
 
 def diagonal(operator: LinearOperator, samples: int, *, seed: int = 0, batch_size: int = 1) -> DiagonalEstimate:
@@ -116,6 +159,9 @@ def diagonal(operator: LinearOperator, samples: int, *, seed: int = 0, batch_siz
     The variance of one sample of entry i is the sum of A_ij^2 over j other than i. Mean and variance are updated as
     samples come (Welford 1962; Chan, Golub and LeVeque 1983 for batches): three vectors beside a batch, in at least
     float32. Errors are NaN for one sample; arguments and exceptions are those of `hutchinson`.
+
+    An entry's scatter is nearly normal where it sums many A_ij; where one dominates, the few samples of a sign may all
+    agree, in 2^(1 - samples) of the runs, and the error then comes out as zero.
     """
     _check_count("samples", samples, 1, "one probe needs one product")
     key = random_key(seed)
@@ -128,7 +174,7 @@ def diagonal(operator: LinearOperator, samples: int, *, seed: int = 0, batch_siz
         return _forms(operator, probes, products)
 
     _collected(operator, _drawer(operator, key, "rademacher"), update, samples, batch_size)
-    return DiagonalEstimate(*_finished(operator, mean, squares, samples))
+    return DiagonalEstimate(*_finished(operator, mean, squares, samples), samples - 1 if samples > 1 else math.nan)
 
 
 def hutch_plus_plus(operator: LinearOperator, products: int, *, seed: int = 0, batch_size: int = 1) -> Estimate:
@@ -169,8 +215,7 @@ def hutch_plus_plus(operator: LinearOperator, products: int, *, seed: int = 0, b
         batch_size,
         "deflated probe",
     )
-    estimate = _widened(rest[:, 0])
-    return estimate._replace(value=float(np.trace(reduced)) + estimate.value)
+    return Estimate(float(np.trace(reduced)) + float(rest[:, 0].mean()), *across_probes(rest[:, 0]))
 
 
 def xtrace(operator: LinearOperator, products: int, *, seed: int = 0, batch_size: int = 1) -> Estimate:
@@ -184,7 +229,8 @@ def xtrace(operator: LinearOperator, products: int, *, seed: int = 0, batch_size
 
     The standard error, NaN for m = 1, is the paper's, std(ddof=1)/sqrt(m) over the m estimates, and beside it their
     covariance: they share their probes, and the paper's alone is 5 to 35% low (600 repetitions, m from 5 to 30, flat
-    and decaying spectra of 100 and 1,000 eigenvalues; with the covariance within 7% of the truth from m = 10 on).
+    and decaying spectra of 100 and 1,000 eigenvalues; with the covariance within 7% of the truth from m = 10 on). It
+    has m - 1 degrees of freedom.
 
     An operator of rank below m is known entirely from any m - 1 of its products: P is then the whole sketch in every
     one of the m estimates, and the trace exact up to rounding. The same is taken where the sketch is of rank below m
@@ -213,8 +259,8 @@ def xtrace(operator: LinearOperator, products: int, *, seed: int = 0, batch_size
     w = [np.asarray(_overlaps(operator, basis, draw(k)), np.float64) for k in _batches(count, batch_size)]
     sketch = _Sketch(operator.dim, r, np.concatenate(w)[:count].T, reduced, forms[:, 0], forms[:, 1])
     estimates = _leave_one_out(sketch)
-    estimate = _mean(estimates)
-    return estimate._replace(standard_error=math.hypot(estimate.standard_error, _covariance(sketch, estimates) ** 0.5))
+    error, freedom = across_probes(estimates)
+    return Estimate(float(estimates.mean()), math.hypot(error, _covariance(sketch, estimates) ** 0.5), freedom)
 
 
 class _Sketch(NamedTuple):
@@ -282,16 +328,6 @@ def _covariance(sketch: _Sketch, estimates: Array) -> float:
     return max(0.0, float(np.sum(gained * gained.T)) / (m * (m - 1)))
 
 
-def _mean(values: Array) -> Estimate:
-    error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
-    return Estimate(float(values.mean()), float(error))
-
-
-def _widened(values: Array) -> Estimate:
-    """The mean of independent values; its error with Student's factor (see `jaxhess.standard_errors`)."""
-    return _mean(values) if values.size < 2 else Estimate(float(values.mean()), across_probes(values).widened)
-
-
 def _exact_trace(operator: LinearOperator, batch_size: int) -> Estimate:
     """The sum of all diagonal entries, from as many products."""
     _validate(operator, batch_size)
@@ -303,25 +339,25 @@ def _exact_trace(operator: LinearOperator, batch_size: int) -> Estimate:
         batch_size,
         "unit vector",
     )
-    return Estimate(float(entries[:, 0].sum()), 0.0)
+    return Estimate(float(entries[:, 0].sum()), 0.0, math.inf)
 
 
 def _over_probes(
-    values: Callable[[LinearOperator, Vector, Vector], jax.Array],
+    values: Callable[[Any, Vector, Vector], jax.Array],
     operator: LinearOperator,
     samples: int,
     seed: int,
     distribution: Distribution,
     batch_size: int,
 ) -> Array:
-    """What `_forms` or `_lengths` says of so many probes and their products."""
+    """What `values` says of the numbers of so many probes, of these and their products."""
     key = random_key(seed)
     random_probe(key, (), distribution)  # refuses an unknown distribution
     _validate(operator, batch_size)
     return _collected(
         operator,
         _drawer(operator, key, distribution),
-        lambda _, probes, products: values(operator, probes, products),
+        values,
         samples,
         batch_size,
     )
@@ -454,7 +490,13 @@ def _forms(operator: LinearOperator, vectors: Vector, products: Vector) -> jax.A
 
 
 @jax.jit
-def _lengths(operator: LinearOperator, vectors: Vector, products: Vector) -> jax.Array:
+def _forms_and_lengths(operator: LinearOperator, vectors: Vector, products: Vector) -> jax.Array:
+    """[b, 2]: v'Av and |Av| of every vector."""
+    return _everywhere(operator, jnp.stack([jax.vmap(dot)(vectors, products), jax.vmap(norm)(products)], axis=1))
+
+
+@jax.jit
+def _lengths(operator: LinearOperator, products: Vector) -> jax.Array:
     """[b]: |Av| of every vector."""
     return _everywhere(operator, jax.vmap(norm)(products))
 
@@ -524,6 +566,29 @@ def _updated(
     pairs = jax.tree.map(leaf, mean, squares, probes, products)
     mean, squares = jax.tree.transpose(jax.tree.structure(mean), jax.tree.structure((0, 0)), pairs)
     return _pinned(operator, mean), _pinned(operator, squares)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _scattered(
+    operator: LinearOperator, mean: Vector, probes: Vector, products: Vector, numbers: jax.Array, samples: int
+) -> tuple[Vector, jax.Array]:
+    """The mean of v * Av with a batch added, and [b, 4]: v'Av, |Av|, and what the batch adds to the squared deviations.
+
+    The latter as two lengths, whose squares are summed over all samples (as in `_updated`): how far v * Av is from the
+    batch's mean, and the share of one sample in how far that is from the mean before.
+    """
+    counted = numbers < samples
+    done, new = numbers[0], counted.sum()
+    terms = jax.tree.map(jnp.multiply, probes, products)
+    of_batch = jax.tree.map(
+        lambda x: jnp.tensordot(counted.astype(x.dtype), x, 1, precision="highest")[None] / new.astype(x.dtype), terms
+    )
+    away = jax.tree.map(jnp.subtract, of_batch, mean)
+    within = jax.vmap(norm)(jax.tree.map(jnp.subtract, terms, of_batch))
+    between = jax.vmap(norm)(away) * jnp.sqrt(done / (done + new))
+    mean = jax.tree.map(lambda m, a: m + a * (new / (done + new)).astype(m.dtype), mean, away)
+    columns = [jax.vmap(dot)(probes, products), jax.vmap(norm)(products), within, jnp.broadcast_to(between, within.shape)]
+    return _pinned(operator, mean), _everywhere(operator, jnp.stack(columns, axis=1))
 
 
 @jax.jit
