@@ -92,23 +92,22 @@ def wasserstein(
 
 
 def densities_figure(spectra: Sequence[Spectrum], labels: Sequence[str]) -> Figure:
-    """Smoothed densities over each other, with one kernel and on one axis, bands of two standard errors."""
+    """Smoothed densities over each other, with one kernel and on one axis, and their 95% bands."""
     first = spectra[0].density()
     drawn = [s.density(width=first.width, linthresh=first.linthresh) for s in spectra]
     figure, axes = new_figure()
     floor = min(_floor(s, d.density, d.edges) for s, d in zip(spectra, drawn, strict=True))
     for spectrum, density, label, color in zip(spectra, drawn, labels, _colors(len(spectra)), strict=True):
         axes.plot(density.centers, np.maximum(density.density, floor / 10), color=color, linewidth=1.5, label=label)
-        if spectrum.num_probes > 1:
-            low, high = (np.maximum(x, floor / 10) for x in density.band)
-            axes.fill_between(density.centers, low, high, color=color, alpha=0.18, linewidth=0)
+        low, high = (np.maximum(x, floor / 10) for x in density.band)
+        axes.fill_between(density.centers, low, high, color=color, alpha=0.18, linewidth=0)
     axes.set_yscale("log")
     axes.set_ylim(floor, max(d.density.max() for d in drawn) * 30)
     log_ticks(axes)
     eigenvalue_axis(axes, *_ends(drawn), first.linthresh)
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("density (share of all eigenvalues\nper unit of eigenvalue)")
-    axes.set_title("Densities of eigenvalues, bands of two standard errors", fontsize=11)
+    axes.set_title("Smoothed densities of eigenvalues, 95% bands", fontsize=11)
     axes.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
     return figure
 

@@ -40,15 +40,16 @@ class NotebookFigure(Figure):
 
 
 def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
-    """The eigenvalue density on a logarithmic axis, a band of two standard errors, the outliers ticked below."""
+    """The smoothed density of Ritz values, the 95% band of the equally smoothed eigenvalues, outliers ticked below."""
     density = spectrum.density(axis=axis)
     figure, axes = new_figure()
     mean, (lower, upper) = density.density, density.band
     bottom = _density_floor(spectrum, density)
-    axes.plot(density.centers, np.maximum(mean, bottom / 10), color=ACCENT, linewidth=1.6, label="mean over probes")
-    if spectrum.num_probes > 1:
-        band = (np.maximum(lower, bottom / 10), np.maximum(upper, bottom / 10))
-        axes.fill_between(density.centers, *band, color=ACCENT, alpha=0.2, linewidth=0, label="± 2 standard errors")
+    label = "weights of the Ritz values, smoothed"
+    axes.plot(density.centers, np.maximum(mean, bottom / 10), color=ACCENT, linewidth=1.6, label=label)
+    band = (np.maximum(lower, bottom / 10), np.maximum(upper, bottom / 10))
+    label = "all eigenvalues, equally smoothed: 95%"
+    axes.fill_between(density.centers, *band, color=ACCENT, alpha=0.2, linewidth=0, label=label)
     outliers = _outliers(spectrum)
     if outliers.size:
         label = f"Ritz values outside the central {CENTRAL_MASS:.0%} of the mass"
@@ -60,12 +61,8 @@ def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
     log_ticks(axes)
     eigenvalue_axis(axes, density.edges[0], density.edges[-1], density.linthresh)
     axes.set_ylabel("density (share of all eigenvalues\nper unit of eigenvalue)")
-    note = "" if spectrum.num_probes > 1 else "; one probe: no error band"
-    axes.set_title(
-        f"Density of the eigenvalues of the {spectrum.matrix_name}\n{_provenance(spectrum)}{note}",
-        fontsize=11,
-        color=INK,
-    )
+    title = f"Smoothed density of the eigenvalues of the {spectrum.matrix_name}\n{_provenance(spectrum)}"
+    axes.set_title(title, fontsize=11, color=INK)
     smallest, largest = (format_number(extreme.value) for extreme in spectrum.extreme())
     same = smallest == largest
     axes.set_xlabel(
@@ -76,10 +73,11 @@ def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
 
 
 def distribution_figure(spectrum: Spectrum) -> Figure:
-    """The share of eigenvalues at or below x on the density's axis: the probes' mean, and the bounds that are certain.
+    """The share of eigenvalues at or below x on the density's axis: the probes' mean, its bounds and its 95% interval.
 
-    The band is the mean over probes of the Chebyshev-Markov-Stieltjes bounds, so that it bounds the mean of the probes'
-    own distribution functions. Shares are on a logit axis that ends at a tenth of one eigenvalue, from 0 and from 1.
+    The inner band is the mean over probes of the Chebyshev-Markov-Stieltjes bounds, so that it bounds the mean of the
+    probes' own distribution functions; the outer one adds the chance in the probes. Shares are on a logit axis that
+    ends at a tenth of one eigenvalue, from 0 and from 1.
     """
     density = spectrum.density()
     figure, axes = new_figure()
@@ -90,10 +88,14 @@ def distribution_figure(spectrum: Spectrum) -> Figure:
     x = np.sort(np.append(density.along(CURVE_POINTS), nodes))
     mean = upto[np.searchsorted(nodes, x, side="right")]
     lower, upper = (bound.mean(0) for bound in spectrum.distribution_bounds(x))
+    low, high = spectrum.distribution_interval(x)
     floor = max(0.1 / spectrum.dim, 1e-14)  # One minus a tenth of it must not be one.
-    mean, lower, upper = (np.clip(share, floor / 10, 1 - floor / 10) for share in (mean, lower, upper))
+    shares = (mean, lower, upper, low, high)
+    mean, lower, upper, low, high = (np.clip(share, floor / 10, 1 - floor / 10) for share in shares)
     band = "bounds, certain for these probes"
-    axes.fill_between(x, lower, upper, color=ACCENT, alpha=0.2, linewidth=0, step="post", label=band)
+    axes.fill_between(x, lower, upper, color=ACCENT, alpha=0.3, linewidth=0, step="post", label=band)
+    band = "with the chance in the probes: 95%"
+    axes.fill_between(x, low, high, color=ACCENT, alpha=0.12, linewidth=0, step="post", label=band)
     axes.plot(x, mean, color=ACCENT, linewidth=1.6, drawstyle="steps-post", label="mean over probes")
     axes.set_yscale("logit")
     axes.set_ylim(floor, 1 - floor)

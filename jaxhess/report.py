@@ -30,23 +30,28 @@ thead th{color:#5b6b82;font-weight:600} .wide{overflow-x:auto}
 figure{margin:1rem 0} img{max-width:100%} figcaption,.note{color:#46566c;font-size:.92rem}
 """
 
-DENSITY_CAPTION = """How to read it: the curve says how the eigenvalues of the {matrix} are spread. Each
+DISTRIBUTION_CAPTION = """How to read it: the curve is the share of all eigenvalues of the {matrix} at or below a
+value, as the random probes see it; where it is steep there are many eigenvalues, where it is flat few or none. Each
 eigenvalue is the curvature of the loss along one direction in parameter space: large positive ones are steep walls,
-values near zero flat directions, negative ones directions in which the loss curves down. The vertical axis is
-logarithmic; the horizontal axis is linear near zero and logarithmic in both directions away from it, so that a bulk
-near zero and a few outliers fit in one picture. The band is two standard errors across random probes; where it
-reaches the bottom the probes do not agree on the density there. Red ticks mark the Ritz values (estimates of
-eigenvalues) outside the central 99% of the mass. Dips between neighbouring Ritz values in the bulk can be gaps of the
-method rather than of the spectrum: more Lanczos steps fill them."""
+values near zero flat directions, negative ones directions in which the loss curves down. The vertical axis is stretched
+towards 0 and 1, so that a share of a few eigenvalues shows at either end: at 0.999 one eigenvalue in a thousand is
+larger. The horizontal axis is linear near zero and logarithmic in both directions away from it. The inner band holds,
+without any assumption and up to rounding, what these same probes would show after endlessly many Lanczos steps; more
+steps narrow it. The outer band also covers the chance in the probes: at each place it holds the share of the operator's
+own eigenvalues with 95%; more probes narrow it. Where a band is narrow, the share is known; where it spans the figure,
+nothing is known about how eigenvalues are spread in there."""
 
-DISTRIBUTION_CAPTION = """How to read it: the curve is the share of all eigenvalues at or below a value, as the random
-probes see it; where it is steep there are many eigenvalues, where it is flat few or none. The vertical axis is
-stretched towards 0 and 1, so that a share of a few eigenvalues shows at either end: at 0.999 one eigenvalue in a
-thousand is larger. The band holds, without any assumption and up to rounding, what these same probes would show after
-endlessly many Lanczos steps. Where it is narrow, the share is known; where it spans the figure, the steps taken say
-nothing about how eigenvalues are spread in there, and the shape of the density above is a guess. More steps narrow it.
-That other probes would give another curve is not in the band; with many parameters this matters only for shares of a
-few eigenvalues."""
+DENSITY_CAPTION = """How to read it: the curve is the weights of the Ritz values (estimates of eigenvalues), smoothed by
+a Gaussian whose standard deviation is {width} of the axis' length. With few Lanczos steps its bumps are the shape of
+that Gaussian around single Ritz values, and the dips between them are gaps of the method rather than of the spectrum.
+The band holds with 95% what the operator's own eigenvalues would give, equally smoothed: both what the steps taken leave
+open and the chance in the probes. Where it reaches the bottom, the curve's shape there says nothing; the distribution
+above says how many eigenvalues there are. {zero} Red ticks mark the Ritz values outside the central 99% of the mass."""
+
+REFLECTED = """No Ritz value is negative beyond rounding, so the Gaussian is reflected at zero: nothing is drawn below."""
+
+NOT_REFLECTED = """Smoothing keeps the total mass and moves it to both sides: what lies at zero is drawn half above and
+half below it, so mass near zero does not say how many eigenvalues are negative."""
 
 STEM_CAPTION = """How to read it: each dot is one Ritz value of one probe; its height estimates the share of all
 eigenvalues near it. The dashed line is the share of a single eigenvalue, 1/dim. A dot near the line, at the same
@@ -66,8 +71,8 @@ MOST_OUTLIERS = 40
 """Rows of the table of outliers."""
 
 FIGURES: dict[str, Callable[[Spectrum], Figure]] = {
-    "density": density_figure,
     "distribution": distribution_figure,
+    "density": density_figure,
     "stem": stem_figure,
 }
 
@@ -95,10 +100,14 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         f'<p class="note">{_subtitle(spectrum)}</p>',
         "<h2>In short</h2>",
         table(("quantity", "value", "how sure"), _headline(spectrum)),
-        "<h2>Density of eigenvalues</h2>",
-        _image(images["density"], "Density of eigenvalues", DENSITY_CAPTION.format(matrix=spectrum.matrix_name)),
         "<h2>Distribution of eigenvalues</h2>",
-        _image(images["distribution"], "Distribution of eigenvalues", DISTRIBUTION_CAPTION),
+        _image(
+            images["distribution"],
+            "Distribution of eigenvalues",
+            DISTRIBUTION_CAPTION.format(matrix=spectrum.matrix_name),
+        ),
+        "<h2>Density of eigenvalues, smoothed</h2>",
+        _image(images["density"], "Density of eigenvalues", _density_caption(spectrum)),
         "<h2>Ritz values and weights</h2>",
         _image(images["stem"], "Ritz values and their weights", STEM_CAPTION),
         "<h2>Every probe</h2>",
@@ -160,12 +169,18 @@ def _extreme_words(extreme: Extreme) -> str:
     return bound + f"; the probes' own values scatter by {_number(extreme.spread, 2)} (standard deviation)"
 
 
+def _density_caption(spectrum: Spectrum) -> str:
+    density = spectrum.density()
+    low, high = density.along(2) if density.linthresh is None else np.arcsinh(density.along(2) / density.linthresh)
+    zero = REFLECTED if density.reflected else NOT_REFLECTED
+    return DENSITY_CAPTION.format(width=f"{density.width / (high - low):.1%}", zero=zero)
+
+
 def _estimate_words(estimate: Estimate) -> tuple[str, str]:
-    value, error = estimate
-    if math.isnan(error):
-        return _number(value, 4), "standard error unknown: too few steps for a single probe"
-    relative = f" ({_number(100 * error / abs(value), 2)}% of the value)" if value else ""
-    return _number(value, 4), f"± {_number(error, 2)} standard error{relative}"
+    low, high = estimate.interval()
+    if math.isnan(low):
+        return _number(estimate.value, 4), "error not known: too few probes or steps"
+    return _number(estimate.value, 4), f"95%: {_number(low, 4)} to {_number(high, 4)}"
 
 
 def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxhess.density import Axis, Density, smoothed
+from jaxhess.density import Axis, Density, Known, smoothed
 from jaxhess.interchange import read_spectrum, to_csv, to_json
 from jaxhess.krylov.bounds import distribution_bounds
 from jaxhess.krylov.ghosts import (
@@ -26,10 +26,21 @@ from jaxhess.krylov.ghosts import (
     tolerances,
     unflagged,
 )
+from jaxhess.krylov.integrals import integral_bounds
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.record import RunRecord
 from jaxhess.run_folder import ARRAYS, json_ready, read_run, refuse_unusable, write_run
-from jaxhess.standard_errors import Estimate, Spread, across_probes, on_the_sphere
+from jaxhess.standard_errors import (
+    UNKNOWN,
+    Estimate,
+    Spread,
+    across_probes,
+    disagrees,
+    of_squares,
+    on_the_sphere,
+    share_chance,
+    share_interval,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,10 +91,9 @@ class Spectrum:
         step_errors: [probes, steps] float64, what each step left out of the recurrence (`LanczosState.step_errors`); it
             is part of `residual_bounds`. Empty: not known, and taken for zero.
 
-    Standard errors are of the chance in the probes, and such that two of them mean 95% whatever the number of probes:
-    `jaxhess.standard_errors` says how, with the coverage measured. They are the sphere's where that holds; for probes
-    of random signs and for moments whose squares are beyond
-    `exact_degree` they are the probes' own scatter.
+    Standard errors are of the chance in the probes: `jaxhess.standard_errors` says how, with the coverage measured of
+    their intervals. They are the sphere's, as far as the steps taken know it. For probes of random signs that is an
+    upper bound; where the probes' own scatter shows it to be far too large, the scatter is taken.
 
     Raises:
         ValueError: Shapes disagree, a size is outside 1..steps, an entry within it is not finite (a beta: negative), or
@@ -223,7 +233,8 @@ class Spectrum:
         (the squared norm of the next monic Lanczos polynomial), which is known and added. One step thus gives the
         second moment, alpha_1^2 + beta_1^2.
 
-        The standard error (see `Spectrum`) of a single probe is NaN when degree 2k is beyond what the probe knows.
+        Where degree 2k is beyond what the steps know, the error of an even moment is the probes' own scatter (NaN for
+        one probe). That of an odd moment is then not known: NaN.
 
         Raises:
             ValueError: k is not an integer >= 0, or is above `exact_degree`.
@@ -236,38 +247,49 @@ class Spectrum:
                 f"moment {k} is beyond degree {limit}, the last that {limit // 2} Lanczos steps know; "
                 f"run at least {(int(k) + 1) // 2} steps"
             )
-        values, spread = self._moment(int(k))
-        return Estimate(float(values.mean()), spread.widened)
+        k = int(k)
+        nodes = np.nan_to_num(self.ritz_values) ** k
+        values = (self.weights * nodes).sum(1) + self._beyond_gauss(k)
+        even = k % 2 == 0
+        scatter = of_squares(values) if even else across_probes(values)
+        if limit is not None and 2 * k > limit:
+            spread = scatter if even else UNKNOWN
+        else:
+            spread = self._spread(values, nodes, scatter, float(self._beyond_gauss(2 * k).mean()))
+            if even and spread is not scatter:  # In the logarithm the error of the variance cancels that of the value.
+                spread = spread._replace(freedom=np.inf)
+        return Estimate(float(values.mean()), *spread, positive=even)
 
     def trace(self) -> Estimate:
         """tr(H), dim times the first moment."""
-        first = self.moment(1)
-        return Estimate(self.dim * first.value, self.dim * first.standard_error)
+        return self.moment(1).times(self.dim)
 
     def frobenius_norm(self) -> Estimate:
         """||H||_F = sqrt(dim * second moment); the standard error by the delta method, dF = F dM / (2 M).
 
-        Without Student's factor where the variance is the sphere's: under the square root its error cancels that of the
-        value. Where one eigenvalue dominates, dF / F is 1/sqrt(2 probes), whatever the probes saw of it.
+        Where one eigenvalue dominates, dF is that eigenvalue over sqrt(2 probes), whatever the probes saw of it.
         """
-        values, spread = self._moment(2)
-        second = float(values.mean())
-        norm = float(np.sqrt(self.dim) * np.sqrt(second))
-        slope = norm / (2 * second) if second > 0 else 0.0
-        return Estimate(norm, slope * (spread.error if self._by_sphere(self._knows(4)) else spread.widened))
+        second = self.moment(2)
+        norm = float(np.sqrt(self.dim) * np.sqrt(second.value))
+        slope = norm / (2 * second.value) if second.value > 0 else 0.0
+        return dataclasses.replace(second, value=norm, standard_error=slope * second.standard_error)
 
     def trace_function(self, f: Callable[[Array], npt.ArrayLike]) -> Estimate:
         """tr f(H), estimated by dim times the mean over probes of sum_i w_i f(theta_i) (Ubaru, Chen and Saad 2017).
 
-        The standard error is that of chance in the probes. What the quadrature lacks (nothing for polynomials of degree
-        2 steps - 1 and after a breakdown, little for functions that are smooth from the smallest to the largest
-        eigenvalue) is not in it: compare with fewer steps.
+        The standard error is that of chance in the probes, as their quadratures know it. What these lack is beside it
+        in `bounds`, and the interval covers both: the bounds are by the Chebyshev-Markov-Stieltjes inequalities
+        (`krylov.integrals`), narrow where f is smooth from end to end of the spectrum, wide where it is not and mass can
+        be between Ritz values. They take for granted that no eigenvalue lies beyond the extreme Ritz values of all
+        probes by more than their residual bounds, and that f does not vary within the points at which it is looked at.
+        None after a breakdown of every probe.
 
         Args:
-            f: Vectorised: from an array of Ritz values to an array of the same shape.
+            f: Vectorised: from an array of Ritz values to an array of the same shape. It is asked between them too;
+                where it is not finite there, the bounds are infinite.
 
         Raises:
-            ValueError: f returns another shape, or a value that is not finite (says at which Ritz value).
+            ValueError: f returns another shape, or a value that is not finite at a Ritz value (says at which).
         """
         taken = np.isfinite(self.ritz_values)
         theta = self.ritz_values[taken]
@@ -281,11 +303,19 @@ class Spectrum:
         nodes = np.zeros(self.alphas.shape)
         nodes[taken] = found
         values = (self.weights * nodes).sum(1)
-        spread = self._spread(values, nodes, np.zeros(self.num_probes))
-        return Estimate(self.dim * float(values.mean()), self.dim * spread.widened)
+        spread = self._spread(values, nodes, across_probes(values))
+        bounds = None
+        if not self.broke_down.all():
+            probes = [
+                (value, value) if broke else self._integral_bounds(probe, f)
+                for probe, (value, broke) in enumerate(zip(values, self.broke_down, strict=True))
+            ]
+            low, high = np.mean(probes, axis=0)
+            bounds = float(low), float(high)
+        return Estimate(float(values.mean()), *spread, bounds=bounds).times(self.dim)
 
     def log_determinant(self, shift: float = 0.0) -> Estimate:
-        """log det(H + shift I) = tr log(H + shift I); the standard error as that of `trace_function`.
+        """log det(H + shift I) = tr log(H + shift I); an estimate like that of `trace_function`.
 
         Raises:
             ValueError: H + shift I is not positive definite (says which shift would be right).
@@ -314,10 +344,20 @@ class Spectrum:
             raise ValueError(f"x must be one-dimensional, got shape {x.shape}")
         bounds = np.empty((2, self.num_probes, x.size))
         for probe, (nodes, broke) in enumerate(zip(self._quadratures, self.broke_down, strict=True)):
-            slack = tolerances(nodes, self.rounding)
-            slack += self._last_betas[probe] if broke else 0.0  # What the breakdown took for rounding.
+            slack = self._slack(probe) + (self._last_betas[probe] if broke else 0.0)  # Which was taken for rounding.
             bounds[:, probe] = distribution_bounds(nodes.ritz_values, nodes.weights, x, slack, exhausted=broke)
         return bounds[0], bounds[1]
+
+    def distribution_interval(self, x: npt.ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
+        """Low and high ends, each [len(x)], of what holds the share of all eigenvalues at or below x.
+
+        The means over probes of `distribution_bounds`, and on top of them the chance in the probes.
+
+        Raises:
+            ValueError: x as there; `level` is not between 0 and 1.
+        """
+        low, high = (bound.mean(0) for bound in self.distribution_bounds(x))
+        return share_interval(low, np.minimum(high, 1.0), share_chance(self.dim, self.num_probes, level))
 
     def extreme(self) -> Extremes:
         """The smallest and largest Ritz value over all probes (H's own extremes lie at or beyond them)."""
@@ -343,14 +383,16 @@ class Spectrum:
     def density(
         self, points: int = 400, axis: Axis = "symlog", width: float | None = None, linthresh: float | None = None
     ) -> Density:
-        """The density on a grid with errors across probes; see `jaxhess.density.smoothed` for the arguments."""
-        return smoothed(self.ritz_values, self.weights, points, axis, width, linthresh)
+        """The density on a grid with a 95% band; see `jaxhess.density.smoothed` for the arguments."""
+        slack = [self._slack(probe) for probe in range(self.num_probes)]
+        known = Known(self.dim, self._ends, slack, self.broke_down)
+        return smoothed(self.ritz_values, self.weights, known, points, axis, width, linthresh)
 
     def summary(self) -> dict[str, Any]:
         """What a reader asks first, JSON-ready: what is not known is None."""
         smallest, largest = self.extreme()
         degree = self.exact_degree
-        moments = {str(k): self.moment(k)._asdict() for k in range(1, 5) if degree is None or k <= degree}
+        moments = {str(k): self.moment(k).to_dict() for k in range(1, 5) if degree is None or k <= degree}
         return json_ready(
             {
                 "dim": self.dim,
@@ -363,8 +405,8 @@ class Spectrum:
                 "rounding": self.rounding,
                 "smallest": smallest._asdict(),
                 "largest": largest._asdict(),
-                "trace": self.trace()._asdict(),
-                "frobenius_norm": self.frobenius_norm()._asdict(),
+                "trace": self.trace().to_dict(),
+                "frobenius_norm": self.frobenius_norm().to_dict(),
                 "moments": moments,
                 "exact_degree": degree,
                 "checks": self.checks(),
@@ -461,29 +503,29 @@ class Spectrum:
         rows.flags.writeable = False
         return rows
 
-    def _knows(self, degree: int) -> bool:
-        return self.exact_degree is None or degree <= self.exact_degree
+    def _spread(self, values: Array, nodes: Array, scatter: Spread, missing: float = 0.0) -> Spread:
+        """Of the mean of the values [probes] of v'Av, from the eigenvalues of A [probes, steps] in the quadratures.
 
-    def _moment(self, k: int) -> tuple[Array, Spread]:
-        """[probes] v'H^k v, and the spread of their mean."""
-        nodes = np.nan_to_num(self.ritz_values) ** k
-        values = (self.weights * nodes).sum(1) + self._beyond_gauss(k)
-        return values, self._spread(values, nodes, self._beyond_gauss(2 * k), self._knows(2 * k))
-
-    def _spread(self, values: Array, nodes: Array, missing: Array, known: bool = True) -> Spread:
-        """Of the mean of the values [probes] of v'Av, from eigenvalues of A [probes, steps] if they know A squared.
-
-        `missing` is what the quadratures of A squared lack.
+        `missing` is what the quadratures of A squared lack, `scatter` the spread that the values alone would give.
         """
-        if not known and self.num_probes == 1:
-            return Spread(float("nan"), float("nan"))
-        if not self._by_sphere(known):
-            return across_probes(values)
-        return on_the_sphere(self.dim, values, nodes, self.weights, float(missing.mean()))
+        sphere = on_the_sphere(self.dim, values, nodes, self.weights, missing)
+        signs = self.run.distribution == "rademacher" and self.num_probes > 1
+        return scatter if signs and disagrees(scatter, sphere) else sphere
 
-    def _by_sphere(self, known: bool) -> bool:
-        """Whether the variance on the sphere is taken: for random signs only where there is no other (see there)."""
-        return known and (self.num_probes == 1 or self.run.distribution != "rademacher")
+    @functools.cached_property
+    def _ends(self) -> tuple[float, float]:
+        """Between which eigenvalues are taken to lie: the extreme Ritz values of all probes and their residuals."""
+        bounds = np.nan_to_num(self.residual_bounds)
+        return float(np.nanmin(self.ritz_values - bounds)), float(np.nanmax(self.ritz_values + bounds))
+
+    def _slack(self, probe: int) -> Array:
+        """[size] by how far rounding may have moved each Ritz value of a probe."""
+        return tolerances(self._quadratures[probe], self.rounding)
+
+    def _integral_bounds(self, probe: int, f: Callable[[Array], npt.ArrayLike]) -> tuple[float, float]:
+        """Of v'f(H)v of a probe."""
+        nodes = self._quadratures[probe]
+        return integral_bounds(f, nodes.ritz_values, nodes.weights, self._ends, self._slack(probe))
 
     def _beyond_gauss(self, k: int) -> Array:
         """[probes] what v'H^k v exceeds the quadrature by: the product of the squared betas for k = 2 size, else 0."""

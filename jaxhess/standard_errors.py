@@ -185,6 +185,21 @@ def on_the_sphere(dim: int, values: Array, nodes: Array, weights: Array, missing
     return Spread(unit * float(np.sqrt(2 * variance / (trials - 2))), freedom)
 
 
+def share_chance(dim: int, probes: int, level: float = 0.95) -> float:
+    """Half the width of an interval in arcsin(sqrt(share)), for shares of eigenvalues that probes estimate.
+
+    A share is v'Pv, P the projector on their eigenvectors, of variance 2 share (1 - share) / ((n + 2) probes) at most
+    (on the sphere; less for random signs): in arcsin(sqrt(share)) it is the same everywhere.
+    """
+    return student_factor(math.inf, level) / math.sqrt(2 * (dim + 2) * probes)
+
+
+def share_interval(low: Array, high: Array, chance: npt.ArrayLike) -> tuple[Array, Array]:
+    """Low and high ends of an interval of shares which are bounded by low and high, from `share_chance`."""
+    angles = np.arcsin(np.sqrt(low)) - chance, np.arcsin(np.sqrt(high)) + chance
+    return np.sin(np.maximum(angles[0], 0)) ** 2, np.sin(np.minimum(angles[1], np.pi / 2)) ** 2
+
+
 def disagrees(scatter: Spread, sphere: Spread) -> bool:
     """Whether the probes' own scatter is smaller than the sphere's variance allows by chance.
 

@@ -51,7 +51,10 @@ def run(options: Options) -> dict[str, Any]:
     rows = [row(label, s) for label, s in zip(labels, spectra, strict=True)]
     distances = [distance(spectra[0], s) for s in spectra[1:]]
     record = {
-        "spectra": [{**dataclasses.asdict(r), "path": str(p)} for r, p in zip(rows, options.spectra, strict=True)],
+        "spectra": [
+            {**dataclasses.asdict(r), "moments": [m.to_dict() for m in r.moments], "path": str(p)}
+            for r, p in zip(rows, options.spectra, strict=True)
+        ],
         "distances_from_the_first": [{**d._asdict(), "same": d.same} for d in distances],
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +93,7 @@ def show(console: Console, rows: list[Row], distances: list[Distance], spectra: 
     for k in range(1, most + 1):
         table.add_column("mean eigenvalue" if k == 1 else f"moment {k}")
     for r, s in zip(rows, spectra, strict=True):
-        moments = [f"{m.value:.4g} ± {m.standard_error:.1g}" for m in r.moments]
+        moments = [str(m) for m in r.moments]
         table.add_row(r.label, f"{s.num_probes} x {s.num_steps}", f"{r.smallest:.5g}", f"{r.largest:.5g}", *moments)
     console.print(table)
     for r, d in zip(rows[1:], distances, strict=True):

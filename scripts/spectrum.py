@@ -421,8 +421,8 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
     console.print(f"loss            {result.info['loss']:.6g} nats per token")
     for name, value in (("largest", extremes.largest), ("smallest", extremes.smallest)):
         console.print(f"{name + ' Ritz':15s} {value.value:.6g}  (residual bound {value.residual_bound:.2g})")
-    console.print(f"trace           {trace.value:.6g} ± {trace.standard_error:.2g}")
-    console.print(f"Frobenius norm  {frobenius.value:.6g} ± {frobenius.standard_error:.2g}")
+    console.print(f"trace           {trace}")
+    console.print(f"Frobenius norm  {frobenius}")
     floor = result.info.get("noise", {}).get("floor")
     if floor:
         console.print(f"noise floor     {floor['random']:.2g} in the bulk, {floor['leading']:.2g} among the outliers")
