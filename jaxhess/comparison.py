@@ -97,7 +97,7 @@ def densities_figure(spectra: Sequence[Spectrum], labels: Sequence[str]) -> Figu
     drawn = [s.density(width=first.width, linthresh=first.linthresh) for s in spectra]
     figure, axes = new_figure()
     floor = min(_floor(s, d.density, d.edges) for s, d in zip(spectra, drawn, strict=True))
-    for spectrum, density, label, color in zip(spectra, drawn, labels, _colors(len(spectra)), strict=True):
+    for density, label, color in zip(drawn, labels, _colors(len(spectra)), strict=True):
         axes.plot(density.centers, np.maximum(density.density, floor / 10), color=color, linewidth=1.5, label=label)
         low, high = (np.maximum(x, floor / 10) for x in density.band)
         axes.fill_between(density.centers, low, high, color=color, alpha=0.18, linewidth=0)

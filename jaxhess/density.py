@@ -83,7 +83,7 @@ class Density:
         Both what the Lanczos steps leave open (Chebyshev-Markov-Stieltjes inequalities: the mass of a Ritz value lies
         between its neighbours) and the chance in the probes.
         """
-        low, high = share_interval(*self.bounds, self.chance)
+        low, high = share_interval(self.bounds[0], self.bounds[1], self.chance)
         return low / np.diff(self.edges), high / np.diff(self.edges)
 
 
@@ -147,7 +147,10 @@ def smoothed(
             bounds += mass[probe]
             continue
         around = np.concatenate([[min(known.ends[0], nodes[0])], nodes, [max(known.ends[1], nodes[-1])]])
-        reach = _to_axis(around[:-2] - known.slack[probe], linthresh), _to_axis(around[2:] + known.slack[probe], linthresh)
+        reach = (
+            _to_axis(around[:-2] - known.slack[probe], linthresh),
+            _to_axis(around[2:] + known.slack[probe], linthresh),
+        )
         for bound, extremes in zip(bounds, kernel.extremes(*reach), strict=True):
             bound += w @ extremes
     bounds = np.clip(bounds / len(ritz_values), 0, 1)

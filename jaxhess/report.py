@@ -44,11 +44,13 @@ nothing is known about how eigenvalues are spread in there."""
 DENSITY_CAPTION = """How to read it: the curve is the weights of the Ritz values (estimates of eigenvalues), smoothed by
 a Gaussian whose standard deviation is {width} of the axis' length. With few Lanczos steps its bumps are the shape of
 that Gaussian around single Ritz values, and the dips between them are gaps of the method rather than of the spectrum.
-The band holds with 95% what the operator's own eigenvalues would give, equally smoothed: both what the steps taken leave
-open and the chance in the probes. Where it reaches the bottom, the curve's shape there says nothing; the distribution
+The band holds with 95% what the operator's own eigenvalues would give, equally smoothed: both what the steps taken
+leave open and the chance in the probes. Where it reaches the bottom, the curve's shape there says nothing; the distribution
 above says how many eigenvalues there are. {zero} Red ticks mark the Ritz values outside the central 99% of the mass."""
 
-REFLECTED = """No Ritz value is negative beyond rounding, so the Gaussian is reflected at zero: nothing is drawn below."""
+REFLECTED = (
+    """No Ritz value is negative beyond rounding, so the Gaussian is reflected at zero: nothing is drawn below."""
+)
 
 NOT_REFLECTED = """Smoothing keeps the total mass and moves it to both sides: what lies at zero is drawn half above and
 half below it, so mass near zero does not say how many eigenvalues are negative."""

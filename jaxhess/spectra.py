@@ -279,8 +279,8 @@ class Spectrum:
 
         The standard error is that of chance in the probes, as their quadratures know it. What these lack is beside it
         in `bounds`, and the interval covers both: the bounds are by the Chebyshev-Markov-Stieltjes inequalities
-        (`krylov.integrals`), narrow where f is smooth from end to end of the spectrum, wide where it is not and mass can
-        be between Ritz values. They take for granted that no eigenvalue lies beyond the extreme Ritz values of all
+        (`krylov.integrals`), narrow where f is smooth from end to end of the spectrum, wide where it is not and mass
+        can be between Ritz values. They take for granted that no eigenvalue lies beyond the extreme Ritz values of all
         probes by more than their residual bounds, and that f does not vary within the points at which it is looked at.
         None after a breakdown of every probe.
 

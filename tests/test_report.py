@@ -97,11 +97,13 @@ def test_tick_labels_do_not_overlap(case, kind):
             assert len({label.get_text() for label in labels}) == len(labels)
 
 
-def test_density_figure_has_a_band_only_where_errors_are_known():
-    assert len(density_figure(_spectrum(probes=3)).axes[0].collections) == 1
-    single = density_figure(_spectrum(probes=1)).axes[0]
-    assert len(single.collections) == 0
-    assert "no error band" in single.get_title()
+@pytest.mark.parametrize("probes", [1, 3])
+def test_density_figure_has_the_band_of_quadrature_and_sampling_error(probes):
+    spectrum = _spectrum(probes=probes)
+    (band,) = density_figure(spectrum).axes[0].collections
+    corners = band.get_paths()[0].vertices[:, 1]
+    _, high = spectrum.density().band
+    assert np.isin(high[high > corners.min()], corners).all()
 
 
 def test_drawn_density_is_the_spectrum_s():
@@ -191,12 +193,11 @@ def test_distribution_figure_draws_the_mean_inside_its_bounds(case):
     assert shown.any()
     np.testing.assert_allclose(y[shown], mean[shown], rtol=1e-9, atol=1e-14)
     lower, upper = (bound.mean(0) for bound in spectrum.distribution_bounds(x))
-    (band,) = axes.collections
-    corners = band.get_paths()[0].vertices[:, 1]
     floor = low / 10
-    for bound in (lower, upper):
-        drawn = np.clip(bound, floor, 1 - floor)
-        assert np.isin(drawn, corners).all()
+    for band, bounds in zip(axes.collections, ((lower, upper), spectrum.distribution_interval(x)), strict=True):
+        corners = band.get_paths()[0].vertices[:, 1]
+        for bound in bounds:
+            assert np.isin(np.clip(bound, floor, 1 - floor), corners).all()
     assert (np.clip(lower, floor, 1 - floor) <= y + 1e-13).all()
     assert (y <= np.clip(upper, floor, 1 - floor) + 1e-13).all()
 
@@ -216,7 +217,7 @@ def test_report_embeds_its_plots_and_needs_nothing_else(tmp_path):
     write_report(tmp_path, _spectrum())
     page, parser = _read(tmp_path)
     assert len(parser.sources) == 3
-    for source, name in zip(parser.sources, ("density.png", "distribution.png", "stem.png"), strict=True):
+    for source, name in zip(parser.sources, ("distribution.png", "density.png", "stem.png"), strict=True):
         image = base64.b64decode(re.fullmatch("data:image/png;base64,(.*)", source).group(1), validate=True)
         assert image.startswith(b"\x89PNG")
         assert image == (tmp_path / name).read_bytes()
@@ -292,3 +293,13 @@ def test_report_shows_eigenpairs_with_their_residuals_if_the_run_has_any(tmp_pat
     write_report(tmp_path, _spectrum(info={"eigenpairs": "none"}))
     _, parser = _read(tmp_path)
     assert "Eigenvectors" not in parser.texts
+
+
+def test_report_says_what_is_not_known_and_where_smoothing_puts_mass(tmp_path):
+    write_report(tmp_path, _spectrum())
+    assert "drawn half above and half below" in " ".join((tmp_path / "report.html").read_text().split())
+    semidefinite = Spectrum([[1.0, 2.0, 3.0]] * 2, [[1.0, 1.0, 0.5]] * 2, [3, 3], 10**6)
+    write_report(tmp_path, semidefinite)
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert "reflected at zero" in page
+    assert semidefinite.density().edges[0] == 0

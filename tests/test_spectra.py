@@ -189,7 +189,9 @@ def test_density_is_equivariant_under_scaling(axis, factor):
     np.testing.assert_allclose(other.mass, one.mass, atol=1e-11)
     np.testing.assert_allclose(other.bounds, one.bounds, atol=1e-11)
     np.testing.assert_allclose(fields(scaled.trace()), fields(plain.trace().times(factor)), rtol=1e-10)
-    np.testing.assert_allclose(fields(scaled.frobenius_norm()), fields(plain.frobenius_norm().times(factor)), rtol=1e-10)
+    np.testing.assert_allclose(
+        fields(scaled.frobenius_norm()), fields(plain.frobenius_norm().times(factor)), rtol=1e-10
+    )
 
 
 @pytest.mark.parametrize("axis", ["symlog", "linear"])
@@ -506,3 +508,117 @@ def test_random_signs_on_a_diagonal_matrix_have_no_error_and_say_so():
     signs = Spectrum(*coefficients, [10] * 4, n, run=RunRecord(distribution="rademacher"))
     assert signs.trace().standard_error < 1e-10
     assert signs.trace().value == pytest.approx(EIGENVALUES.sum(), abs=1e-10)
+
+
+def _masses(values, multiplicities, probes, seed=0):
+    """[probes, values] unnormalised mass that normal probes have on eigenvalues which occur so often."""
+    return np.random.default_rng(seed).chisquare(multiplicities, (probes, values.size))
+
+
+def _llm_like(dim=10**8, seed=1):
+    """Different eigenvalues and how often each occurs: 30 outliers over 4 decades, some negative, others near zero."""
+    outliers = np.geomspace(1e-2, 1e2, 30) * np.where(np.arange(30) % 4 == 1, -1, 1)
+    bulk = 3e-5 * np.random.default_rng(seed).normal(size=400)
+    return np.append(bulk, outliers), np.append(np.full(400, (dim - 30) // 400), np.ones(30, int))
+
+
+def test_interval_of_a_trace_function_holds_the_truth_that_few_steps_do_not_see():
+    values, multiplicities = _llm_like()
+    mass = _masses(values, multiplicities, 4)
+    coefficients = _diagonal_lanczos(values, np.sqrt(mass), 20)
+    spectrum = Spectrum(*coefficients, [20] * 4, int(multiplicities.sum()))
+    found, truth = spectrum.trace_function(np.abs), multiplicities @ np.abs(values)
+    assert abs(found.value - truth) > 4 * found.standard_error  # the sampling error alone would not do
+    low, high = found.interval()
+    assert low <= truth <= high
+    assert found.bounds[0] <= found.value <= found.bounds[1]
+    # A smooth function leaves nothing open, at any depth between the steps.
+    smooth = spectrum.trace_function(lambda x: np.log(x + 200))
+    assert np.ptp(smooth.bounds) < 1e-9 * smooth.value
+
+
+@pytest.mark.parametrize(
+    "f",
+    [np.abs, np.tanh, lambda x: np.exp(-50 * x), lambda x: np.sin(40 * x), lambda x: (x > 0.3) * 1.0, np.cbrt],
+    ids=["abs", "tanh", "exp", "sin", "step", "cbrt"],
+)
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_bounds_of_trace_functions_hold_for_each_probe_and_narrow_with_steps(f, steps):
+    masses = np.random.default_rng(2).normal(size=(5, EIGENVALUES.size)) ** 2
+    values = EIGENVALUES.size * (masses / masses.sum(1, keepdims=True)) @ f(EIGENVALUES)
+
+    def bounds(count):
+        coefficients = _diagonal_lanczos(EIGENVALUES, np.sqrt(masses), count)
+        return [
+            # The ends are certain once the extremes have converged; before, they are given.
+            _with_ends(Spectrum(a[None], b[None], [count], EIGENVALUES.size, rounding=2.0**-52))
+            .trace_function(f)
+            .bounds
+            for a, b in zip(*coefficients, strict=True)
+        ]
+
+    few, more = np.array(bounds(steps)), np.array(bounds(2 * steps))
+    slack = 1e-9 * np.abs(values).max()
+    assert (few[:, 0] - slack <= values).all()
+    assert (values <= few[:, 1] + slack).all()
+    # (Of a function that oscillates faster than the steps resolve, nothing but its size is known.)
+    assert f(np.pi / 80) == 1 or np.ptp(more, axis=1).mean() <= np.ptp(few, axis=1).mean() + slack
+
+
+def _with_ends(spectrum):
+    spectrum.__dict__["_ends"] = (EIGENVALUES.min(), EIGENVALUES.max())
+    return spectrum
+
+
+def test_trace_function_is_unbounded_where_the_function_may_not_be_finite_and_exact_after_breakdown():
+    spectrum = _spectrum(probes=2, steps=6, eigenvalues=EIGENVALUES + 3.0001)
+    found = spectrum.trace_function(np.log)
+    assert found.interval()[0] == -np.inf
+    assert "-inf" in str(found)
+    json.dumps(spectrum.summary(), allow_nan=False)
+    assert _spectrum(probes=2, steps=EIGENVALUES.size).trace_function(np.abs).bounds is None
+
+
+@pytest.mark.parametrize("steps", [4, 16])
+@pytest.mark.parametrize("kind", ["LLM-like", "semi-definite"])
+def test_bands_of_distribution_and_density_hold_the_operator_s_own(kind, steps):
+    values, multiplicities = _llm_like(10**6)
+    if kind == "semi-definite":
+        values = np.where(np.arange(values.size) < 400, 0.0, np.abs(values))
+    share = multiplicities / multiplicities.sum()
+    inside, narrower = [], []
+    for seed in range(10):
+        coefficients = _diagonal_lanczos(values, np.sqrt(_masses(values, multiplicities, 2, seed)), steps)
+        spectrum = Spectrum(*coefficients, [steps] * 2, int(multiplicities.sum()))
+        density = spectrum.density(points=100)
+        assert density.reflected == (kind == "semi-definite")
+        grid = _forward(density.edges, density)
+        upto = norm.cdf((grid - _forward(values, density)[:, None]) / density.width)
+        if density.reflected:
+            upto = upto - norm.cdf((-grid - _forward(values, density)[:, None]) / density.width)
+        upto[:, 0], upto[:, -1] = 0.0, 1.0
+        truth = share @ np.diff(upto) / np.diff(density.edges)
+        low, high = density.band
+        inside.append(((low <= truth * (1 + 1e-9)) & (truth <= high * (1 + 1e-9))).mean())
+        x = np.sort(np.append(values, np.linspace(-101, 101, 50)))
+        true = np.array([share[values <= y].sum() for y in x])
+        low, high = spectrum.distribution_interval(x)
+        inside.append(((low <= true + 1e-12) & (true <= high + 1e-12)).mean())
+        certain = [bound.mean(0) for bound in spectrum.distribution_bounds(x)]
+        narrower.append((low <= certain[0]).all() and (certain[1] <= high + 1e-15).all())
+    assert min(inside) >= 0.9
+    assert all(narrower)
+
+
+def _forward(x, density):
+    return np.arcsinh(x / density.linthresh)
+
+
+def test_half_of_a_semidefinite_spectrum_is_not_drawn_below_zero():
+    values = np.append(np.zeros(90), np.linspace(0.1, 5, 10))
+    coefficients = _diagonal_lanczos(values, np.random.default_rng(0).normal(size=(3, 100)), 8)
+    density = Spectrum(*coefficients, [8] * 3, 100).density()
+    assert density.edges[0] == 0
+    np.testing.assert_allclose(density.mass.sum(1), 1, atol=1e-14)
+    assert not _spectrum(probes=2, steps=8).density().reflected
+    assert Spectrum(*coefficients, [8] * 3, 100).density(axis="linear").edges[0] == 0

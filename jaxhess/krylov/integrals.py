@@ -27,10 +27,11 @@ def integral_bounds(
     """Lower and upper bounds of the integral of f over every measure on [ends] with this Gauss quadrature.
 
     By the Chebyshev-Markov-Stieltjes inequalities (see `krylov.bounds`) the mass w_k of node theta_k lies between
-    theta_{k-1} and theta_{k+1}, the outer ones being `ends`: the integral is between the sums of w_k times the least and
-    the greatest value of f there. The same holds of f - p for any polynomial p, and that of p is the quadrature's where
-    its degree is below 2m. Taken is the best of p = 0 and of the least-squares fits to f of every such degree, each gap
-    with the weight that it has in the bounds: little is left then where f is smooth, nothing where f is a polynomial.
+    theta_{k-1} and theta_{k+1}, the outer ones being `ends`: the integral is between the sums of w_k times the least
+    and the greatest value of f there. The same holds of f - p for any polynomial p, and that of p is the quadrature's
+    where its degree is below 2m. Taken is the best of p = 0 and of the least-squares fits to f of every such degree,
+    each gap with the weight that it has in the bounds: little is left then where f is smooth, nothing where f is a
+    polynomial.
 
     Least and greatest are over the points `SAMPLES` of every gap, and zero: a function that varies within those is
     not bounded. Where f is not finite the bounds are infinite.

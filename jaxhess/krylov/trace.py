@@ -137,8 +137,8 @@ def frobenius_norm(
     """The Frobenius norm, the square root of the mean of |Av|^2 over random probes v, and its standard error.
 
     E|Av|^2 = tr(A'A) = F^2; the standard error of that mean is divided by 2 F (delta method), unknown for one sample;
-    the interval is one of log F (`jaxhess.standard_errors.of_squares`). The root of an unbiased mean is low by about the
-    squared standard error over 2 F. Arguments and exceptions are those of `hutchinson`.
+    the interval is one of log F (`jaxhess.standard_errors.of_squares`). The root of an unbiased mean is low by about
+    the squared standard error over 2 F. Arguments and exceptions are those of `hutchinson`.
     """
     _check_count("samples", samples, 1, "one probe needs one product")
     lengths = _over_probes(
@@ -174,7 +174,8 @@ def diagonal(operator: LinearOperator, samples: int, *, seed: int = 0, batch_siz
         return _forms(operator, probes, products)
 
     _collected(operator, _drawer(operator, key, "rademacher"), update, samples, batch_size)
-    return DiagonalEstimate(*_finished(operator, mean, squares, samples), samples - 1 if samples > 1 else math.nan)
+    value, error = _finished(operator, mean, squares, samples)
+    return DiagonalEstimate(value, error, samples - 1 if samples > 1 else math.nan)
 
 
 def hutch_plus_plus(operator: LinearOperator, products: int, *, seed: int = 0, batch_size: int = 1) -> Estimate:
@@ -587,7 +588,12 @@ def _scattered(
     within = jax.vmap(norm)(jax.tree.map(jnp.subtract, terms, of_batch))
     between = jax.vmap(norm)(away) * jnp.sqrt(done / (done + new))
     mean = jax.tree.map(lambda m, a: m + a * (new / (done + new)).astype(m.dtype), mean, away)
-    columns = [jax.vmap(dot)(probes, products), jax.vmap(norm)(products), within, jnp.broadcast_to(between, within.shape)]
+    columns = [
+        jax.vmap(dot)(probes, products),
+        jax.vmap(norm)(products),
+        within,
+        jnp.broadcast_to(between, within.shape),
+    ]
     return _pinned(operator, mean), _everywhere(operator, jnp.stack(columns, axis=1))
 
 
