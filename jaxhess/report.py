@@ -45,8 +45,9 @@ DENSITY_CAPTION = """How to read it: the curve is the weights of the Ritz values
 a Gaussian whose standard deviation is {width} of the axis' length. With few Lanczos steps its bumps are the shape of
 that Gaussian around single Ritz values, and the dips between them are gaps of the method rather than of the spectrum.
 The band holds with 95% what the operator's own eigenvalues would give, equally smoothed: both what the steps taken
-leave open and the chance in the probes. Where it reaches the bottom, the curve's shape there says nothing; the distribution
-above says how many eigenvalues there are. {zero} Red ticks mark the Ritz values outside the central 99% of the mass."""
+leave open and the chance in the probes. Where it reaches the bottom, the curve's shape there says nothing; the
+distribution above says how many eigenvalues there are. {zero} Red ticks mark the Ritz values outside the central 99% of
+the mass."""
 
 REFLECTED = (
     """No Ritz value is negative beyond rounding, so the Gaussian is reflected at zero: nothing is drawn below."""
