@@ -21,13 +21,13 @@ class Known(NamedTuple):
     Attributes:
         dim: Rows of the operator.
         ends: Between which its eigenvalues lie.
-        slack: [probes] by how far rounding may have moved a Ritz value.
+        slack: For every probe, by how far rounding may have moved each of its Ritz values.
         exhausted: [probes] whether the quadrature is the probe's measure.
     """
 
     dim: int
     ends: tuple[float, float]
-    slack: Array
+    slack: list[Array]
     exhausted: npt.NDArray[np.bool_]
 
 
@@ -131,7 +131,8 @@ def smoothed(
         linthresh = _default_linthresh(theta, weights[taken])
     low, high = float(_to_axis(theta.min(), linthresh)), float(_to_axis(theta.max(), linthresh))
     width = _default_width(low, high, ritz_values.shape[1]) if width is None else width
-    reflected = bool((ritz_values >= -known.slack[:, None])[taken].all() and low - 4 * width < 0)
+    rows = zip(ritz_values, taken, known.slack, strict=True)
+    reflected = all((row[kept] >= -slack).all() for row, kept, slack in rows) and low - 4 * width < 0
     grid = np.linspace(0.0 if reflected else low - 4 * width, high + 4 * width, points + 1)
     with np.errstate(over="ignore"):
         edges = _from_axis(grid, linthresh)
@@ -146,10 +147,11 @@ def smoothed(
         if known.exhausted[probe]:
             bounds += mass[probe]
             continue
+        slack = np.pad(known.slack[probe], 1)
         around = np.concatenate([[min(known.ends[0], nodes[0])], nodes, [max(known.ends[1], nodes[-1])]])
         reach = (
-            _to_axis(around[:-2] - known.slack[probe], linthresh),
-            _to_axis(around[2:] + known.slack[probe], linthresh),
+            _to_axis(around[:-2] - slack[:-2], linthresh),
+            _to_axis(around[2:] + slack[2:], linthresh),
         )
         for bound, extremes in zip(bounds, kernel.extremes(*reach), strict=True):
             bound += w @ extremes

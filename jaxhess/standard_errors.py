@@ -4,7 +4,36 @@ One meaning everywhere: `standard_error` is the square root of an estimate of th
 freedom of that estimate, and `interval(0.95)` holds the truth in 95% of runs, with two probes as with a hundred. Where
 that cannot be had, freedom and interval are NaN, and what is printed says "error not known".
 
-@COVERAGE@
+Percentage of 300 runs in which `interval(0.95)` holds the truth: the lowest and highest of 2, 3, 4, 6 and 10 probes (for
+`xtrace` twice as many products, for `hutch_plus_plus` two products more), by
+`pytest -m study -s tests/test_coverage.py`. 300 runs know 95% to 1.3.
+
+========================= ========= =========== ======== ==============
+estimate                  power law one outlier LLM-like rank-deficient
+========================= ========= =========== ======== ==============
+hutchinson, normal        94-97     91-94       96-100   93-96
+hutchinson, signs         94-96     90-95       94-99    93-96
+frobenius_norm            89-95     91-95       91-95    92-96
+diagonal                  94-97     93-98       94-96    94-97
+hutch_plus_plus           92-97     94-96       92-96    92-97
+xtrace                    94-97     94-98       92-97    95-100
+Spectrum.trace            94-98     94-96       96-100   93-96
+Spectrum.frobenius_norm   92-95     94-96       94-97    93-96
+Spectrum.moment(3)        94-98     94-96       96-99    93-96
+Spectrum.moment(4)        94-97     94-96       95-97    94-96
+moment(2), 1 step         90-97     91-96       92-96    92-95
+moment(4), 2 steps        91-94     91-96       91-95    90-97
+trace, signs              94-97     94-97       96-99    93-97
+frobenius_norm, signs     93-96     94-96       95-97    94-96
+log_determinant           93-97     94-96       96-100   93-96
+========================= ========= =========== ======== ==============
+
+Shares beyond 99% are those of 2 probes (4 products), whose degrees of freedom are few and not known. LLM-like: 99.99% of
+the eigenvalues near zero, 30 outliers over four decades, some negative. Signs: in a basis in which the matrix is dense;
+where it is not, the intervals of a `Spectrum` from random signs are too wide (`disagrees`), and an entry of `diagonal`
+may have an error of zero by chance. Trace functions that the steps do not resolve, and the bands of distribution and
+density, hold the truth in up to all runs: their quadrature bounds hold always, and are then wider than the sampling
+error.
 """
 
 from __future__ import annotations

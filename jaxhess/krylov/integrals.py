@@ -22,7 +22,7 @@ def integral_bounds(
     ritz_values: Array,
     weights: Array,
     ends: tuple[float, float],
-    slack: float = 0.0,
+    slack: npt.ArrayLike = 0.0,
 ) -> tuple[float, float]:
     """Lower and upper bounds of the integral of f over every measure on [ends] with this Gauss quadrature.
 
@@ -40,11 +40,12 @@ def integral_bounds(
         f: Vectorised.
         ritz_values, weights: [m] nodes, ascending, and their weights.
         ends: Between which the operator's eigenvalues lie.
-        slack: By how far rounding may have moved a node.
+        slack: By how far rounding may have moved a node, a scalar or [m].
     """
     cuts = np.concatenate([[min(ends[0], ritz_values[0])], ritz_values, [max(ends[1], ritz_values[-1])]])
-    low = np.maximum(cuts[:-1] - slack, cuts[0])[:, None]
-    high = np.minimum(cuts[1:] + slack, cuts[-1])[:, None]
+    moved = np.pad(np.broadcast_to(slack, ritz_values.shape), 1)
+    low = np.maximum(cuts[:-1] - moved[:-1], cuts[0])[:, None]
+    high = np.minimum(cuts[1:] + moved[1:], cuts[-1])[:, None]
     # Every gap has the nodes at its ends among its points, the lower one in the last column.
     points = np.concatenate(
         [np.minimum(low + (high - low) * SAMPLES, high), np.clip(0.0, low, high), cuts[1:, None], cuts[:-1, None]], 1
