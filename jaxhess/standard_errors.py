@@ -4,8 +4,8 @@ One meaning everywhere: `standard_error` is the square root of an estimate of th
 freedom of that estimate, and `interval(0.95)` holds the truth in 95% of runs, with two probes as with a hundred. Where
 that cannot be had, freedom and interval are NaN, and what is printed says "error not known".
 
-Percentage of 300 runs in which `interval(0.95)` holds the truth: the lowest and highest of 2, 3, 4, 6 and 10 probes (for
-`xtrace` twice as many products, for `hutch_plus_plus` two products more), by
+Percentage of 300 runs in which `interval(0.95)` holds the truth: the lowest and highest of 2, 3, 4, 6 and 10 probes
+(for `xtrace` twice as many products, for `hutch_plus_plus` two products more), by
 `pytest -m study -s tests/test_coverage.py`. 300 runs know 95% to 1.3.
 
 ========================= ========= =========== ======== ==============
@@ -28,9 +28,9 @@ frobenius_norm, signs     93-96     94-96       95-97    94-96
 log_determinant           93-97     94-96       96-100   93-96
 ========================= ========= =========== ======== ==============
 
-Shares beyond 99% are those of 2 probes (4 products), whose degrees of freedom are few and not known. LLM-like: 99.99% of
-the eigenvalues near zero, 30 outliers over four decades, some negative. Signs: in a basis in which the matrix is dense;
-where it is not, the intervals of a `Spectrum` from random signs are too wide (`disagrees`), and an entry of `diagonal`
+Shares beyond 99% are those of 2 probes (4 products), whose degrees of freedom are few and not known. LLM-like: 99.99%
+of the eigenvalues near zero, 30 outliers over four decades, some negative. Signs: in a basis in which the matrix is
+dense; where it is not, the intervals of a `Spectrum` from random signs are too wide (`disagrees`), and an entry of `diagonal`
 may have an error of zero by chance. Trace functions that the steps do not resolve, and the bands of distribution and
 density, hold the truth in up to all runs: their quadrature bounds hold always, and are then wider than the sampling
 error.

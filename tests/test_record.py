@@ -1,5 +1,6 @@
 """What statistics rest on is typed, saved and read back; what a caller notes changes no number."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def _numbers(spectrum):
 @pytest.mark.parametrize("note", NOTES, ids=str)
 def test_a_note_of_the_caller_changes_no_number(run, note):
     assert not run.ghosts.any()
-    noted = Spectrum(run.alphas, run.betas, run.sizes, run.dim, note, run=run.run, rounding=run.rounding)
+    noted = dataclasses.replace(run, info=note)
     assert _numbers(noted) == _numbers(run)
     np.testing.assert_equal(noted.trace(), run.trace())
 
