@@ -30,10 +30,10 @@ log_determinant           93-97     94-96       96-100   93-96
 
 Shares beyond 99% are those of 2 probes (4 products), whose degrees of freedom are few and not known. LLM-like: 99.99%
 of the eigenvalues near zero, 30 outliers over four decades, some negative. Signs: in a basis in which the matrix is
-dense; where it is not, the intervals of a `Spectrum` from random signs are too wide (`disagrees`), and an entry of `diagonal`
-may have an error of zero by chance. Trace functions that the steps do not resolve, and the bands of distribution and
-density, hold the truth in up to all runs: their quadrature bounds hold always, and are then wider than the sampling
-error.
+dense; where it is not, the intervals of a `Spectrum` from random signs are too wide (`disagrees`), and an entry of
+`diagonal` may have an error of zero by chance. Trace functions that the steps do not resolve, and the bands of
+distribution and density, hold the truth in up to all runs: their quadrature bounds hold always, and are then wider than
+the sampling error.
 """
 
 from __future__ import annotations
