@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from checkpoints import DEFAULTS, write_checkpoint
+from checkpoints import DEFAULTS, torch, write_checkpoint
 from small_models import TINY
 
 import convert
