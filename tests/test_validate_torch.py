@@ -70,7 +70,8 @@ def test_padding_idx_is_cleared_and_the_command_says_what_it_would_do(tmp_path, 
     tokens = np.random.default_rng(0).integers(0, 6, (3, 13))
     np.save(tmp_path / "tokens.npy", tokens)
     count = np.sum(tokens[:, :-1] == 0)
-    agrees, record = validated(tmp_path / "model", tmp_path / "out", data=str(tmp_path / "tokens.npy"), steps=0)
+    options = {"data": str(tmp_path / "tokens.npy"), "steps": 0, "wider": "none"}
+    agrees, record = validated(tmp_path / "model", tmp_path / "out", **options)
     assert agrees, record["first_difference"]
     (sentence,) = record["padding"]
     assert "PyTorch takes token 0 for padding (padding_idx)" in sentence
