@@ -100,10 +100,13 @@ def compile_quickly() -> None:
     """Makes XLA leave out optimisations on CPUs that change speed and not mathematics: a third of the compile time.
 
     For programs that run a few times only. To be called before JAX makes its first array. Where XLA has both its older
-    code generator and its new one, that is the older, which compiles in a third of the time.
+    code generator and its new one, that is the older, which compiles in a third of the time. Does nothing where
+    XLA_FLAGS sets the level of optimisation already.
     """
-    flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    present = os.environ.get("XLA_FLAGS", "")
+    if "--xla_backend_optimization_level" in present:
+        return
+    flags = [present, "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
     if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
-    present = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = " ".join([present, *(flag for flag in flags if flag not in present)]).strip()
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()

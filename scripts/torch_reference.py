@@ -7,7 +7,9 @@
 - Lanczos with and without orthogonalisation: Algorithm 2 of the first, section 4 of the second.
 
 Vectors are dictionaries of tensors by parameter name. Never forward mode: in torch 2.13 its derivative of LayerNorm is
-wrong (pytorch issues 196700 and 198017).
+wrong (pytorch issues 196700 and 198017). Never with `padding_idx`, which `transformers` gives an embedding from the
+configuration's `pad_token_id`: torch then drops the gradient of that row, and where the text holds that token what it
+differentiates is not the gradient of the loss. `load` clears it; `padding_errors` measures what it does.
 
 HessFormer's published code (github.com/PureStrength-AI/HessFormer, commit 5adcfbd) is not this, and its numbers must
 not be expected to agree with any tool's, nor with its own paper: it differentiates `logits.float().mean()` and not the
@@ -30,7 +32,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from convert.agreement import Coefficients, Measure, Side
+from convert.agreement import EXACT, Coefficients, Measure, Side
 from convert.measurement import MODES, Mode
 from jaxhess.data import TokenBlocks
 
@@ -55,6 +57,8 @@ class Tridiagonal(NamedTuple):
 def load(directory: str | Path, dtype: str | None = None) -> Any:
     """The causal language model in a Hugging Face directory, with attention written out (double backward needs it).
 
+    Embeddings have no `padding_idx`; what they had is in `model.cleared_padding`, token ids by name of the module.
+
     Args:
         dtype: Of weights and computation; None: as stored.
 
@@ -63,12 +67,17 @@ def load(directory: str | Path, dtype: str | None = None) -> Any:
     """
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto" if dtype is None else getattr(torch, dtype), attn_implementation="eager"
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"transformers cannot read {directory}: {' '.join(str(error).split())}") from None
     model.config.use_cache = False
+    model.cleared_padding = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            model.cleared_padding[name] = module.padding_idx
+            module.padding_idx = None
     return model.eval()
 
 
@@ -191,9 +200,7 @@ def measure(
     modes: Sequence[Mode] = MODES,
 ) -> Side:
     """What `convert.measurement.measure` measures on our side, by the algorithms of this module."""
-    tokens, weights = torch.from_numpy(blocks.tokens).long(), torch.from_numpy(blocks.weights)
-    batches = [Batch(*pair) for pair in zip(tokens.split(microbatch), weights.split(microbatch), strict=True)]
-    start = {name: torch.from_numpy(probe[name].astype("float64")).to(p.dtype) for name, p in model.named_parameters()}
+    batches, start = _batches(blocks, microbatch), _start(model, probe)
     states, logits = activations(model, batches[0].tokens[:, :-1], layers)
     inside = {f"activations after layer {i}": _array(x) for i, x in enumerate(states[1:-1])}
     loss, slope = gradient(model, batches)
@@ -218,6 +225,60 @@ def measure(
         lanczos={mode: Coefficients(*map(_array, lanczos(exact, start, steps, mode))) for mode in modes if steps},
         quadrature=quadrature,
     )
+
+
+class PaddingError(NamedTuple):
+    """What `padding_idx` does to a model, where its token occurs in the text.
+
+    Attributes:
+        parameter: Name of the embedding.
+        token: The row that it gets no gradient for.
+        times: How often the token is read.
+        gradient: How far the gradient of the model with `padding_idx` is from that without, relative to the latter.
+        elsewhere: The same in all other rows and parameters.
+        product: The same of the exact Hessian product with the probe.
+    """
+
+    parameter: str
+    token: int
+    times: int
+    gradient: float
+    elsewhere: float
+    product: float
+
+    def sentence(self) -> str:
+        """For who uses other PyTorch tools on this model and text."""
+        other = "nowhere else" if self.elsewhere <= EXACT["float32"] else f"by {self.elsewhere:.1%} elsewhere"
+        return (
+            f"As transformers loads this model, PyTorch takes token {self.token} for padding (padding_idx) and drops "
+            f"the gradient of its row. The token is read {self.times:,} times here: the gradient departs by "
+            f"{self.gradient:.1%}, in row {self.token} of {self.parameter} and {other}, and the exact Hessian product "
+            f"by {self.product:.1%}. This comparison clears padding_idx; in other PyTorch tools, clear it too."
+        )
+
+
+def padding_errors(
+    model: Any, blocks: TokenBlocks, probe: dict[str, np.ndarray], microbatch: int
+) -> Iterator[PaddingError]:
+    """What each `padding_idx` that `load` cleared would do; none where its token is not read."""
+    batches, start = _batches(blocks, microbatch), _start(model, probe)
+    for module, token in model.cleared_padding.items():
+        times = int((blocks.tokens[:, :-1] == token).sum())
+        if not times:
+            continue
+        found = []
+        for index in (None, token):
+            model.get_submodule(module).padding_idx = index
+            try:
+                found.append((gradient(model, batches)[1], double_backward(model, batches)(start)))
+            finally:
+                model.get_submodule(module).padding_idx = None
+        parameter = f"{module}.weight"
+        slopes, products = zip(*found, strict=True)
+        whole = _distance(*slopes)
+        for slope in slopes:
+            slope[parameter][token] = 0
+        yield PaddingError(parameter, token, times, whole, _distance(*slopes), _distance(*products))
 
 
 def quadrature(alphas: np.ndarray, betas: np.ndarray) -> Measure:
@@ -291,6 +352,20 @@ def _rotary_frequencies(module: Any) -> torch.Tensor:
     default = module.rope_type == "default"
     compute = module.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[module.rope_type]
     return compute(module.config)[0].double()
+
+
+def _batches(blocks: TokenBlocks, microbatch: int) -> list[Batch]:
+    tokens, weights = torch.from_numpy(blocks.tokens).long(), torch.from_numpy(blocks.weights)
+    return [Batch(*pair) for pair in zip(tokens.split(microbatch), weights.split(microbatch), strict=True)]
+
+
+def _start(model: Any, probe: dict[str, np.ndarray]) -> Vector:
+    return {name: torch.from_numpy(probe[name].astype("float64")).to(p.dtype) for name, p in model.named_parameters()}
+
+
+def _distance(true: Vector, other: Vector) -> float:
+    apart = {name: x - other[name] for name, x in true.items()}
+    return math.sqrt(_dot(apart, apart) / (_dot(true, true) or 1.0))
 
 
 def _count(batches: list[Batch]) -> float:

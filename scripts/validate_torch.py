@@ -177,6 +177,11 @@ def run(options: Options) -> bool | None:
     wide = (own[1], theirs(wider, wide_run)) if wider else None
     verdict = judge(narrow, wide, dtype=config.dtype, wider=wider, depth=config.num_layers, step=options.step)
     unseen = list(not_exercised(config, options.seq_len))
+    padding = [
+        error.sentence()
+        for error in torch_reference.padding_errors(network, blocks, by_name, options.microbatch)
+        if error.gradient > error.elsewhere
+    ]
     record = {
         **dataclasses.asdict(verdict),
         "agrees": verdict.agrees,
@@ -186,13 +191,14 @@ def run(options: Options) -> bool | None:
         "dtype": config.dtype,
         "wider": wider,
         "not_exercised": unseen,
+        "padding": padding,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
         "seconds": time.perf_counter() - began,
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / RECORD).write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (out / PAGE).write_text(page(options, verdict, record), encoding="utf-8")
-    show(console, verdict, unseen)
+    show(console, verdict, [*unseen, *padding])
     console.print(f"{out / PAGE} has the table, {out / RECORD} all numbers.")
     return verdict.agrees
 
@@ -247,7 +253,7 @@ def not_exercised(config: DecoderConfig, seq_len: int) -> Iterator[str]:
             yield f"Not exercised: RoPE scaling beyond {begins} positions (--seq-len is {seq_len})."
 
 
-def show(console: Console, verdict: Verdict, unseen: Sequence[str]) -> None:
+def show(console: Console, verdict: Verdict, notes: Sequence[str]) -> None:
     """The table, and the verdict in a sentence."""
     table = Table(box=SIMPLE_HEAD, padding=0)
     for name in HEAD:
@@ -255,7 +261,7 @@ def show(console: Console, verdict: Verdict, unseen: Sequence[str]) -> None:
     for row in rows(verdict):
         table.add_row(*row, style=STYLES.get(row[-1]))
     console.print(table)
-    for text in [*unseen, *sentences(verdict)]:
+    for text in [*notes, *sentences(verdict)]:
         console.print(text)
 
 
@@ -298,12 +304,12 @@ def sentences(verdict: Verdict) -> Iterator[str]:
 
 def page(options: Options, verdict: Verdict, record: dict[str, Any]) -> str:
     """The HTML page: the table, the Lanczos coefficients step by step, and how to read them."""
-
+    notes = [*record["not_exercised"], *record["padding"]]
     parts = [
         f"<h1>{TITLES[verdict.agrees]} with PyTorch</h1>",
         f'<p class="note">{html.escape(options.model)}, {record["parameters"]:,} parameters in {record["dtype"]}, '
         f"{options.sequences} sequences of {options.seq_len} tokens.</p>",
-        *(f"<p>{html.escape(text)}</p>" for text in [*record["not_exercised"], *sentences(verdict)]),
+        *(f"<p>{html.escape(text)}</p>" for text in [*notes, *sentences(verdict)]),
         table(HEAD, rows(verdict)),
         f'<p class="note">{html.escape(HOW_TO_READ.format(wider=record["wider"] or "a wider dtype"))}</p>',
     ]

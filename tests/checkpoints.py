@@ -6,9 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
+import pytest
 import transformers
 
+torch = pytest.importorskip("torch")  # Modules that import it, or anything else, from here are skipped without it.
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

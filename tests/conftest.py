@@ -17,3 +17,10 @@ def float64():
     """64-bit mode for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_are_freed():
+    """Each program takes memory maps, of which Linux allows a process 65,530; XLA's compiler crashes beyond them."""
+    yield
+    jax.clear_caches()  # https://github.com/jax-ml/jax/issues/27201

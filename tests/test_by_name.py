@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from checkpoints import DEFAULTS, VOCAB, write_checkpoint
+from checkpoints import DEFAULTS, VOCAB, torch, write_checkpoint
 from safetensors.torch import load_file
 from small_models import batch_of, run_command, tokens
 

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-import torch
 import transformers
-from checkpoints import DEFAULTS, VOCAB, write_checkpoint
+from checkpoints import DEFAULTS, VOCAB, torch, write_checkpoint
 from safetensors.torch import load_file
 
 import convert

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from checkpoints import DEFAULTS, torch_model, write_checkpoint
+from checkpoints import DEFAULTS, torch, torch_model, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import convert

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from checkpoints import VOCAB, torch_model, write_checkpoint
+from checkpoints import VOCAB, torch, torch_model, write_checkpoint
 from safetensors.torch import save_file
 
 import convert

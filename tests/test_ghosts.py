@@ -86,11 +86,14 @@ def test_flags_are_all_planted_ghosts_and_what_is_left_lies_within_its_bound_of_
         stayed = np.bincount(nearest[at & ~flags], minlength=eigenvalues.size)
         planted += np.maximum(copies - 1, 0).sum()
         assert stayed.max() <= 1
-        # No eigenvalue is lost to a flag, where the probe sees it and rounding tells it from the next.
+        # No eigenvalue is lost to a flag, where the probe sees it and rounding tells it from the next: of its cluster
+        # one value stays, nearer to it than to any other. Not always within the tolerance: the heaviest copy may be one
+        # that has not converged, and its residual bound can be several tolerances.
         gap = np.diff(eigenvalues, prepend=-np.inf, append=np.inf)
         alone = np.minimum(gap[:-1], gap[1:]) > 8 * tolerance
         weight = np.bincount(nearest[at], nodes.weights[at], eigenvalues.size)
-        assert (stayed[alone & (weight > 1e-12)] == 1).all()
+        near = np.bincount(nearest[~flags & (distance <= 4 * tolerance)], minlength=eigenvalues.size)
+        assert (near[alone & (weight > 1e-12)] >= 1).all()
 
         # Converged Ritz values that stay are different eigenvalues.
         converged = nearest[~flags & (bounds <= tolerance)]

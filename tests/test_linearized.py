@@ -14,9 +14,11 @@ from jaxhess.mesh import batch_sharding
 from jaxhess.models import initialize
 from jaxhess.operators import residual_bytes
 
-NO_REMAT = {"remat": False, "num_layers": 1}
+# In float64: the two take the same derivatives in another order, and only there is that far from any error of ours.
+NO_REMAT = {"dtype": "float64", "remat": False, "num_layers": 1}
 
 
+@pytest.mark.usefixtures("float64")
 def test_products_are_those_of_the_exact_operator():
     operator = language_operator(**NO_REMAT)
     ids = tokens(5, 12, 101)
@@ -25,18 +27,20 @@ def test_products_are_those_of_the_exact_operator():
     linearized = exact.linearize()
     for k in range(2):
         v = random_probe(jax.random.key(k), exact.shape_dtype)
-        assert relative(linearized @ v, exact @ v) < 1e-6
+        assert relative(linearized @ v, exact @ v) < 1e-12
     result = spectrum(linearized, steps=1, probes=1)
     assert result.info["operator"]["kind"] == "LinearizedHessian"
     assert result.info["operator"]["residual_bytes_per_device"] == linearized.residual_bytes
 
 
+@pytest.mark.usefixtures("float64")
 def test_rematerialisation_and_chunks_change_nothing():
-    operator = language_operator(num_layers=1, query_chunk=5, logit_chunk=1000)
+    operator = language_operator("float64", num_layers=1, query_chunk=5, logit_chunk=1000)
     v = random_probe(jax.random.key(1), operator.shape_dtype)
-    assert relative(operator.linearize() @ v, operator @ v) < 1e-6
+    assert relative(operator.linearize() @ v, operator @ v) < 1e-12
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("axes", [pytest.param("fsdp=8", marks=pytest.mark.study), "data=2,fsdp=2,tensor=2"])
 def test_on_a_mesh_residuals_are_cut_and_announced_to_the_byte(axes):
     mesh = make_mesh(axes)
@@ -50,7 +54,7 @@ def test_on_a_mesh_residuals_are_cut_and_announced_to_the_byte(axes):
     whole = sum(x.nbytes for x in jax.tree.leaves(linearized.residuals))
     assert linearized.residual_bytes < whole / 4  # tensor parallelism repeats the residual stream on its two devices
     v = random_probe(jax.random.key(1), exact.shape_dtype)
-    assert relative(linearized @ v, exact @ v) < 1e-6
+    assert relative(linearized @ v, exact @ v) < 1e-12
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
@@ -71,9 +75,12 @@ def test_weights_are_not_kept_once_for_each_microbatch(compute_dtype):
         linearized = exact.linearize()
         assert linearized.residual_bytes < 0.5 * params.nbytes
         v = random_probe(jax.random.key(1), exact.shape_dtype)
-        assert relative(linearized @ v, exact @ v) < 1e-6
+        assert (
+            relative(linearized @ v, exact @ v) < 256 * np.finfo(compute_dtype).eps
+        )  # sums of 256 terms, in any order
 
 
+@pytest.mark.usefixtures("float64")
 def test_what_does_not_fit_the_budget_is_refused_with_the_numbers():
     operator = language_operator(**NO_REMAT)
     needed = residual_bytes(operator)

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from checkpoints import DEFAULTS, write_checkpoint
+from checkpoints import DEFAULTS, torch, write_checkpoint
 from small_models import TINY
 
 import convert
+from jaxhess.data import TokenBlocks
 from jaxhess.models import RopeConfig
 from scripts import torch_reference
 from scripts import validate_torch as script
@@ -62,6 +63,43 @@ def test_everything_agrees_and_says_for_how_many_steps(checkpoint, tmp_path, cap
     assert "exact Hessian product" in page
     assert "All agree within rounding" in page
     assert "4 of 4 steps" in " ".join(capsys.readouterr().out.split())
+
+
+def test_padding_idx_is_cleared_and_the_command_says_what_it_would_do(tmp_path, capsys):
+    write_checkpoint(tmp_path / "model", "llama", pad_token_id=0, num_hidden_layers=1)
+    tokens = np.random.default_rng(0).integers(0, 6, (3, 13))
+    np.save(tmp_path / "tokens.npy", tokens)
+    count = np.sum(tokens[:, :-1] == 0)
+    options = {"data": str(tmp_path / "tokens.npy"), "steps": 0, "wider": "none"}
+    agrees, record = validated(tmp_path / "model", tmp_path / "out", **options)
+    assert agrees, record["first_difference"]
+    (sentence,) = record["padding"]
+    assert "PyTorch takes token 0 for padding (padding_idx)" in sentence
+    assert f"The token is read {count} times" in sentence
+    assert "in row 0 of model.embed_tokens.weight and nowhere else" in sentence
+    assert sentence in " ".join(capsys.readouterr().out.split())
+    assert "padding_idx" in (tmp_path / "out" / "agreement.html").read_text()
+
+    # As transformers loads it: the same loss, another gradient, and a product that is not that of its Hessian.
+    network = torch_reference.load(tmp_path / "model")
+    blocks = TokenBlocks(tokens, np.ones((3, 12), np.float32))
+    batches = [torch_reference.Batch(torch.from_numpy(tokens), torch.ones(3, 12))]
+    loss, gradient = torch_reference.gradient(network, batches)
+    network.model.embed_tokens.padding_idx = 0
+    dropped_loss, dropped = torch_reference.gradient(network, batches)
+    assert dropped_loss == loss
+    assert not dropped["model.embed_tokens.weight"][0].any()
+    assert gradient["model.embed_tokens.weight"][0].all()
+    rng = np.random.default_rng(1)
+    probe = {name: rng.normal(size=p.shape).astype(np.float32) for name, p in network.named_parameters()}
+    (error,) = torch_reference.padding_errors(network, blocks, probe, 3)
+    assert error[:3] == ("model.embed_tokens.weight", 0, count)
+    assert error.elsewhere == 0
+    assert error.gradient > 0.1
+    assert error.product > 0.1
+
+    # A token that is not read changes nothing.
+    assert not list(torch_reference.padding_errors(network, TokenBlocks(tokens + 1, blocks.weights), probe, 3))
 
 
 def broken_theirs(change):
