@@ -24,7 +24,8 @@ class Clusters(NamedTuple):
         values: Float64 means of the members, by their weights.
         weights: Float64 sums of the members' weights: over all clusters one, for no Ritz value is left out.
         copies: Integers, the number of members.
-        residual_bounds: Float64 means of the members' bounds, by their weights: a bound of the mean value's distance.
+        residual_bounds: Float64, how far an eigenvalue is from the value at most: the least among the members of a
+            member's bound and its distance from the value.
         spurious: Whether the cluster is a single spurious value: no eigenvalue of its own.
     """
 
@@ -156,13 +157,11 @@ def _clustered(nodes: Quadrature, starts: npt.NDArray[np.int64], negligible: npt
     by_weight = np.lexsort((-weights, cluster))  # Within each cluster the heaviest comes first.
     kept = by_weight[starts]
     total = np.add.reduceat(weights, starts)
-
-    def mean(members: Array) -> Array:
-        # As an offset from a member: a mean of equal values is that value, and a cluster may weigh nothing at all.
-        offset = np.add.reduceat(weights * (members - members[kept][cluster]), starts)
-        return members[kept] + np.divide(offset, total, out=np.zeros_like(total), where=total > 0)
-
+    # As an offset from a member: a mean of equal values is that value, and a cluster may weigh nothing at all.
+    offset = np.add.reduceat(weights * (theta - theta[kept][cluster]), starts)
+    values = theta[kept] + np.divide(offset, total, out=np.zeros_like(total), where=total > 0)
+    within = np.minimum.reduceat(bounds + np.abs(theta - values[cluster]), starts)
     spurious = negligible[kept] & (copies == 1)
     flags = np.ones(theta.size, bool)
     flags[kept] = spurious
-    return Ghosts(flags, Clusters(mean(theta), total, copies, mean(bounds), spurious))
+    return Ghosts(flags, Clusters(values, total, copies, within, spurious))
