@@ -1,4 +1,4 @@
-"""A directory that appears complete or not at all."""
+"""A directory that appears complete or not at all, with a manifest of what is in it (`jaxhess.output`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxhess import processes
+from jaxhess.manifest import MANIFEST, foreign, write_manifest
+from jaxhess.output import free_name
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
     """Checks that `destination` is new, empty, or a checkpoint that may be replaced, and that it can be made.
+
+    Replaced is only what a conversion wrote, all of it and nothing else: the manifest says what that is.
 
     Raises:
         FileExistsError: It holds something else, or is a file.
@@ -41,6 +45,17 @@ def _check_replaceable(destination: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{destination} is not empty; --overwrite (overwrite=True) replaces it.")
     if not (destination / "config.json").is_file():
         raise FileExistsError(f"{destination} holds no checkpoint (no config.json), so it is not overwritten.")
+    other = foreign(destination)
+    if other == MANIFEST:
+        raise FileExistsError(
+            f"{destination} has no {MANIFEST} that says that a conversion wrote it, so it is not overwritten: move it, "
+            "or choose another directory."
+        )
+    if other is not None:
+        raise FileExistsError(
+            f"{destination} holds {other}, which no conversion wrote, or which was changed since, so it is not "
+            "overwritten: move that, or choose another directory."
+        )
 
 
 @contextlib.contextmanager
@@ -58,10 +73,11 @@ def _one_sentence(destination: Path) -> Iterator[None]:
 def appearing(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling to write into, renamed to `destination` at the end, removed if anything is raised.
 
-    Of several processes all write into the same one.
+    Of several processes all write into the same one. If another has taken the place in the meantime, what was written
+    is kept beside it, and the error says where.
 
     Raises:
-        FileExistsError: `destination` is not empty (without `overwrite`), or is no checkpoint.
+        FileExistsError: `destination` is not empty (without `overwrite`), or holds what no conversion wrote.
         OSError: Its parent is a file or cannot be written.
     """
     check_destination(destination, overwrite)
@@ -77,18 +93,26 @@ def appearing(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     partial = Path(processes.on_first(made))
     try:
         yield partial
-        processes.on_first(lambda: _put_in_place(partial, destination))
+        processes.on_first(lambda: _put_in_place(partial, destination, overwrite))
     finally:
         if processes.index() == 0:  # another that ends early must not take it from those that still write
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put_in_place(partial: Path, destination: Path) -> None:
+def _put_in_place(partial: Path, destination: Path, overwrite: bool) -> None:
+    write_manifest(partial)
+    try:
+        _check(destination, overwrite)
+    except OSError as error:
+        place = free_name(destination)
+        os.replace(partial, place)
+        raise type(error)(f"{error} What was written is in {place}.") from None
     if destination.is_dir() and any(destination.iterdir()):
         replaced = Path(tempfile.mkdtemp(prefix=f".{destination.name}.replaced-", dir=destination.parent))
         os.replace(destination, replaced)
         os.replace(partial, destination)
-        shutil.rmtree(replaced)
+        if foreign(replaced) is None:  # else somebody has put something there a moment ago: it stays
+            shutil.rmtree(replaced)
     else:
         os.replace(partial, destination)
 

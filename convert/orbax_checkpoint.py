@@ -8,18 +8,10 @@ tokenizer files
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import json
-import logging
-import re
-import sys
-import time
-import traceback
 import types
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +24,7 @@ from convert.json_files import read_json
 from convert.tokenizer import add_tokenizer
 from jaxhess import processes
 from jaxhess.models import DecoderConfig, LanguageModel, abstract_params, model_shardings
+from jaxhess.orbax_files import reading
 
 MODEL, PARAMS = "model.json", "params"
 FORMAT = "jaxhess-model-1"
@@ -93,37 +86,13 @@ def restore(directory: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
         abstract_params(config),
         parameter_shardings(config, mesh),
     )
-    try:
-        with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(directory.absolute() / PARAMS).item_metadata
-            difference = None if stored is None else _first_difference(stored.tree, target)
-            params: Any = None if difference else checkpointer.restore(directory.absolute() / PARAMS, target)
-    except Exception as error:  # tensorstore's and Orbax's errors share no class
-        raise ValueError(f"{directory / PARAMS} is damaged: {_short(error)}.") from None
+    with reading(directory / PARAMS), ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(directory.absolute() / PARAMS).item_metadata
+        difference = None if stored is None else _first_difference(stored.tree, target)
+        params: Any = None if difference else checkpointer.restore(directory.absolute() / PARAMS, target)
     if difference:
         raise ValueError(f"{directory / PARAMS} does not fit {MODEL}: {difference}.")
     return LanguageModel(config, params, mesh)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps to itself what Orbax's abandoned reads print after the first of them has failed, a page for each."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    disabled, hook = [logger.disabled for logger in loggers], sys.unraisablehook
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        sys.unraisablehook = lambda _: None
-        yield
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the failed reads, which complain when collected
-        gc.collect()
-        time.sleep(0.2)  # reads still under way in TensorStore's threads end in vain, and say so
-        raise
-    finally:
-        for logger, was in zip(loggers, disabled, strict=True):
-            logger.disabled = was
-        sys.unraisablehook = hook
 
 
 def _first_difference(stored: Any, expected: Any) -> str | None:
@@ -142,18 +111,6 @@ def _first_difference(stored: Any, expected: Any) -> str | None:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _short(error: Exception) -> str:
-    """What an error says first: TensorStore adds every layer it passed through, and a dump of its specification."""
-    while isinstance(error.__cause__, Exception):  # Orbax gives an index, TensorStore below it the parameter
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyError):
-        return f"its metadata lack {text}"
-    text = re.sub(r'^[A-Z_]+: |Error opening "\w+" driver: | in OCDBT database at local file "[^"]*"', "", text)
-    text = re.split(r": | \[tensorstore_spec|\. See full", text)[0]
-    return text[:200].rstrip(" .") or type(error).__name__
 
 
 def saved_config(directory: Path, dtype: str | None = None) -> DecoderConfig:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -19,9 +22,15 @@ import numpy as np
 
 from jaxhess import processes
 from jaxhess.krylov.basis import HOST
+from jaxhess.orbax_files import quiet, reading
+from jaxhess.output import disk_full
+from jaxhess.run_folder import read_json
+from jaxhess.vectors import checksum
 
 FORMAT = "jaxhess-unfinished-2"
 IDENTITY, STEPS = "identity.json", "steps"
+SAVE = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
+"""Names of saves, whole and begun, in the folder of steps."""
 
 
 class Interrupted(RuntimeError):
@@ -49,27 +58,32 @@ class Checkpoint:
     resume: bool = False
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def check(self) -> None:
-        """Raises before the work where saving makes no sense.
+    def check(self, discard: bool = False) -> None:
+        """Raises before the work where saving makes no sense; `discard`: an unfinished run there is to be removed.
 
         Raises:
             ValueError: `every` is below 1; the folder holds a run of another `identity`.
-            FileExistsError: The folder holds an unfinished run and `resume` is False, or saves of nobody knows what.
+            FileExistsError: The folder holds an unfinished run and neither `resume` nor `discard` is true, saves
+                without an identity, or anything else.
         """
         if self.every < 1:
             raise ValueError(f"A run is saved every {self.every} steps; it must be at least 1.")
-        processes.on_first(self._check_folder)
+        processes.on_first(lambda: self._check_folder(discard))
 
-    def _check_folder(self) -> None:
+    def _check_folder(self, discard: bool) -> None:
         known = _identity_in(Path(self.folder))
         if known is None and (Path(self.folder) / STEPS).exists():
-            raise FileExistsError(f"{self.folder} holds saves and no {IDENTITY} that says of what run: remove it.")
-        if known is not None and not self.resume:
+            raise FileExistsError(f"{self.folder} holds saves and no {IDENTITY} that says of what run: move it.")
+        if known is None and os.path.lexists(self.folder) and (other := _another(Path(self.folder))):
+            raise FileExistsError(
+                f"{self.folder} holds {other}, which is of no unfinished run: move it, or choose another folder."
+            )
+        if known is not None and not (self.resume or discard):
             raise FileExistsError(
                 f"{self.folder} holds an unfinished run: go on with it (--resume, resume=True), discard it "
                 "(--overwrite, or remove the folder), or choose another."
             )
-        if known is not None:
+        if known is not None and not discard:
             _compare({k: v for k, v in known.items() if k in self.identity}, self.identity, self.folder)
 
     def unfinished(self) -> bool:
@@ -77,17 +91,35 @@ class Checkpoint:
         return processes.on_first((Path(self.folder) / IDENTITY).exists)
 
     def remove(self) -> None:
-        """Removes the folder, once the result is saved; what says which run it is, last."""
+        """Removes the saves, once the result is saved, what says which run it is last, and the folder if it is empty.
+
+        Nothing is removed where no identity of ours says that there is an unfinished run, and never anything else.
+        """
 
         def remove() -> None:
-            shutil.rmtree(Path(self.folder) / STEPS, ignore_errors=True)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            folder = Path(self.folder)
+            if _identity_in(folder) is None:
+                return
+            for save in (folder / STEPS).glob("*"):
+                if SAVE.fullmatch(save.name) and not save.is_symlink():
+                    shutil.rmtree(save, ignore_errors=True)
+            with contextlib.suppress(OSError):  # somebody has put something there
+                (folder / STEPS).rmdir()
+            (folder / IDENTITY).unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
         processes.on_first(remove)
 
 
 class Saver:
-    """Reads and writes the saves of one run: each process its own parts of the arrays, the first one the rest."""
+    """Reads and writes the saves of one run: each process its own parts of the arrays, the first one the rest.
+
+    A save carries checksums: of its record, and of every array's bits. TensorStore has none that would do: of OCDBT
+    only the index has a CRC-32C, and Orbax 0.12 writes arrays without one (its zarr v3 has `crc32c` for the index of
+    shards, and no option for the chunks). Those of arrays are sums of integers (`jaxhess.vectors.checksum`), the same
+    on any mesh: neither side gathers an array, or reads a file again.
+    """
 
     def __init__(self, checkpoint: Checkpoint, identity: dict[str, Any]):
         """Opens the folder.
@@ -99,7 +131,8 @@ class Saver:
 
         checkpoint.check()
         self.every = checkpoint.every
-        folder = Path(checkpoint.folder).absolute()
+        self.folder = folder = Path(checkpoint.folder).absolute()
+        self._saved: dict[str, Any] = {}
         identity = {"format": FORMAT, **checkpoint.identity, **identity}
 
         def claim() -> None:
@@ -117,37 +150,75 @@ class Saver:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        self.manager = ocp.CheckpointManager(folder / STEPS, options=options)
+        with reading(folder / STEPS, self._cure):
+            self.manager = ocp.CheckpointManager(folder / STEPS, options=options)
+            self.manager.latest_step()
 
     def latest(self) -> dict[str, Any] | None:
-        """The record of the last save, None where there is none."""
+        """The record of the last save, None where there is none.
+
+        Raises:
+            ValueError: It is damaged.
+        """
         import orbax.checkpoint as ocp
 
         step = self.manager.latest_step()
         if step is None:
             return None
-        return self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        with self._reading(step):
+            self._saved = self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            if self._saved["sha256"] != _sha256(self._saved["record"]):
+                raise ValueError("the record is not the one that was saved")
+        return self._saved["record"]
 
     def restore(self, like: Any) -> Any:
-        """The tree of arrays of the last save, in the shapes, dtypes and shardings of this one."""
+        """The tree of arrays of the last save, in the shapes, dtypes and shardings of this one.
+
+        Raises:
+            ValueError: It is damaged: a file is missing or cannot be read, or not every bit is as it was saved.
+        """
         import orbax.checkpoint as ocp
 
         leaves, treedef = jax.tree.flatten(like)
         item = {f"{k:05d}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in enumerate(leaves)}
         restore = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
-        found = self.manager.restore(self.manager.latest_step(), args=ocp.args.Composite(state=restore))["state"]
-        return jax.tree.unflatten(treedef, [_typed(found[name], x) for name, x in item.items()])
+        step = self.manager.latest_step()
+        with self._reading(step):
+            found = self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+            state = [_typed(found[name], x) for name, x in item.items()]
+            if bits(state) != self._saved["bits"]:
+                raise ValueError("its arrays are not those that were saved")
+        return jax.tree.unflatten(treedef, state)
 
     def save(self, step: int, record: dict[str, Any], state: Any = None) -> None:
-        """Saves a JSON record and a tree of arrays (or none) as of this many products."""
+        """Saves a JSON record and a tree of arrays (or none) as of this many products.
+
+        Raises:
+            OSError: The disk is full.
+        """
         import orbax.checkpoint as ocp
 
-        items = {"record": ocp.args.JsonSave(record)}
+        if step in self.manager.all_steps():
+            return
+        leaves = jax.tree.leaves(state)
+        sealed = {"record": record, "sha256": _sha256(record), "bits": bits(leaves)}
+        items = {"record": ocp.args.JsonSave(sealed)}
         if state is not None:
-            leaves = jax.tree.leaves(state)
             items["state"] = ocp.args.PyTreeSave({f"{k:05d}": x for k, x in enumerate(leaves)})
-        if step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+        try:
+            with quiet():
+                self.manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # TensorStore's and Orbax's errors share no class
+            if not disk_full(error):
+                raise
+            raise OSError(errno.ENOSPC, f"The disk is full: {self.folder} cannot take another save.") from None
+
+    def _reading(self, step: int | None) -> contextlib.AbstractContextManager[None]:
+        return reading(self.folder / STEPS / str(step), self._cure)
+
+    @property
+    def _cure(self) -> str:
+        return f"; remove {self.folder} and start again."
 
     def close(self) -> None:
         self.manager.close()
@@ -177,13 +248,51 @@ def _typed(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     return array
 
 
+def bits(leaves: list[jax.Array]) -> str:
+    """Tells lists of arrays apart by every bit, the same on any mesh; a basis on the host comes row by row."""
+    found = []
+    for x in leaves:
+        if isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host:
+            found += [checksum(_row(x, np.int32(k))) for k in range(len(x))]
+        else:
+            found.append(checksum(x))
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()
+
+
+@jax.jit
+def _row(x: jax.Array, k: jax.Array) -> jax.Array:
+    return jax.device_put(jax.lax.dynamic_slice_in_dim(x, k, 1, 0), jax.memory.Space.Device)
+
+
+def _sha256(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _another(folder: Path) -> str | None:
+    """Something that is in the place of a new run's folder; a file that a killed run began does not count."""
+    if not folder.is_dir():
+        return "no folder"
+    names = (path.name for path in folder.iterdir())
+    return next((name for name in names if not name.startswith(f".{IDENTITY}.")), None)
+
+
 def _identity_in(folder: Path) -> dict[str, Any] | None:
-    """Of what run the folder holds an unfinished state; None: of none."""
+    """Of what run the folder holds an unfinished state; None: of none.
+
+    Raises:
+        ValueError: Its identity is damaged.
+        FileExistsError: Its identity is not of a run of this library.
+    """
     path = folder / IDENTITY
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.is_file():
+            return None
+        found = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove {folder} and start again.") from None
+    if not isinstance(found, dict) or not str(found.get("format")).startswith(FORMAT[:-1]):
+        raise FileExistsError(f"{path} does not say of what run it is: move {folder}, or choose another folder.")
+    return found
 
 
 def _compare(known: dict[str, Any], identity: dict[str, Any], folder: Any) -> None:

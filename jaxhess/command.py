@@ -6,15 +6,19 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
+from rich.console import Console
 
 from jaxhess import processes, watch
 from jaxhess.checkpoint import Interrupted
+from jaxhess.output import disk_full
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 """What the library raises at the door. Set `JAXHESS_TRACEBACK=1` to see where."""
@@ -44,6 +48,23 @@ def simulated_devices(count: int) -> list[jax.Device]:
     return devices
 
 
+def terminal(quiet: bool = False) -> Console:
+    """Where a command prints. Nothing is read as markup or emoji: names and paths may hold brackets and colons."""
+    return Console(markup=False, emoji=False, quiet=quiet)
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Raises ValueError for arguments that no option can mean: an empty one, or one that is no text."""
+    for argument in arguments:
+        if argument == "" or re.fullmatch(r"--[^=]*=", argument):
+            raise ValueError("An argument is empty: leave the option out, or give it a value (. is this folder).")
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = ascii(argument)
+            raise ValueError(f"The argument {shown} is not UTF-8, and cannot be recorded: rename the file.") from None
+
+
 @contextlib.contextmanager
 def one_sentence(several: bool = False) -> Iterator[None]:
     """Turns an error of `USER_ERRORS` inside the block, or exhausted memory, into `error: ...` and exit status 2.
@@ -52,7 +73,10 @@ def one_sentence(several: bool = False) -> Iterator[None]:
         several: The block is written for several processes: where there are some they are joined, and they end
             together, also if only one of them fails. Otherwise they are refused.
     """
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == "interruptible":  # all is loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        check_arguments(sys.argv[1:])
         if several:
             processes.initialize()
         else:
@@ -61,7 +85,9 @@ def one_sentence(several: bool = False) -> Iterator[None]:
         watch.finish()
     except (*USER_ERRORS, MemoryError, jax.errors.JaxRuntimeError) as error:
         text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        if disk_full(error) and not (isinstance(error, OSError) and error.errno is None):  # else it says so itself
+            text = f"The disk is full. ({text[:300]})"
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
             text = f"{OUT_OF_MEMORY} ({text[:200]})"
         elif not isinstance(error, USER_ERRORS):
             _end_unforeseen(error)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import wasserstein_distance
 
@@ -97,7 +98,7 @@ def densities_figure(spectra: Sequence[Spectrum], labels: Sequence[str]) -> Figu
     drawn = [s.density(width=first.width, linthresh=first.linthresh) for s in spectra]
     figure, axes = new_figure()
     floor = min(_floor(s, d.density, d.edges) for s, d in zip(spectra, drawn, strict=True))
-    for density, label, color in zip(drawn, labels, _colors(len(spectra)), strict=True):
+    for density, label, color in zip(drawn, _shown(labels), _colors(len(spectra)), strict=True):
         axes.plot(density.centers, np.maximum(density.density, floor / 10), color=color, linewidth=1.5, label=label)
         low, high = (np.maximum(x, floor / 10) for x in density.band)
         axes.fill_between(density.centers, low, high, color=color, alpha=0.18, linewidth=0)
@@ -108,7 +109,7 @@ def densities_figure(spectra: Sequence[Spectrum], labels: Sequence[str]) -> Figu
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("density (share of all eigenvalues\nper unit of eigenvalue)")
     axes.set_title("Smoothed densities of eigenvalues, 95% bands", fontsize=11)
-    axes.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
+    _legend(axes)
     return figure
 
 
@@ -119,7 +120,8 @@ def stems_figure(spectra: Sequence[Spectrum], labels: Sequence[str]) -> Figure:
     figure, axes = new_figure()
     share = 1 / max(s.dim for s in spectra)
     bottom = 1e-3 * share
-    for spectrum, label, color, mark in zip(spectra, labels, _colors(len(spectra)), "ox+^vsD*" * 9, strict=False):
+    looks = zip(_shown(labels), _colors(len(spectra)), "ox+^vsD*" * 9, strict=False)
+    for spectrum, (label, color, mark) in zip(spectra, looks, strict=False):
         taken = np.isfinite(spectrum.ritz_values)
         theta, weights = spectrum.ritz_values[taken], spectrum.weights[taken]
         axes.vlines(theta, bottom, weights, color=color, alpha=0.3, linewidth=1)
@@ -132,7 +134,7 @@ def stems_figure(spectra: Sequence[Spectrum], labels: Sequence[str]) -> Figure:
     axes.set_xlabel("Ritz value")
     axes.set_ylabel("weight (estimated share of all eigenvalues)")
     axes.set_title("Ritz values and their weights, all probes", fontsize=11)
-    axes.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none")
+    _legend(axes)
     return figure
 
 
@@ -160,6 +162,17 @@ def _floor(spectrum: Spectrum, density: Array, edges: Array) -> float:
     visible = spectrum.ritz_values[spectrum.weights >= 1e-4 / spectrum.dim]
     bins = np.clip(np.searchsorted(edges, visible) - 1, 0, density.size - 1)
     return float(density[bins].min() / 5)
+
+
+def _shown(labels: Sequence[str]) -> list[str]:
+    """matplotlib hides labels that begin with an underscore."""
+    return [f" {label}" if label.startswith("_") else label for label in labels]
+
+
+def _legend(axes: Axes) -> None:
+    """The legend; labels are names of files, and no mathematics."""
+    for text in axes.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none").get_texts():
+        text.set_parse_math(False)
 
 
 def _ends(drawn: Sequence) -> tuple[float, float]:

@@ -1,19 +1,15 @@
 """Spectra in other tools' files, and ours as plain JSON and CSV.
 
-Read are (`Spectrum.load`; the formats were checked against the tools' sources):
+Read are (`Spectrum.load`), one probe or several, with or without the number of parameters (`dim`):
 
-- HessFormer: the dictionary of `run_lanczos` (commit 5adcfbd), saved by `torch.save`: T, and spec.eigvals, spec.gammas.
-  Also the JSON of its first version's command (commit 0c02567): evals, weights.
-- PyHessian: the two lists of `hessian.density()` (master), eigen_list_full and weight_list_full, one list per probe,
-  the weights complex numbers without imaginary part (its torch.linalg.eig makes them such), as a JSON, pickle or
-  `torch.save` of the pair, or of a dictionary with those two names.
-- hessian-eigenthings (1.0.0a5): SpectralDensityResult (raw_eigenvalues, raw_weights, NaN where a run was shorter) and
-  LanczosTridiag, as `torch.save(dataclasses.asdict(result))`, or of the object where that package is installed.
-- JSON, `.npz` or CSV of Ritz values and weights, one probe or several, with or without the number of parameters.
+- JSON or `.npz` of Ritz values and weights (`ritz_values`, `weights`: a list for each probe, or one), or of Lanczos
+  coefficients (`alphas`, `betas`); JSON of `evals` and `weights`, as HessFormer's command writes it (commit 0c02567);
+- CSV with the columns `ritz_value`, `weight` and, for several, `probe`.
 
-Nothing that is read can run code: pickles may hold numbers, arrays and containers and nothing else. Quadratures are
-turned into Lanczos coefficients (`coefficients`). What no such file holds is the norm after the last step, so that the
-residual bounds of what is read are unknown: NaN.
+`docs/foreign_results.md` says how to write these from results of HessFormer, PyHessian and hessian-eigenthings. Pickles
+and torch files are refused: reading them can run code. Quadratures are turned into Lanczos coefficients
+(`coefficients`). What no such file holds is the norm after the last step, so that the residual bounds of what is read
+are unknown: NaN.
 """
 
 from __future__ import annotations
@@ -21,12 +17,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import importlib
 import io
 import json
-import math
-import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxhess.record import RunRecord
-from jaxhess.run_folder import json_ready
+from jaxhess.run_folder import check_info, json_ready, read_arrays, read_json
 
 if TYPE_CHECKING:
     from jaxhess.spectra import Spectrum
@@ -43,13 +35,10 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 
 FORMAT = "jaxhess-quadrature-1"
-VALUES = ("ritz_values", "eigenvalues", "eigvals", "evals", "eigen_list_full", "raw_eigenvalues")
-WEIGHTS = ("weights", "gammas", "weight_list_full", "raw_weights")
+VALUES = ("ritz_values", "eigenvalues", "evals")
 COLUMNS = ("probe", "ritz_value", "weight", "residual_bound", "ghost")
-DAMAGE = ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, RuntimeError
-IMAGINARY = 1e-6
-"""A larger imaginary part is none of rounding in float32."""
-TORCH_SUFFIXES, PICKLE_SUFFIXES = (".pt", ".pth", ".bin"), (".pkl", ".pickle")
+DAMAGE = ValueError, TypeError, LookupError, ArithmeticError, csv.Error
+UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy")
 
 
 class UnknownDimension(ValueError):
@@ -68,22 +57,22 @@ def read_spectrum(make: Callable[..., Spectrum], path: Path, dim: int | None = N
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, of another kind, or its numbers are no quadrature; the number of parameters is
             missing, or another. Names the file.
-        ImportError: It is a torch file, and torch is not installed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a run folder, or a file of Ritz values and weights.")
     with _naming(path):
         data = _read(path)
         rows = _padded([coefficients(*pair) if len(pair) == 2 else pair[0] for pair in _probes(data)])
-        known = _dimension(data, int(rows[2].max()))
+        known = _dimension(data)
     if known is None and dim is None:
         raise UnknownDimension(f"{path} does not say how many parameters the model has: give dim, or --dim.")
     if known is not None and dim not in (None, known):
         raise ValueError(f"{path} is of {known:,} parameters, not of {dim:,}.")
     record, facts = {"imported": str(path)}, {}
     with _naming(path):
-        if isinstance(data, dict) and data.get("format") == FORMAT:
+        if isinstance(data.get("format"), str) and data["format"] == FORMAT:
             record, facts = data.get("info", record), {k: data[k] for k in ("rounding",) if k in data}
+            check_info(record)
             facts["run"] = RunRecord.read(data["run"]) if "run" in data else RunRecord.of_old_info(record)
         return make(*rows, known or dim, record, **facts)
 
@@ -153,26 +142,27 @@ def _naming(path: Path) -> Iterator[None]:
     """Whatever a damaged file, or one of another kind, makes of the reading becomes a ValueError with its name."""
     try:
         yield
-    except (*DAMAGE, csv.Error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         reason = " ".join(str(error).split())[:300] or "it ends too early."
         raise ValueError(f"{path} is no spectrum that can be read: {reason}") from None
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
     suffix = path.suffix.lower()
-    if suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
     if suffix == ".csv":
         return _read_csv(path)
     if suffix == ".npz":
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            return dict(arrays)
-    if suffix in PICKLE_SUFFIXES:
-        return _NumbersOnly(io.BytesIO(path.read_bytes())).load()
-    if suffix in TORCH_SUFFIXES:
-        return _read_torch(path)
-    known = ", ".join((".json", ".csv", ".npz", *PICKLE_SUFFIXES, *TORCH_SUFFIXES))
-    raise ValueError(f"its name ends in {suffix or 'nothing'}; known are {known}, and run folders.")
+        return dict(read_arrays(path))
+    if suffix == ".json":
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object of Ritz values and weights.")
+        return found
+    if suffix in UNSAFE:
+        raise ValueError(
+            f"reading {suffix} can run code: write JSON where it was made, as docs/foreign_results.md shows."
+        )
+    raise ValueError(f"its name ends in {suffix or 'nothing'}; known are .json, .csv, .npz, and run folders.")
 
 
 def _read_csv(path: Path) -> dict[str, Any]:
@@ -180,9 +170,11 @@ def _read_csv(path: Path) -> dict[str, Any]:
         rows = list(csv.DictReader(lines, skipinitialspace=True))
     header = list(rows[0]) if rows else []
     value = next((name for name in ("ritz_value", "eigenvalue", *VALUES) if name in header), None)
-    weight = next((name for name in ("weight", *WEIGHTS) if name in header), None)
+    weight = next((name for name in ("weight", "weights") if name in header), None)
     if value is None or weight is None:
-        raise ValueError(f"its columns are {', '.join(header)}; needed are ritz_value and weight (and probe).")
+        raise ValueError(
+            f"its columns are {', '.join(map(str, header))[:200]}; needed are ritz_value and weight (and probe)."
+        )
     probes: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         probes.setdefault(row.get("probe") or "0", []).append((float(row[value]), float(row[weight])))
@@ -190,128 +182,40 @@ def _read_csv(path: Path) -> dict[str, Any]:
     return {"ritz_values": [p[0] for p in pairs], "weights": [p[1] for p in pairs]}
 
 
-def _read_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(f"{path} is a torch file; install the extra: pip install -e '.[torch]'.") from None
-    scalar = np.float64(0).__reduce__()[0]  # PyHessian's lists are of numpy's scalars
-    kinds = ("float32", "float64", "complex64", "complex128")
-    numpy_scalars: list[Any] = [scalar, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
-    try:
-        with torch.serialization.safe_globals([*numpy_scalars, *_result_classes()]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose own words advise to let the file run code
-        raise ValueError("it is damaged, or holds other things than numbers, tensors and containers.") from None
-    except RuntimeError:
-        raise ValueError("it is no whole torch file.") from None
-
-
-def _result_classes() -> Iterator[type]:
-    """hessian-eigenthings' own classes of results, where it is installed: plain dataclasses."""
-    names = (("spectral_density", "SpectralDensityResult"), ("lanczos", "LanczosTridiag"), ("result", "EigenResult"))
-    for module, name in names:
-        try:
-            yield getattr(importlib.import_module(f"hessian_eigenthings.algorithms.{module}"), name)
-        except ImportError:
-            return
-
-
-class _NumbersOnly(pickle.Unpickler):
-    """Reads containers, numbers and arrays; refuses whatever else a pickle may ask to be imported."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = {("numpy", "dtype"), ("numpy", "ndarray"), ("builtins", "complex")}
-        inner = {"scalar", "_reconstruct"}
-        if (module, name) in plain or (module in ("numpy._core.multiarray", "numpy.core.multiarray") and name in inner):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}; only numbers, arrays and containers are read.")
-
-
-def _probes(data: Any) -> Iterator[tuple]:
+def _probes(data: dict[str, Any]) -> Iterator[tuple]:
     """For every probe (Ritz values, weights), or ((alphas, betas),)."""
-    if not isinstance(data, dict | list | tuple):
-        data = vars(data)  # a dataclass of hessian-eigenthings
-    if isinstance(data, list | tuple):
-        if len(data) != 2:
-            raise ValueError(f"it holds a list of {len(data)}; PyHessian's density() gives two, values and weights.")
-        data = dict(zip(("eigen_list_full", "weight_list_full"), data, strict=True))
     if "alphas" in data and "betas" in data:
-        yield from _from_coefficients(data)
+        for a, b in zip(*(_rows(data[name]) for name in ("alphas", "betas")), strict=True):
+            m = int(np.isfinite(a).sum())
+            yield ((a[:m], b[:m]),)
         return
-    if "T" in data:
-        matrix = _numbers(data["T"])
-        betas = np.abs(np.diagonal(matrix, 1))  # norms: a sign would only turn Lanczos vectors around
-        yield ((np.diagonal(matrix).copy(), np.append(betas, np.nan)),)
-        return
-    nested = {**data, **(data["spec"] if isinstance(data.get("spec"), dict) else {})}
-    values, weights = (next((nested[n] for n in names if n in nested), None) for names in (VALUES, WEIGHTS))
-    if values is None or weights is None:
-        found = ", ".join(map(str, nested)) or "nothing"
-        raise ValueError(f"it holds {found}; needed are Ritz values ({VALUES[0]}) and their weights ({WEIGHTS[0]}).")
-    several = any(np.ndim(_numbers(row)) for row in values)
-    yield from zip(
-        (_numbers(row) for row in (values if several else [values])),
-        (_numbers(row) for row in (weights if several else [weights])),
-        strict=True,
+    values = next((data[name] for name in VALUES if name in data), None)
+    if values is None or "weights" not in data:
+        found = ", ".join(map(str, data))[:200] or "nothing"
+        raise ValueError(f"it holds {found}; needed are Ritz values ({VALUES[0]}) and their weights (weights).")
+    yield from zip(_rows(values), _rows(data["weights"]), strict=True)
+
+
+def _rows(values: Any) -> list[Array]:
+    """One row of float64 for each probe; None is NaN."""
+    nested = (
+        np.ndim(values) > 1 if isinstance(values, np.ndarray) else any(isinstance(row, list | tuple) for row in values)
     )
+    return [np.array(row, np.float64) for row in (values if nested else [values])]
 
 
-def _from_coefficients(data: dict[str, Any]) -> Iterator[tuple]:
-    """Those of our own JSON, or of one LanczosTridiag, whose last beta stands apart."""
-    alphas, betas = _numbers(data["alphas"]), _numbers(data["betas"])
-    if alphas.ndim == 1:
-        m = alphas.size
-        yield ((alphas, np.append(betas[: m - 1], data.get("last_beta", np.nan))),)
-        return
-    for a, b in zip(alphas, betas, strict=True):
-        m = int(np.isfinite(a).sum())
-        yield ((a[:m], b[:m]),)
-
-
-def _numbers(values: Any) -> Array:
-    """As float64; None is NaN. torch's bfloat16 has no numpy form of its own.
-
-    Raises:
-        ValueError: A number has an imaginary part that is not rounding.
-    """
-    if hasattr(values, "detach"):
-        values = (values.cdouble() if values.is_complex() else values.double()).detach().numpy()
-    if isinstance(values, list | tuple) and any(hasattr(v, "detach") for v in values):
-        values = [_numbers(v) for v in values]
-    found = np.array(values)
-    if np.iscomplexobj(found):
-        if not (np.abs(found.imag) <= IMAGINARY).all():
-            raise ValueError(f"a number has the imaginary part {np.abs(found.imag).max():.2g}.")
-        found = found.real
-    return found.astype(np.float64)
-
-
-def _dimension(data: Any, steps: int) -> int | None:
-    """Parameters, where the file says so or holds vectors of them: a list, or one array or tree of `steps` vectors.
+def _dimension(data: dict[str, Any]) -> int | None:
+    """Parameters, where the file says so.
 
     Raises:
         ValueError: It says a number that is not whole, or not positive.
     """
-    data = data if isinstance(data, dict | list | tuple) else vars(data)
-    if not isinstance(data, dict):
+    if data.get("dim") is None:
         return None
-    if data.get("dim") is not None:
-        if int(data["dim"]) != float(data["dim"]) or int(data["dim"]) < 1:
-            raise ValueError(f"its dim is {data['dim']}; a number of parameters is whole and positive.")
-        return int(data["dim"])
-    vectors: Any = next((data[name] for name in ("q", "basis") if data.get(name) is not None), [])
-    if isinstance(vectors, list | tuple):
-        return _size(vectors[0]) or None if vectors else None
-    whole, rest = divmod(_size(vectors), steps)
-    return whole if whole and not rest else None
-
-
-def _size(vector: Any) -> int:
-    """Numbers in an array, or in a tree of arrays or numbers."""
-    if isinstance(vector, dict | list | tuple):
-        return sum(map(_size, vector.values() if isinstance(vector, dict) else vector))
-    return math.prod(np.shape(vector))
+    found = float(data["dim"])
+    if not found.is_integer() or found < 1:
+        raise ValueError(f"its dim is {found:g}; a number of parameters is whole and positive.")
+    return int(data["dim"])
 
 
 def _padded(found: list[tuple[Array, Array]]) -> tuple[Array, Array, npt.NDArray[np.int64]]:

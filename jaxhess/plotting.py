@@ -34,9 +34,14 @@ class NotebookFigure(Figure):
     """A Figure which a notebook shows as PNG, although pyplot (which registers the usual formatter) is not imported."""
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=100)
-        return buffer.getvalue()
+        return png(self, dpi=100)
+
+
+def png(figure: Figure, dpi: float | str = "figure") -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
@@ -62,7 +67,7 @@ def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
     eigenvalue_axis(axes, density.edges[0], density.edges[-1], density.linthresh)
     axes.set_ylabel("density (share of all eigenvalues\nper unit of eigenvalue)")
     title = f"Smoothed density of the eigenvalues of the {spectrum.matrix_name}\n{_provenance(spectrum)}"
-    axes.set_title(title, fontsize=11, color=INK)
+    axes.set_title(title, fontsize=11, color=INK, parse_math=False)
     smallest, largest = (format_number(extreme.value) for extreme in spectrum.extreme())
     same = smallest == largest
     axes.set_xlabel(
@@ -104,7 +109,7 @@ def distribution_figure(spectrum: Spectrum) -> Figure:
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("share of all eigenvalues at or below")
     title = f"Distribution of the eigenvalues of the {spectrum.matrix_name}\n{_provenance(spectrum)}"
-    axes.set_title(title, fontsize=11, color=INK)
+    axes.set_title(title, fontsize=11, color=INK, parse_math=False)
     axes.legend(loc="lower right", fontsize=9, framealpha=0.9, edgecolor="none")
     return figure
 
@@ -144,7 +149,7 @@ def stem_figure(spectrum: Spectrum) -> Figure:
     note = f"; {hidden} Ritz values of smaller weight are below the axis" if hidden else ""
     colour = "" if listed else ", one colour per probe"
     title = f"Ritz values and their weights\n{_provenance(spectrum)}{colour}{note}"
-    axes.set_title(title, fontsize=11, color=INK)
+    axes.set_title(title, fontsize=11, color=INK, parse_math=False)
     axes.legend(loc="upper right", fontsize=9, framealpha=0.9, edgecolor="none", ncols=2 if listed else 1)
     return figure
 

@@ -11,6 +11,7 @@ needs no compilation, takes text of any length, and has a time limit. `jaxhess.w
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # the key-value store has no public name; Orbax takes it from here too
+from jax._src import clusters, distributed  # the key-value store has no public name; Orbax takes it from here too
 
 T = TypeVar("T")
 
@@ -58,7 +59,8 @@ def initialize() -> None:
     On CPUs collectives go through gloo.
 
     Raises:
-        ValueError: Some of the three variables are set and some are not, or one is no number in its range.
+        ValueError: Some of the three variables are set and some are not, or one is no number in its range, or no
+            address.
         ConnectionError: The others were not there in time.
     """
     global _neighbours
@@ -76,7 +78,10 @@ def initialize() -> None:
     local = None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
     try:
         jax.distributed.initialize(
-            num_processes=count, process_id=process, local_device_ids=None if local is None else int(local)
+            num_processes=count,
+            process_id=process,
+            local_device_ids=None if local is None else int(local),
+            coordinator_bind_address=_bind_address() if process == 0 else None,
         )
     except (RuntimeError, ValueError) as error:
         watch.dismiss()
@@ -90,6 +95,36 @@ def initialize() -> None:
     if process > 0:
         warnings.simplefilter("ignore")  # all say the same
     _neighbours = gathered(socket.gethostname()).count(socket.gethostname())
+
+
+def _bind_address() -> str | None:
+    """Where process 0 listens: at the address that the others are told, not, as JAX would, at all of its machine.
+
+    None, and so all, where that is not known, or where the machine knows itself under that name by an address that
+    others cannot reach (Debian's 127.0.1.1). `JAX_COORDINATOR_BIND_ADDRESS` has the last word.
+    """
+    if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        return None
+    address = os.environ.get(PLAIN[0])
+    if not address:  # as JAX finds it
+        address, *_ = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, 1, 0, [0], None, 300)
+    if not address:
+        return None
+    host, port = address.rsplit(":", 1)
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return None
+    local = ipaddress.ip_address(found).is_loopback
+    if local and host not in ("localhost", found, f"[{found}]"):
+        return None
+    return f"[{found}]:{port}" if ":" in str(found) else f"{found}:{port}"
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16 or (":" in host and host[0] + host[-1] != "[]"):
+        raise ValueError(f"{PLAIN[0]} is {address!r}; it is host:port, the machine of process 0 and a free port there.")
 
 
 def refuse_several() -> None:
@@ -117,6 +152,8 @@ def launched(environment: Any) -> tuple[int, int] | None:
         counts = [(environment[PLAIN[1]], environment[PLAIN[2]])]
     if not counts:
         return None
+    if environment.get(PLAIN[0]):
+        _check_address(environment[PLAIN[0]])
     count, process = counts[0]
     if not count.isdigit() or not process.isdigit() or not int(process) < int(count):
         raise ValueError(f"Process {process} of {count} processes: they are counted from 0.")

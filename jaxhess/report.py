@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from jaxhess.krylov.ghosts import relative_tolerance
-from jaxhess.plotting import CENTRAL_MASS, density_figure, distribution_figure, stem_figure
+from jaxhess.output import Output
+from jaxhess.plotting import CENTRAL_MASS, density_figure, distribution_figure, png, stem_figure
+from jaxhess.run_folder import REPORT_FILES
 from jaxhess.spectra import Estimate, Extreme, Spectrum
 
 STYLE = """
@@ -80,26 +80,25 @@ FIGURES: dict[str, Callable[[Spectrum], Figure]] = {
 }
 
 
-def write_report(folder: str | os.PathLike[str], spectrum: Spectrum) -> None:
-    """Writes `report.html` (nothing external: plots are embedded) and the three figures as PNG into the folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_report(folder)
-    images = {name: _png(draw(spectrum)) for name, draw in FIGURES.items()}
-    for name, image in images.items():
-        (folder / f"{name}.png").write_bytes(image)
-    (folder / "report.html").write_text(_page(spectrum, images), encoding="utf-8")
+def write_report(folder: str | os.PathLike[str], spectrum: Spectrum, overwrite: bool = False) -> None:
+    """Writes `report.html` (nothing external: plots are embedded) and the three figures as PNG into the folder.
+
+    Raises:
+        FileExistsError: There is a report and `overwrite` is False, or a file that the library did not write.
+        OSError: The folder cannot be written. What could be saved elsewhere is, and the message says where.
+    """
+    with Output(folder, REPORT_FILES, overwrite) as output:
+        output.write(report_files(spectrum))
 
 
-def remove_report(folder: str | os.PathLike[str]) -> None:
-    """Removes what `write_report` wrote, so that an old picture never stands beside new numbers."""
-    for name in (*(f"{figure}.png" for figure in FIGURES), "report.html"):
-        (Path(folder) / name).unlink(missing_ok=True)
+def report_files(spectrum: Spectrum) -> dict[str, bytes]:
+    """The contents of the files that `write_report` writes."""
+    images = {name: png(draw(spectrum)) for name, draw in FIGURES.items()}
+    return {f"{name}.png": image for name, image in images.items()} | {"report.html": _page(spectrum, images).encode()}
 
 
 def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
     sections = [
-        f"<h1>Spectrum of the {spectrum.matrix_name}</h1>",
         f'<p class="note">{_subtitle(spectrum)}</p>',
         "<h2>In short</h2>",
         table(("quantity", "value", "how sure"), _headline(spectrum)),
@@ -128,10 +127,16 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         "<h2>How it was made</h2>",
         *_info(spectrum.info),
     ]
+    return page(f"Spectrum of the {spectrum.matrix_name}", sections)
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """A page of HTML; the title is plain text, the sections are HTML."""
+    title = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Spectrum of the {spectrum.matrix_name}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
@@ -343,12 +348,6 @@ def _image(png: bytes, alt: str, caption: str) -> str:
     data = base64.b64encode(png).decode()
     caption = html.escape(caption)
     return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _number(x: float, digits: int) -> str:

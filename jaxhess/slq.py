@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -218,7 +219,7 @@ class _Run:
                     ended = step == self.steps
                     if ended:
                         self._finish(state, chosen)
-                    self._save(saver, first + together if ended else first, None if ended else state)
+                    self._save(saver, first + together if ended else first, None if ended else state, must=asked)
                     if asked:
                         raise Interrupted(
                             f"stopped by SIGTERM after step {step} of probe {first + 1}; what was done is saved"
@@ -319,8 +320,11 @@ class _Run:
         step = int(state.step)
         return Progress(chosen.start, len(sizes), self.probes, step, self.steps, alphas, betas, self.seconds)
 
-    def _save(self, saver: Saver, probe: int, state: LanczosState | None) -> None:
-        """Saves what the probes before this one gave, and the state of those that advance now."""
+    def _save(self, saver: Saver, probe: int, state: LanczosState | None, must: bool) -> None:
+        """Saves what the probes before this one gave, and the state of those that advance now.
+
+        On a full disk a run in one process goes on without the save, unless it `must` be made.
+        """
         step = 0 if state is None else int(state.step)
         record = {
             "probe": probe,
@@ -333,8 +337,14 @@ class _Run:
             **{name: [[float(x).hex() for x in row] for row in getattr(self, name)[:probe]] for name in COEFFICIENTS},
             "orthogonality": [float(x).hex() for x in self.orthogonality[:probe]],
         }
-        saver.save(probe * self.steps + step, record, state)
-        _remark(probe, step)
+        try:
+            saver.save(probe * self.steps + step, record, state)
+        except OSError as error:  # the disk is full
+            if must or processes.count() > 1:
+                raise
+            warnings.warn(f"{error.strerror} The run goes on and tries again at the next save.", stacklevel=2)
+        else:
+            _remark(probe, step)
 
     def _take_up(self, record: dict[str, Any]) -> int:
         """What a save holds of the probes that had ended; returns the first that had not."""

@@ -28,8 +28,9 @@ from jaxhess.krylov.ghosts import (
 )
 from jaxhess.krylov.integrals import integral_bounds
 from jaxhess.krylov.quadrature import Quadrature, quadrature
+from jaxhess.output import Output
 from jaxhess.record import RunRecord
-from jaxhess.run_folder import ARRAYS, json_ready, read_run, refuse_unusable, write_run
+from jaxhess.run_folder import ARRAYS, EXPORTS, RECORD, REPORT_FILES, json_ready, read_run, run_files
 from jaxhess.standard_errors import (
     UNKNOWN,
     Estimate,
@@ -45,7 +46,7 @@ from jaxhess.standard_errors import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Estimate", "Extreme", "Extremes", "Spectrum", "json_ready", "refuse_unusable"]
+__all__ = ["Estimate", "Extreme", "Extremes", "Spectrum", "json_ready"]
 
 MATRIX_NAMES = {
     "Hessian": "loss Hessian",
@@ -416,23 +417,30 @@ class Spectrum:
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes `spectrum.npz` and `spectrum.json` into the folder, created if missing; the JSON last.
 
-        Each file appears whole or not at all, and a folder with `spectrum.json` is a finished run.
+        Each file appears whole or not at all, and a folder with `spectrum.json` is a finished run. With `overwrite` the
+        old run goes, with its report and exports; files that the library did not write stay, and are never replaced.
 
         Raises:
-            FileExistsError: The folder holds a finished run and `overwrite` is False.
+            FileExistsError: The folder holds a finished run and `overwrite` is False, or files of these names that the
+                library did not write.
+            OSError: The folder cannot be written. What could be saved elsewhere is, and the message says where.
         """
-        refuse_unusable(folder, overwrite)
+        with Output(folder, (ARRAYS, RECORD), overwrite, stale=(*REPORT_FILES, *EXPORTS)) as output:
+            output.write(self.files())
+
+    def files(self) -> dict[str, bytes]:
+        """The contents of the two files that `save` writes."""
         names = (*Quadrature._fields, "ghosts", *_STORED, "rounding", "step_errors")
         arrays = {name: getattr(self, name) for name in names}
         run = json_ready(dataclasses.asdict(self.run))
-        write_run(folder, arrays, {"run": run, "info": self.info, "summary": self.summary()})
+        return run_files(arrays, {"run": run, "info": self.info, "summary": self.summary()})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], dim: int | None = None) -> Spectrum:
         """The spectrum that `save` wrote; what follows from alphas and betas is computed again.
 
         A folder that was written before the rounding was kept is taken for a float32 run. A file is read as
-        `jaxhess.interchange` says: results of HessFormer, PyHessian and hessian-eigenthings, plain JSON, CSV or npz.
+        `jaxhess.interchange` says: JSON, CSV or npz of Ritz values and weights.
 
         Args:
             folder: A run folder, or such a file.
@@ -441,20 +449,22 @@ class Spectrum:
         Raises:
             FileNotFoundError: The folder, one of its two files, or the file is missing.
             ValueError: A file is corrupt or of another format; the number of parameters is missing, or another.
-            ImportError: It is a torch file, and torch is not installed.
         """
         if not Path(folder).is_dir() and Path(folder).suffix:
             return read_spectrum(cls, Path(folder), dim)
         arrays, record = read_run(folder)
+        info = record.get("info", {})
+        try:
+            run = RunRecord.read(record["run"]) if "run" in record else RunRecord.of_old_info(info)
+        except ValueError as error:
+            raise ValueError(f"{Path(folder) / RECORD} is not a spectrum record: {error}") from None
         try:
             alphas, betas, sizes, rows = (arrays[name] for name in _STORED)
             rounding = float(arrays.get("rounding", FLOAT32_ROUNDING))
-            info = record.get("info", {})
-            run = RunRecord.read(record["run"]) if "run" in record else RunRecord.of_old_info(info)
             errors = arrays.get("step_errors", np.zeros(0))
             return cls(alphas, betas, sizes, int(rows), info, run=run, rounding=rounding, step_errors=errors)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from error
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from None
 
     def to_json(self) -> str:
         """The spectrum as a JSON object that any tool reads: see `jaxhess.interchange`."""

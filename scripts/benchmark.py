@@ -6,9 +6,11 @@ rounds are interleaved: every row is run once before any is run again, so that a
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
 import importlib.metadata
-import json
 import os
 import statistics
 import tempfile
@@ -26,13 +28,14 @@ from rich.table import Table
 
 import convert
 import jaxhess
-from jaxhess.command import one_sentence
+from jaxhess.command import one_sentence, terminal
 from jaxhess.krylov import compile_segment
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.losses import TokenBatch
 from jaxhess.memory import bytes_per_device
 from jaxhess.mesh import batch_sharding, data_shards
 from jaxhess.models import LanguageModel, initialize
+from jaxhess.output import OutputFile
 from jaxhess.peaks import peak_matmul_flops
 from jaxhess.plan.compiled import gradient
 from jaxhess.program import bytes_accessed, matmul_flops, read_program, temporary_bytes
@@ -109,6 +112,7 @@ def run(options: Options) -> dict[str, Any]:
     """Everything measured: facts about the run and a list of rows, as it is written to `--out`."""
     mesh = jaxhess.make_mesh(options.mesh)
     _check(options, mesh)
+    out = None if options.out is None else OutputFile(options.out, "benchmark", options.overwrite)
     model = _model(options, mesh)
     hessian, lanczos_hessian = (_hessian(options, model, n) for n in (options.sequences, options.lanczos_sequences))
     vector = jaxhess.random_probe(random_key(options.seed), hessian.shape_dtype)
@@ -142,18 +146,13 @@ def run(options: Options) -> dict[str, Any]:
         "vector_work_share": vectors_only / exact,
         "rows": [{"name": row.name, **row.result} for row in rows],
     }
-    if options.out is not None:
-        options.out.write_text(json.dumps(json_ready(facts), indent=1) + "\n")
-    _print(Console(), facts)
+    if out is not None:
+        out.write(json_ready(facts))
+    _print(terminal(), facts)
     return facts
 
 
 def _check(options: Options, mesh: jax.sharding.Mesh) -> None:
-    if options.out is not None:
-        if options.out.exists() and not options.overwrite:
-            raise FileExistsError(f"{options.out} exists; choose another file or pass --overwrite.")
-        if options.out.is_dir() or not options.out.absolute().parent.is_dir():
-            raise ValueError(f"--out {options.out}: give a file in a directory that exists.")
     check_seed(options.seed)
     for name in ("sequences", "lanczos_sequences", "seq_len", "steps", "rounds"):
         if getattr(options, name) < 1:

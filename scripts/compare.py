@@ -5,6 +5,9 @@ A spectrum is a run folder, or a file of another tool: `jaxhess.interchange` say
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
 import json
 import math
@@ -17,13 +20,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jaxhess.command import one_sentence
+from jaxhess.command import one_sentence, terminal
 from jaxhess.comparison import Distance, Row, densities_figure, distance, row, stems_figure
 from jaxhess.interchange import UnknownDimension
-from jaxhess.run_folder import json_ready, refuse_unusable
+from jaxhess.output import Output
+from jaxhess.plotting import png
+from jaxhess.run_folder import json_ready
 from jaxhess.spectra import Spectrum
 
-RECORD = "comparison.json"
+FILES = RECORD, DENSITIES, STEMS = ("comparison.json", "densities.png", "stems.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Options:
     out: Path | None = None
     """Folder for comparison.json, densities.png and stems.png; by default runs/<date>-compare."""
     overwrite: bool = False
-    """Replace a comparison in that folder."""
+    """Replace a comparison in that folder; files that none wrote are never replaced."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -45,24 +50,23 @@ def run(options: Options) -> dict[str, Any]:
     if not options.spectra:
         raise ValueError("Give at least one run folder or file.")
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-compare"
-    refuse_unusable(out, options.overwrite, marker=RECORD)
-    labels = names(options.spectra)
-    spectra = load(options)
-    rows = [row(label, s) for label, s in zip(labels, spectra, strict=True)]
-    distances = [distance(spectra[0], s) for s in spectra[1:]]
-    record = {
-        "spectra": [
-            {**dataclasses.asdict(r), "moments": [m.to_dict() for m in r.moments], "path": str(p)}
-            for r, p in zip(rows, options.spectra, strict=True)
-        ],
-        "distances_from_the_first": [{**d._asdict(), "same": d.same} for d in distances],
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    densities_figure(spectra, labels).savefig(out / "densities.png")
-    stems_figure(spectra, labels).savefig(out / "stems.png")
-    (out / RECORD).write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n")
-    show(Console(), rows, distances, spectra)
-    print(f"{out} has densities.png, stems.png and {RECORD}.")
+    with Output(out, FILES, options.overwrite) as output:
+        labels = names(options.spectra)
+        spectra = load(options)
+        rows = [row(label, s) for label, s in zip(labels, spectra, strict=True)]
+        distances = [distance(spectra[0], s) for s in spectra[1:]]
+        record = {
+            "spectra": [
+                {**dataclasses.asdict(r), "moments": [m.to_dict() for m in r.moments], "path": str(p)}
+                for r, p in zip(rows, options.spectra, strict=True)
+            ],
+            "distances_from_the_first": [{**d._asdict(), "same": d.same} for d in distances],
+        }
+        text = json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n"
+        figures = densities_figure(spectra, labels), stems_figure(spectra, labels)
+        output.write({DENSITIES: png(figures[0]), STEMS: png(figures[1]), RECORD: text.encode()})
+    show(terminal(), rows, distances, spectra)
+    print(f"{out} has {DENSITIES}, {STEMS} and {RECORD}.")
     return record
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +16,14 @@ from jaxhess.command import one_sentence
 from jaxhess.krylov.eigenpairs import Eigenpairs
 from jaxhess.models import DecoderConfig, abstract_params
 from jaxhess.operators.restriction import Restriction, restriction
-from jaxhess.run_folder import refuse_unusable
+from jaxhess.output import Content, Output
+from jaxhess.run_folder import EIGENVECTORS, EXPORTED_VECTORS, EXPORTS
 from jaxhess.spectra import Spectrum
-
-VECTORS = "eigenvectors.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """In the run's own folder files that are there are replaced: they hold what the run holds."""
+    """In the run's own folder earlier exports are replaced: they hold what the run holds."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder, or a file that `jaxhess.interchange` reads."""
@@ -41,23 +42,28 @@ def run(options: Options) -> list[Path]:
     spectrum = Spectrum.load(options.run, options.dim)
     out = options.out or options.run
     found = spectrum.info.get("eigenpairs") if options.run.is_dir() else None
-    contents: dict[str, Callable[[Path], object]] = {}
+    contents: dict[str, Content] = {}
     if found:  # first, for they are what can fail
-        pairs = Eigenpairs.load(options.run / found["vectors"])
-        config = DecoderConfig.from_dict(spectrum.info["model"]["config"])
+        pairs = Eigenpairs.load(options.run / EIGENVECTORS)
+        config = _config(spectrum.info, options.run)
         block = _block(spectrum.info, config)
-        contents[VECTORS] = lambda file: save_directions(pairs, config, file, block)
-    contents["spectrum.csv"] = lambda file: file.write_text(spectrum.to_csv(), encoding="utf-8")
-    contents["quadrature.json"] = lambda file: file.write_text(spectrum.to_json(), encoding="utf-8")
+        contents[EXPORTED_VECTORS] = lambda file: save_directions(pairs, config, file, block)
+    contents["spectrum.csv"] = spectrum.to_csv().encode()
+    contents["quadrature.json"] = spectrum.to_json().encode()
     own = options.run.is_dir() and out.is_dir() and out.samefile(options.run)
     if any(file.exists() and file.samefile(options.run) for file in (out / name for name in contents)):
         raise ValueError(f"{options.run} is what is to be exported: give another folder as --out.")
-    for name in contents:
-        refuse_unusable(out, own or options.overwrite, marker=name)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, write in contents.items():
-        write(out / name)
+    with Output(out, contents, own or options.overwrite, stale=EXPORTS) as output:
+        output.write(contents)
     return [out / name for name in contents]
+
+
+def _config(info: dict[str, Any], run: Path) -> DecoderConfig:
+    """The decoder that the run's record describes."""
+    try:
+        return DecoderConfig.from_dict(info["model"]["config"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"The record of {run} does not describe its model ({error}).") from None
 
 
 def _block(info: dict[str, Any], config: DecoderConfig) -> Restriction | None:

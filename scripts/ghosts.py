@@ -6,6 +6,9 @@ from the same probe.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
 import json
 import time
@@ -23,15 +26,17 @@ from scipy.stats import wasserstein_distance
 import convert
 import jaxhess
 from convert.text import load_blocks
-from jaxhess.command import one_sentence
+from jaxhess.command import one_sentence, terminal
 from jaxhess.krylov import compile_segment, lanczos_segment, orthogonality_loss, start_lanczos
 from jaxhess.krylov.ghosts import classify, independent, unflagged
 from jaxhess.krylov.lanczos import Reorthogonalize
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.memory import bytes_per_device
 from jaxhess.operators.base import unit_roundoff
+from jaxhess.output import Output
+from jaxhess.plotting import png
 from jaxhess.record import RunRecord
-from jaxhess.spectra import json_ready, refuse_unusable
+from jaxhess.run_folder import json_ready
 from jaxhess.vectors import cast, random_key
 
 TINY = Path(__file__).parent / "tiny"
@@ -63,7 +68,7 @@ class Options:
     out: Path | None = None
     """Folder for table, plots and JSON; by default runs/<date>-ghosts."""
     overwrite: bool = False
-    """Replace a finished study in that folder."""
+    """Replace a finished study in that folder; files that none wrote are never replaced."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +98,17 @@ def variants(options: Options) -> list[Variant]:
 def run(options: Options) -> dict[str, Any]:
     """The whole study; returns what it also saved."""
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-ghosts"
-    if not options.overwrite and (out / RECORD).exists():
-        raise FileExistsError(f"{out} already holds a finished study ({RECORD}); choose another, or pass --overwrite.")
-    refuse_unusable(out, options.overwrite)
+    with Output(out, (RECORD, PLOT), options.overwrite) as output:
+        return study(options, output)
+
+
+def study(options: Options, output: Output) -> dict[str, Any]:
+    """The study, in a folder that no other writes into."""
     if not options.steps or min(options.steps) < 2 or any(r < 2 for r in options.windows):
         raise ValueError(f"--steps {options.steps} and --windows {options.windows}: each must be at least 2.")
     config = convert.load_config(options.model, "float32")
     config.check_length(options.seq_len)
-    console, began = Console(), time.perf_counter()
+    console, began = terminal(), time.perf_counter()
     mesh = jaxhess.make_mesh(options.mesh)
     blocks = load_blocks(
         options.data,
@@ -127,12 +135,10 @@ def run(options: Options) -> dict[str, Any]:
         "variants": [compared(found, results[0], options.steps) for found in results],
         "seconds": time.perf_counter() - began,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RECORD).unlink(missing_ok=True)  # never an old record beside a new plot
-    plot(record).savefig(out / PLOT)
-    (out / RECORD).write_text(json.dumps(json_ready(record), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(json_ready(record), indent=1, allow_nan=False) + "\n"
+    output.write({PLOT: png(plot(record)), RECORD: text.encode()})
     print_table(console, record)
-    console.print(f"written to {out} in {record['seconds']:.0f} s")
+    console.print(f"written to {output.folder} in {record['seconds']:.0f} s")
     return record
 
 

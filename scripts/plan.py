@@ -5,8 +5,10 @@ No weights, no text and no GPU are needed. The program itself is compiled, for s
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
-import json
 import math
 import shlex
 import sys
@@ -23,8 +25,9 @@ sys.path.insert(0, str(ROOT))  # the other script, when this one is run by its p
 
 import convert  # noqa: E402
 from jaxhess import plan as planning  # noqa: E402
-from jaxhess.command import compile_quickly, one_sentence, simulated_devices  # noqa: E402
+from jaxhess.command import compile_quickly, one_sentence, simulated_devices, terminal  # noqa: E402
 from jaxhess.mesh import make_mesh, parse_axes  # noqa: E402
+from jaxhess.output import OutputFile  # noqa: E402
 from jaxhess.peaks import ACCELERATORS  # noqa: E402
 from jaxhess.run_folder import json_ready  # noqa: E402
 from scripts import spectrum  # noqa: E402
@@ -42,11 +45,12 @@ class Options(spectrum.Options):
     compile: bool = True
     """Compile the program, for facts beside the formulas; without, a plan takes a second."""
     json: Path | None = None
-    """File for the plan."""
+    """File for the plan; one that is there is replaced with --overwrite, if it is a plan."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """The plan, as it is written to `--json`."""
+    out = None if options.json is None else OutputFile(options.json, "plan", options.overwrite)
     job = job_of(options)
     for name in options.hardware:
         planning.verdict.accelerator(name)
@@ -79,9 +83,9 @@ def run(options: Options) -> dict[str, Any]:
             planning.compiled(job, make_mesh(job.axes or {"fsdp": 1}, simulated_devices(job.devices)))
         )
         facts["compiled"] = {key: value for key, value in found.items() if _is_sound(key, job)}
-    if options.json is not None:
-        options.json.write_text(json.dumps(json_ready(_rounded(facts)), indent=1) + "\n")
-    show(Console(), facts)
+    if out is not None:
+        out.write(json_ready(_rounded(facts)))
+    show(terminal(), facts)
     return facts
 
 

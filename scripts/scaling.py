@@ -7,6 +7,9 @@ all of them together, and other work on the machine does not count. The first ru
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
 import json
 import math
@@ -26,16 +29,20 @@ from rich.table import Table
 
 import jaxhess
 from jaxhess.collectives import bytes_by_kind, collective_traffic
-from jaxhess.command import one_sentence, simulated_devices
+from jaxhess.command import one_sentence, simulated_devices, terminal
 from jaxhess.data import TokenBlocks
 from jaxhess.mesh import data_shards, make_mesh, parse_axes
 from jaxhess.models import initialize
 from jaxhess.operators.base import compiled_mv
+from jaxhess.output import Output
 from jaxhess.plan.compiled import gradient
 from jaxhess.plan.law import power_law, runtime_law
+from jaxhess.plotting import png
 from jaxhess.program import matmul_flops, read_program, temporary_bytes
 from jaxhess.run_folder import json_ready
 from jaxhess.vectors import random_probe
+
+RECORD, PLOT = "scaling.json", "scaling.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +82,25 @@ class Options:
     """Timed runs of every program; the median counts."""
     out: Path | None = None
     """Folder for scaling.json and scaling.png; by default nothing is written."""
+    overwrite: bool = False
+    """Replace an earlier result in that folder; files that none wrote are never replaced."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """Everything measured and fitted, as it is written to scaling.json."""
     if options.rounds < 1 or min(*options.devices, options.mesh_devices) < 1:
         raise ValueError("--rounds, --devices and --mesh-devices must be at least 1.")
+    if options.out is None:
+        return measure(options)
+    with Output(options.out, (RECORD, PLOT), options.overwrite) as output:
+        facts = measure(options)
+        text = json.dumps(json_ready(facts), indent=1) + "\n"
+        output.write({PLOT: png(figure(facts), dpi=120), RECORD: text.encode()})
+    return facts
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """All of it, printed."""
     measured, base = _Measured(options.rounds), dataclasses.asdict(options.base)
     mesh = f"fsdp={options.mesh_devices}"
     every = ("gradient", "exact", "finite-difference")
@@ -100,11 +120,7 @@ def run(options: Options) -> dict[str, Any]:
         "runtime_law": {hvp: _law(sweeps["tokens"], hvp)._asdict() for hvp in ("exact", "finite-difference")},
         "fsdp_overhead": {what: cut[what]["seconds"] / whole[what]["seconds"] - 1 for what in every},
     }
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "scaling.json").write_text(json.dumps(json_ready(facts), indent=1) + "\n")
-        figure(facts).savefig(options.out / "scaling.png", dpi=120)
-    _print(Console(), facts)
+    _print(terminal(), facts)
     return facts
 
 

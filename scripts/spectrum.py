@@ -5,6 +5,9 @@ With no options: the small GPT-NeoX model and the text in scripts/tiny.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
 import importlib.metadata
 import math
@@ -24,18 +27,19 @@ import convert
 import jaxhess
 from convert.text import load_blocks
 from jaxhess import processes
-from jaxhess.command import one_sentence
+from jaxhess.command import one_sentence, terminal
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.models import LOGIT_CHUNK, abstract_params
 from jaxhess.noise import audit
 from jaxhess.operators.restriction import restriction
-from jaxhess.report import remove_report, write_report
+from jaxhess.output import Output
+from jaxhess.report import report_files
+from jaxhess.run_folder import EIGENVECTORS, EXPORTS, RUN_FILES
 from jaxhess.slq import check_basis_fits, vectors_like
-from jaxhess.spectra import refuse_unusable
 from jaxhess.vectors import check_seed, random_key
 
 TINY = Path(__file__).parent / "tiny"
-UNFINISHED, EIGENVECTORS = "unfinished", "eigenvectors"
+UNFINISHED = "unfinished"
 FREE = {
     *("model", "data", "mesh", "microbatch", "query_chunk", "logit_chunk", "remat", "batch_size", "residual_gb"),
     *("audit", "out", "overwrite", "resume", "checkpoint_every"),
@@ -126,7 +130,7 @@ class Options:
     out: Path | None = None
     """Run folder; by default runs/<date>-<model>."""
     overwrite: bool = False
-    """Replace a finished run in that folder."""
+    """Replace a finished run in that folder; files that no run wrote are never replaced."""
     checkpoint_every: int = 10
     """Steps between saves of an unfinished run (they replace each other, in the run folder); 0 for none. SIGTERM saves
     too."""
@@ -141,11 +145,19 @@ def run(options: Options) -> jaxhess.Spectrum:
     out = options.out or Path("runs") / processes.agreed(named)
     _check_options(options)
     checkpoint = jaxhess.Checkpoint(out / UNFINISHED, options.checkpoint_every or 1, options.resume)
+    checkpoint.check(discard=options.overwrite)
     # A run that was stopped after its spectrum, or over a finished one, is still to be ended.
     overwrite = options.overwrite or (options.resume and checkpoint.unfinished())
-    processes.on_first(lambda: refuse_unusable(out, overwrite))
-    if not options.overwrite:
-        checkpoint.check()
+    output = Output(out, (*RUN_FILES, EIGENVECTORS), overwrite, stale=EXPORTS)
+    try:
+        processes.on_first(output.claim)
+        return _run(options, output, checkpoint)
+    finally:
+        output.release()
+
+
+def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> jaxhess.Spectrum:
+    """The job, in a folder that no other run writes into."""
     config = convert.load_config(options.model, options.dtype)
     layers = _layers(options.layers, config.num_layers)
     if options.restrict or layers is not None:
@@ -154,7 +166,7 @@ def run(options: Options) -> jaxhess.Spectrum:
     if "float64" in (config.dtype, options.compute_dtype, options.vector_dtype, options.accumulation_dtype):
         jax.config.update("jax_enable_x64", True)
     mesh = jaxhess.make_mesh(options.mesh)
-    console = Console(quiet=processes.index() > 0)
+    console = terminal(quiet=processes.index() > 0)
 
     clock = {"start": time.perf_counter()}
     blocks = load_blocks(
@@ -234,29 +246,18 @@ def run(options: Options) -> jaxhess.Spectrum:
             callback=bar.show,
             info=info,
         )
-    write(result, out, overwrite=overwrite)
+    processes.on_first(lambda: output.write(result.files() | report_files(result)))
     if options.eigenpairs:
-        result = with_eigenpairs(options, operator, result, out, console)
-        write(result, out, overwrite=True)
+        result = with_eigenpairs(options, operator, result, output, console)
+        processes.on_first(lambda: output.write(result.files() | report_files(result)))
     checkpoint.remove()
     if processes.index() == 0:
-        _print_summary(console, result, out)
+        _print_summary(console, result, output.folder)
     return result
 
 
-def write(result: jaxhess.Spectrum, out: Path, overwrite: bool) -> None:
-    """The run folder, from one process."""
-
-    def saved() -> None:
-        remove_report(out)
-        result.save(out, overwrite=overwrite)
-        write_report(out, result)
-
-    processes.on_first(saved)
-
-
 def with_eigenpairs(
-    options: Options, operator: jaxhess.LinearOperator, result: jaxhess.Spectrum, out: Path, console: Console
+    options: Options, operator: jaxhess.LinearOperator, result: jaxhess.Spectrum, output: Output, console: Console
 ) -> jaxhess.Spectrum:
     """The spectrum with leading eigenvalues and their residuals in its record; eigenvectors go to the run folder."""
     pairs = jaxhess.leading_eigenpairs(
@@ -268,9 +269,9 @@ def with_eigenpairs(
         vector_dtype=options.vector_dtype,
         **_stored(options),
     )
-    pairs.save(out / EIGENVECTORS, overwrite=True)
     for value, residual, converged in zip(pairs.values, pairs.residuals, pairs.converged, strict=True):
         console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{'' if converged else ', not converged'})")
+    pairs.save(output.folder / EIGENVECTORS, overwrite=True)
     record = {name: getattr(pairs, name).tolist() for name in ("values", "residuals", "converged")}
     found = {**record, "steps": pairs.steps, "vectors": EIGENVECTORS}
     return dataclasses.replace(result, info={**result.info, "eigenpairs": found})
@@ -328,6 +329,8 @@ def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any)
 
 
 def _check_options(options: Options) -> None:
+    if not options.model or not options.data:
+        raise ValueError("--model and --data must not be empty.")
     if options.steps < 1 or options.probes < 1:
         raise ValueError(f"--steps {options.steps} and --probes {options.probes} must both be at least 1.")
     check_seed(options.seed)

@@ -5,6 +5,9 @@ With no options: the small GPT-NeoX model and the text in scripts/tiny, a few mi
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
 import json
 import math
@@ -25,11 +28,12 @@ from rich.table import Table
 import convert
 import jaxhess
 from convert.text import load_blocks
-from jaxhess.command import one_sentence
+from jaxhess.command import one_sentence, terminal
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.plotting import format_number
-from jaxhess.spectra import json_ready, refuse_unusable
+from jaxhess.output import Output
+from jaxhess.plotting import format_number, png
+from jaxhess.run_folder import json_ready
 from jaxhess.vectors import Vector, cast, check_seed, norm, random_key, random_probe, size
 
 TINY = Path(__file__).parent / "tiny"
@@ -75,21 +79,24 @@ class Options:
     out: Path | None = None
     """Folder for the table and the plot; by default runs/<date>-step-size."""
     overwrite: bool = False
-    """Replace a finished study in that folder."""
+    """Replace a finished study in that folder; files that none wrote are never replaced."""
 
 
 def run(options: Options) -> dict[str, Any]:
     """The whole study; returns what it also saved."""
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-step-size"
-    if not options.overwrite and (out / RECORD).exists():
-        raise FileExistsError(f"{out} already holds a finished study ({RECORD}); choose another, or pass --overwrite.")
-    refuse_unusable(out, options.overwrite)
+    with Output(out, (RECORD, PLOT), options.overwrite) as output:
+        return studies(options, output)
+
+
+def studies(options: Options, output: Output) -> dict[str, Any]:
+    """The study of every dtype, in a folder that no other writes into."""
     check_options(options)
     config = convert.load_config(options.model, options.dtypes[0])
     config.check_length(options.seq_len)
     if options.reference == "float64":
         jax.config.update("jax_enable_x64", True)
-    console = Console()
+    console = terminal()
     began = time.perf_counter()
     mesh = jaxhess.make_mesh(options.mesh)
     blocks = load_blocks(
@@ -113,12 +120,10 @@ def run(options: Options) -> dict[str, Any]:
         "studies": studies,
         "seconds": time.perf_counter() - began,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RECORD).unlink(missing_ok=True)  # never an old record beside a new plot
-    plot(record).savefig(out / PLOT)
-    (out / RECORD).write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n"
+    output.write({PLOT: png(plot(record)), RECORD: text.encode()})
     print_tables(console, record)
-    console.print(f"written to {out} in {record['seconds']:.0f} s")
+    console.print(f"written to {output.folder} in {record['seconds']:.0f} s")
     return record
 
 

@@ -8,8 +8,12 @@ format. Losses are means in nats per token; nats divided by ln 2 and by the byte
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
 import functools
+import io
 import json
 import math
 import platform
@@ -30,12 +34,14 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from convert import export
-from convert.destination import check_destination
+from convert.destination import appearing, check_destination
+from convert.hugging_face import write_hugging_face
+from convert.tokenizer import add_tokenizer
 from jaxhess.command import one_sentence
 from jaxhess.data import TEXT_SUFFIXES, TokenBlocks, pack, read_documents
 from jaxhess.losses import TokenBatch
 from jaxhess.models import DecoderConfig, LanguageModel, NextTokenLoss, RopeConfig, abstract_params, initialize
+from jaxhess.output import Output
 from jaxhess.vectors import check_seed, random_key
 
 END_OF_TEXT = "<|endoftext|>"
@@ -113,16 +119,26 @@ def run(options: Options) -> None:
 
 def train_and_keep(options: Options, corpus: Corpus, work: Path) -> None:
     """Leaves `tokenizer.json`, `params.npz`, `decoder.json` and `loss_curve.json` in `work`."""
-    work.mkdir(parents=True, exist_ok=True)
+    with Output(work, KEPT, overwrite=True) as output:
+        _train_and_keep(options, corpus, output)
+
+
+def _train_and_keep(options: Options, corpus: Corpus, output: Output) -> None:
     tokenizer = train_tokenizer(list(corpus.train.values()), options.vocab_size)
-    tokenizer.save(str(work / "tokenizer.json"))
     blocks = {name: tokenise(texts, tokenizer, options.seq_len, name) for name, texts in vars(corpus).items()}
     model, curve = train(options, tokenizer.get_vocab_size(), blocks)
     curve |= text_figures(corpus, tokenizer, blocks)
     curve["held_out_bits_per_byte"] = curve["held_out_loss"] / math.log(2) / curve["held_out_bytes_per_token"]
-    np.savez(work / "params.npz", **{jax.tree_util.keystr(k): x for k, x in jax.tree.leaves_with_path(model.params)})
-    write_json(work / "decoder.json", model.config.to_dict())
-    write_json(work / "loss_curve.json", curve)
+    params = io.BytesIO()
+    np.savez(params, **{jax.tree_util.keystr(k): x for k, x in jax.tree.leaves_with_path(model.params)})
+    output.write(
+        {
+            "tokenizer.json": lambda path: tokenizer.save(str(path)),
+            "params.npz": params.getvalue(),
+            "decoder.json": json_bytes(model.config.to_dict()),
+            "loss_curve.json": json_bytes(curve),
+        }
+    )
 
 
 def export_all(options: Options, corpus: Corpus, work: Path) -> None:
@@ -150,19 +166,22 @@ def export_all(options: Options, corpus: Corpus, work: Path) -> None:
         eos_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
-    export(model, options.out, tokenizer_source=fast, overwrite=options.overwrite)
     sample, sources = excerpt(corpus, options.sample_bytes, options.seed)
-    (options.out / "sample.txt").write_bytes(sample.encode())
     blocks = tokenise({"": sample}, tokenizer, config.max_positions, "sample.txt")
     figures = {"seq_len": blocks.seq_len, "sequences": blocks.num_sequences, "fingerprint": blocks.fingerprint()}
     figures["loss"] = mean_loss(model.loss(), params, blocks, options.batch)
-    write_json(options.out / "sample.json", {"about": ABOUT_SAMPLE, "python": curve["python"], **figures, **sources})
-    if options.text is None:
-        licence = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
-        notice = f"{sys.copyright}\n\nPython Software Foundation License, https://docs.python.org/3/license.html\n"
-        (options.out / "LICENSE-text").write_text(licence.read_text() if licence.is_file() else notice)
-    write_json(options.out / "loss_curve.json", curve)
-    plot(curve, options.out / "loss_curve.png")
+    about = {"about": ABOUT_SAMPLE, "python": curve["python"], **figures, **sources}
+    with appearing(options.out, options.overwrite) as folder:
+        write_hugging_face(model, folder, None)
+        add_tokenizer(fast, folder)
+        (folder / "sample.txt").write_bytes(sample.encode())
+        (folder / "sample.json").write_bytes(json_bytes(about))
+        if options.text is None:
+            licence = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+            notice = f"{sys.copyright}\n\nPython Software Foundation License, https://docs.python.org/3/license.html\n"
+            (folder / "LICENSE-text").write_text(licence.read_text() if licence.is_file() else notice)
+        (folder / "loss_curve.json").write_bytes(json_bytes(curve))
+        plot(curve, folder / "loss_curve.png")
     print(
         json.dumps({name: value for name, value in curve.items() if name != "points"} | {"sample": figures}, indent=1)
     )
@@ -386,9 +405,9 @@ def pieces_of(text: str) -> list[str]:
     return [piece.rstrip("\n") + "\n\n\n" for piece in pieces if PIECE <= len(piece) <= 2 * PIECE]
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Writes `data` as indented JSON."""
-    path.write_text(json.dumps(data, indent=1) + "\n")
+def json_bytes(data: dict[str, Any]) -> bytes:
+    """The contents of a file of indented JSON."""
+    return (json.dumps(data, indent=1) + "\n").encode()
 
 
 def plot(curve: dict[str, Any], path: Path) -> None:

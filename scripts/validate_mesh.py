@@ -6,9 +6,11 @@ one sequence at a time. To try it without the hardware: JAX_NUM_CPU_DEVICES=8.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ from rich.table import Table
 import convert
 import jaxhess
 from convert.text import load_blocks
-from jaxhess.command import compile_quickly, one_sentence
+from jaxhess.command import compile_quickly, one_sentence, terminal
 from jaxhess.comparison import wasserstein
 from jaxhess.data import TokenBlocks
 from jaxhess.models import LanguageModel
-from jaxhess.run_folder import json_ready, refuse_unusable
+from jaxhess.output import OutputFile
+from jaxhess.run_folder import json_ready
 from jaxhess.vectors import cast
 
 TINY = Path(__file__).parent / "tiny"
@@ -88,8 +91,7 @@ def run(options: Options) -> bool:
             f"--batch is {options.batch}; it must be at least 4: the yardstick is the same training one sequence at a "
             "time instead of half the batch."
         )
-    if options.out is not None:
-        refuse_unusable(options.out.parent, options.overwrite, marker=options.out.name)
+    out = None if options.out is None else OutputFile(options.out, "mesh", options.overwrite)
     mesh = jaxhess.make_mesh(options.mesh)
     config = convert.load_config(options.model, options.dtype)
     blocks = load_blocks(
@@ -108,10 +110,9 @@ def run(options: Options) -> bool:
     many = train(options, convert.load(options.model, mesh, options.dtype), blocks, half)
     rows = compared(one, many, again)
     record = {"rows": [dict(zip(HEAD, r, strict=True)) for r in rows], "agrees": all(r[-1] for r in rows)}
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    show(Console(), rows, mesh)
+    if out is not None:
+        out.write(json_ready(record))
+    show(terminal(), rows, mesh)
     return bool(record["agrees"])
 
 

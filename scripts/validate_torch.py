@@ -8,6 +8,9 @@ want of memory for a wider dtype. With no options: the small GPT-NeoX model and 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import interruptible  # noqa: F401
+
 import dataclasses
 import html
 import importlib.metadata
@@ -38,11 +41,13 @@ from convert.by_name import layers_module, tensors_by_name  # noqa: E402
 from convert.hub import local_directory  # noqa: E402
 from convert.measurement import MODES, measure, probe_of  # noqa: E402
 from convert.text import load_blocks  # noqa: E402
-from jaxhess.command import compile_quickly, one_sentence  # noqa: E402
+from jaxhess.command import compile_quickly, one_sentence, terminal  # noqa: E402
 from jaxhess.memory import available_bytes  # noqa: E402
 from jaxhess.models import DecoderConfig, LanguageModel  # noqa: E402
-from jaxhess.report import STYLE, table  # noqa: E402
-from jaxhess.run_folder import json_ready, refuse_unusable  # noqa: E402
+from jaxhess.output import Output  # noqa: E402
+from jaxhess.report import page as page_of  # noqa: E402
+from jaxhess.report import table  # noqa: E402
+from jaxhess.run_folder import json_ready  # noqa: E402
 from jaxhess.vectors import cast  # noqa: E402
 
 TINY = Path(__file__).parent / "tiny"
@@ -104,13 +109,19 @@ class Options:
     out: Path | None = None
     """Folder for agreement.json and agreement.html; by default runs/<date>-validate-<model>."""
     overwrite: bool = False
-    """Replace the result in --out if there is one."""
+    """Replace the result in --out if there is one; files that none wrote are never replaced."""
 
 
 def run(options: Options) -> bool | None:
     """The whole comparison; whether everything agrees, None where something is not decided."""
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-validate-{Path(options.model).name}"
-    check(options, out)
+    check(options)
+    with Output(out, (RECORD, PAGE), options.overwrite) as output:
+        return compare(options, output)
+
+
+def compare(options: Options, output: Output) -> bool | None:
+    """The comparison, in a folder that no other writes into."""
     try:
         import torch
 
@@ -119,7 +130,7 @@ def run(options: Options) -> bool | None:
         if error.name != "torch":
             raise
         raise ImportError("PyTorch is missing; install the extra: pip install -e '.[torch]'.") from None
-    console, began = Console(), time.perf_counter()
+    console, began = terminal(), time.perf_counter()
     with jax.enable_x64(True):
         config = convert.load_config(options.model, options.dtype)
         config.check_length(options.seq_len)
@@ -195,16 +206,15 @@ def run(options: Options) -> bool | None:
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")},
         "seconds": time.perf_counter() - began,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RECORD).write_text(json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (out / PAGE).write_text(page(options, verdict, record), encoding="utf-8")
+    text = json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n"
+    output.write({PAGE: page(options, verdict, record).encode(), RECORD: text.encode()})
     show(console, verdict, [*unseen, *padding])
-    console.print(f"{out / PAGE} has the table, {out / RECORD} all numbers.")
+    console.print(f"{output.folder / PAGE} has the table, {output.folder / RECORD} all numbers.")
     return verdict.agrees
 
 
-def check(options: Options, out: Path) -> None:
-    """Raises ValueError for numbers out of range, and where nothing can be written."""
+def check(options: Options) -> None:
+    """Raises ValueError for numbers out of range."""
     for name, least in (("seq_len", 1), ("sequences", 1), ("microbatch", 1), ("steps", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}.")
@@ -213,7 +223,6 @@ def check(options: Options, out: Path) -> None:
     for name in ("query_chunk", "logit_chunk"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
-    refuse_unusable(out, options.overwrite, marker=RECORD)
 
 
 def refuse_another(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -306,7 +315,6 @@ def page(options: Options, verdict: Verdict, record: dict[str, Any]) -> str:
     """The HTML page: the table, the Lanczos coefficients step by step, and how to read them."""
     notes = [*record["not_exercised"], *record["padding"]]
     parts = [
-        f"<h1>{TITLES[verdict.agrees]} with PyTorch</h1>",
         f'<p class="note">{html.escape(options.model)}, {record["parameters"]:,} parameters in {record["dtype"]}, '
         f"{options.sequences} sequences of {options.seq_len} tokens.</p>",
         *(f"<p>{html.escape(text)}</p>" for text in [*notes, *sentences(verdict)]),
@@ -319,10 +327,7 @@ def page(options: Options, verdict: Verdict, record: dict[str, Any]) -> str:
         numbers = zip(*zip(*steps["alphas"], strict=True), *zip(*steps["betas"], strict=True), strict=True)
         body = [[str(j), *(f"{x:.7g}" for x in row)] for j, row in enumerate(numbers, 1)]
         parts.append(table(["step", *columns], body))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Agreement with PyTorch</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return page_of(f"{TITLES[verdict.agrees]} with PyTorch", parts)
 
 
 def main() -> None:

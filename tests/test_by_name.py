@@ -119,7 +119,7 @@ def test_directions_of_an_unknown_block_are_refused_before_anything_is_written(e
     with pytest.raises(SystemExit):
         run_command(script, str(tmp_path / "run"), "--out", str(tmp_path / "out"))
     assert "not like the parameters" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_is_exported_elsewhere_and_what_is_there_stays(exported, tmp_path: Path, capsys):
@@ -132,12 +132,13 @@ def test_a_file_is_exported_elsewhere_and_what_is_there_stays(exported, tmp_path
         ((source,), "--out"),
         ((source, "--out", str(tmp_path)), "is what is to be exported"),
         ((source, "--out", str(tmp_path), "--overwrite"), "is what is to be exported"),
-        ((str(exported[3]), "--out", str(tmp_path)), "--overwrite"),
+        ((str(exported[3]), "--out", str(tmp_path)), "was not written by an earlier run"),
+        ((str(exported[3]), "--out", str(tmp_path), "--overwrite"), "was not written by an earlier run"),
     ]:
         with pytest.raises(SystemExit):
             run_command(script, *arguments)
         assert message in capsys.readouterr().err
         assert {p.name: p.read_text() for p in tmp_path.iterdir()} == before
     run_command(script, source, "--out", str(tmp_path / "out"))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == set(before)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*before, "manifest.json"}
     run_command(script, source, "--out", str(tmp_path / "out"), "--overwrite")

@@ -1,8 +1,10 @@
 """Runs that are saved, killed and taken up: nothing is lost, no bit differs, and nothing else passes for them."""
 
 import contextlib
+import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal
 
 from jaxhess import Checkpoint, Interrupted, MatrixOperator, make_mesh, spectrum
+from jaxhess import checkpoint as checkpoint_module
 from jaxhess.checkpoint import termination
 
 OPERATOR = Diagonal(jnp.linspace(-1, 5, 400))
@@ -156,6 +159,111 @@ def test_sigterm_ends_a_process_that_saves_nothing_as_ever():
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked.is_set()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run that was stopped among its probes, and the same to its end."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    stopped_at(OPERATOR, folder, 2, 7, **RUN)
+    return folder, spectrum(OPERATOR, **RUN)
+
+
+def taken_up(folder, whole) -> str:
+    """Why the run is not taken up; empty where it is, and ends in the same bits."""
+    try:
+        rest = spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(folder, every=3, resume=True))
+    except ValueError as error:
+        return str(error)
+    np.testing.assert_array_equal(rest.alphas, whole.alphas)
+    np.testing.assert_array_equal(rest.betas, whole.betas)
+    return ""
+
+
+def test_a_damaged_save_is_never_taken_up(saved, tmp_path):
+    """Each file of a save with a bit flipped, and cut off or gone: refused with its path, or of no matter.
+
+    The arrays' files get three flips each: some of them still decode.
+    """
+    folder, whole = saved
+    chance = random.Random(0)
+    files = [path.relative_to(folder) for path in sorted((folder / "steps").rglob("*")) if path.is_file()]
+    refused = {"flipped": 0, "cut": 0, "gone": 0}
+    for file, removal in zip(files, itertools.cycle(["cut", "gone"]), strict=False):
+        for damage in ["flipped"] * (3 if "d" in file.parts else 1) + [removal]:
+            copy = tmp_path / "copy"
+            shutil.copytree(folder, copy)
+            raw = bytearray((copy / file).read_bytes())
+            if damage == "gone":
+                (copy / file).unlink()
+            elif damage == "cut":
+                (copy / file).write_bytes(raw[: len(raw) // 2])
+            elif raw:
+                raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+                (copy / file).write_bytes(raw)
+            words = taken_up(copy, whole)
+            assert not words or (str(copy) in words and "damaged" in words and "\n" not in words)
+            refused[damage] += bool(words)
+            shutil.rmtree(copy)
+    assert refused["flipped"] >= 3
+    assert refused["cut"] + refused["gone"] >= 3
+
+
+def test_a_changed_number_in_an_array_is_noticed_on_another_mesh(saved, tmp_path, monkeypatch):
+    """One that TensorStore reads without complaint."""
+    folder, _ = saved
+    shutil.copytree(folder, tmp_path / "copy")
+
+    def other(array, like):
+        first = (0,) * array.ndim
+        return array.at[first].set((1 - array[first].astype(jnp.int32)).astype(array.dtype))
+
+    monkeypatch.setattr(checkpoint_module, "_typed", other)
+    sharding = NamedSharding(make_mesh("fsdp=2,tensor=4"), PartitionSpec(("fsdp", "tensor")))
+    operator = Diagonal(jax.device_put(OPERATOR.entries, sharding))
+    with pytest.raises(ValueError, match=r"copy/steps/\d+ is damaged: its arrays are not those that were saved"):
+        spectrum(operator, **RUN, checkpoint=Checkpoint(tmp_path / "copy", every=3, resume=True))
+
+
+@pytest.mark.parametrize("text", ["[]", "5", '{"format": "other"}', '"' + "[" * 10, "[" * 100_000])
+def test_an_identity_that_is_none_is_refused_by_its_path(tmp_path, text):
+    (tmp_path / "identity.json").write_text(text)
+    with pytest.raises((ValueError, FileExistsError), match=r"identity\.json (is damaged|does not say)"):
+        spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, resume=True))
+
+
+def test_a_folder_of_something_else_is_no_place_for_saves(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds thesis\.tex, which is of no unfinished run"):
+            spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, resume=resume))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_full_disk_costs_a_save_and_not_the_run(tmp_path, monkeypatch):
+    """It is warned of, the next save is tried, and SIGTERM, which needs a save, ends with the words for it."""
+    from orbax.checkpoint import CheckpointManager
+
+    whole, save, tried = spectrum(OPERATOR, **RUN), CheckpointManager.save, []
+
+    def full(self, step, *args, **kwargs):
+        tried.append(step)
+        if len(tried) in (1, 3):
+            raise ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 3: No space left on device")
+        return save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(CheckpointManager, "save", full)
+    with pytest.warns(UserWarning, match="The disk is full"):
+        found = spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path / "a", every=3))
+    np.testing.assert_array_equal(found.alphas, whole.alphas)
+    tried.clear()
+    with pytest.raises(OSError, match="The disk is full"):
+        spectrum(
+            OPERATOR,
+            **RUN,
+            checkpoint=Checkpoint(tmp_path / "b", every=100),
+            callback=lambda _: os.kill(os.getpid(), signal.SIGTERM),
+        )
 
 
 # Imports once and forks, so that every life costs its compilation only; backends start in the child.

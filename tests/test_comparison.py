@@ -108,7 +108,9 @@ def test_the_command_compares_folders_and_files(files, tmp_path, capsys):
     record = script.run(script.Options(spectra=tuple(map(Path, paths)), out=tmp_path / "out"))
     assert [d["same"] for d in record["distances_from_the_first"]] == [True, True, False]
     assert record["distances_from_the_first"][0]["wasserstein"] == 0
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"comparison.json", "densities.png", "stems.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("comparison.json", "densities.png", "stems.png", "manifest.json")
+    }
     text = " ".join(capsys.readouterr().out.split())
     assert "run to other.csv" in text
     assert "different" in text
@@ -123,14 +125,22 @@ def test_the_number_of_parameters_is_asked_for_where_nothing_says_it(files, tmp_
 
 
 def test_a_comparison_is_not_replaced_unasked(files, tmp_path, capsys):
-    (tmp_path / "comparison.json").write_text("mine")
     arguments = [str(files / "run"), "--out", str(tmp_path)]
+    run_command(script, *arguments)
+    before = (tmp_path / "comparison.json").read_bytes()
     with pytest.raises(SystemExit):
         run_command(script, *arguments)
     assert "--overwrite" in capsys.readouterr().err
-    assert (tmp_path / "comparison.json").read_text() == "mine"
-    run_command(script, *arguments, "--overwrite")
-    assert json.loads((tmp_path / "comparison.json").read_text())["spectra"]
+    assert (tmp_path / "comparison.json").read_bytes() == before
+    run_command(script, str(files / "ours.json"), *arguments[1:], "--overwrite")
+    assert json.loads((tmp_path / "comparison.json").read_text())["spectra"][0]["label"] == "ours.json"
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", "[/x]", "_hidden", ":smile:", "[bold]"])
+def test_names_are_shown_as_they_are(files, tmp_path, name, capsys):
+    Spectrum.load(files / "run").save(tmp_path / name)
+    run_command(script, str(tmp_path / name), str(files / "ours.json"), "--out", str(tmp_path / name / name))
+    assert name in capsys.readouterr().out.replace("\n", "")
 
 
 def test_comparing_needs_no_torch():

@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 import convert
 from convert.__main__ import main
 from convert.destination import appearing, check_destination
+from convert.hugging_face import write_hugging_face
+from jaxhess.manifest import write_manifest
 from jaxhess.mesh import make_mesh
 from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig, abstract_params, model_shardings
 
@@ -193,9 +195,9 @@ def test_the_command_converts_verifies_and_exports(
     main([str(qwen3), str(tmp_path / "orbax"), "--verify", "--mesh", "fsdp=8"])
     difference = float(capsys.readouterr().out.split("largest difference ")[1].split(",")[0])
     assert 0 < difference < 1e-4
-    assert {"config.json", "model.json", "params", "tokenizer.json", "tokenizer_config.json"} == files_of(
-        tmp_path / "orbax"
-    )
+    assert files_of(tmp_path / "orbax") == {
+        *("config.json", "model.json", "params", "tokenizer.json", "tokenizer_config.json", "manifest.json")
+    }
     main(["--export", str(tmp_path / "orbax"), str(tmp_path / "back"), "--verify"])
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (qwen3 / "model.safetensors").read_bytes()
     assert convert.load_tokenizer(tmp_path / "back")("b a")["input_ids"] == [1, 0]
@@ -221,7 +223,7 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
         "error: There is no directory": [str(tmp_path / "nowhere"), str(target)],
         "error: Mesh fsdp=3 needs 3 devices but there are 8": [str(qwen3), str(target), "--mesh", "fsdp=3"],
         "error: Mesh 'eight' cannot be read": [str(qwen3), str(target), "--mesh", "eight"],
-        "is or contains SRC": [str(qwen3), str(qwen3), "--overwrite"],
+        "has no manifest.json": [str(qwen3), str(qwen3), "--overwrite"],
     }
     for sentence, arguments in refused.items():
         with pytest.raises(SystemExit) as caught:
@@ -272,12 +274,48 @@ def test_a_float64_checkpoint_needs_no_option(qwen3: Path, tmp_path: Path, capsy
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (wide / "model.safetensors").read_bytes()
 
 
-def test_overwrite_replaces_a_checkpoint_whole(qwen3: Path, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "old", "gpt2")
-    (tmp_path / "old" / "stale").write_text("")
-    main([str(qwen3), str(tmp_path / "old"), "--overwrite"])
-    assert "stale" not in files_of(tmp_path / "old")
+def test_overwrite_replaces_a_conversion_whole(qwen3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(qwen3), str(tmp_path / "old")])
+    assert "model.json" in files_of(tmp_path / "old")
+    main(["--export", str(qwen3), str(tmp_path / "old"), "--overwrite"])
+    assert "model.json" not in files_of(tmp_path / "old")
     assert files_of(tmp_path) == {"old"}
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "old"), str(tmp_path / "old"), "--overwrite"])
+    assert "is or contains SRC" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mine", [".git/HEAD", "thesis.tex", "params/notes.txt", "config.json", "manifest.json"])
+def test_overwrite_touches_nothing_that_no_conversion_wrote(
+    qwen3: Path, tmp_path: Path, mine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old"
+    main([str(qwen3), str(old)])
+    (old / mine).parent.mkdir(exist_ok=True)
+    (old / mine).write_text("mine")
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        main([str(qwen3), str(old), "--overwrite"])
+    message = capsys.readouterr().err
+    assert mine.split("/")[0] in message
+    assert message.count("\n") == 1
+    assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
+    assert files_of(tmp_path) == {"old"}
+
+
+def test_a_place_taken_during_the_work_costs_nothing(qwen3: Path, tmp_path: Path) -> None:
+    model = convert.load(qwen3)
+
+    def overtaken() -> None:
+        with appearing(tmp_path / "new") as partial:
+            write_hugging_face(model, partial, None)
+            (tmp_path / "new").mkdir()
+            (tmp_path / "new" / "notes.txt").write_text("mine")
+
+    with pytest.raises(FileExistsError, match=f"What was written is in {tmp_path}/new-1"):
+        overtaken()
+    assert files_of(tmp_path / "new") == {"notes.txt"}
+    assert files_of(tmp_path / "new-1") == {"config.json", "model.safetensors", "manifest.json"}
 
 
 def test_a_difference_beyond_rounding_fails_and_writes_nothing(
@@ -293,6 +331,7 @@ def test_a_difference_beyond_rounding_fails_and_writes_nothing(
 
 def test_an_interrupted_conversion_leaves_what_was_there(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "old", "gpt2")
+    write_manifest(tmp_path / "old")
     before = (tmp_path / "old" / "model.safetensors").read_bytes()
 
     def interrupted() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_models import Diagonal, run_command
 
+from jaxhess.manifest import write_manifest
 from scripts import ghosts as script
 
 STEPS = (5, 30)
@@ -30,7 +31,7 @@ def test_ghosts_appear_without_reorthogonalisation_only():
     assert [found[n]["stored_vectors"] for n in ("none", "window 4", "reference")] == [2, 6, 32]
     record = {"options": {"steps": STEPS}, "parameters": 503, "variants": list(found.values())}
     assert script.plot(record).axes
-    script.print_table(script.Console(), record)
+    script.print_table(script.terminal(), record)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,8 @@ def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path, capsys):
 
 def test_a_finished_folder_is_kept(tmp_path, capsys):
     (tmp_path / script.RECORD).write_text(json.dumps("precious"))
+    write_manifest(tmp_path)
     with pytest.raises(SystemExit):
         run_command(script, "--out", str(tmp_path))
-    assert "already holds a finished study" in capsys.readouterr().err
+    assert "already holds a finished run" in capsys.readouterr().err
     assert json.loads((tmp_path / script.RECORD).read_text()) == "precious"

@@ -1,8 +1,12 @@
 """Other tools' spectra are read, ours are written plainly, and nothing read can run code."""
 
-import dataclasses
 import json
+import os
 import pickle
+import random
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +14,7 @@ from scipy.linalg import eigh_tridiagonal
 
 from jaxhess import Spectrum
 from jaxhess.interchange import coefficients
-from jaxhess.report import write_report
-
-torch = pytest.importorskip("torch")
+from jaxhess.report import FIGURES, _page, write_report
 
 RNG = np.random.default_rng(0)
 ALPHAS, BETAS = RNG.normal(size=(3, 8)), RNG.uniform(0.5, 2, size=(3, 8))
@@ -62,70 +64,51 @@ def test_csv_holds_every_ritz_value_and_reads_back(tmp_path):
     same_quadrature(Spectrum.load(tmp_path / "ours.csv", dim=1000))
 
 
-def test_results_of_run_lanczos_of_hessformer(tmp_path):
-    m = 8
-    matrix = torch.diag(torch.tensor(ALPHAS[1])) + sum(torch.diag(torch.tensor(BETAS[1, : m - 1]), k) for k in (1, -1))
-    eigvals, vectors = torch.linalg.eigh(matrix)
-    spec = {"eigvals": eigvals, "gammas": vectors[0] ** 2, "lambda_min": float(eigvals[0])}
-    basis = [[torch.zeros(30, 20), torch.zeros(400)] for _ in range(m)]
-    torch.save({"q": basis, "T": matrix, "spec": spec}, tmp_path / "hessformer.pt")
-    found = Spectrum.load(tmp_path / "hessformer.pt")
-    assert found.dim == 1000
-    same_quadrature(found, slice(1, 2))
-    (tmp_path / "spectrum.json").write_text(
-        json.dumps({"evals": eigvals.tolist(), "weights": spec["gammas"].tolist(), "meta": {"k": m}})
-    )
-    same_quadrature(Spectrum.load(tmp_path / "spectrum.json", dim=1000), slice(1, 2))
+class Tensor:
+    """As torch's: what the snippets of the docs use of it."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+
+    def tolist(self):
+        return self.values.tolist()
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch", "json"])
-def test_density_lists_of_pyhessian(tmp_path, kind):
-    """Lists of numpy's scalars; the weights are squares of what torch.linalg.eig gives, and so complex."""
+def results_of_others() -> dict[str, dict]:
+    """What each snippet of the docs finds, by the file that it writes: stand-ins with the fields of the tools."""
     halves = zip(DENSITY, (np.float32, np.complex64), strict=True)
     lists = [[list(np.array(row, dtype)) for row in half] for half, dtype in halves]
-    path = tmp_path / f"density.{ {'pickle': 'pkl', 'torch': 'pt', 'json': 'json'}[kind] }"
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps(tuple(lists)))
-    elif kind == "torch":
-        torch.save({"eigen_list_full": lists[0], "weight_list_full": lists[1]}, path)
-    else:
-        path.write_text(json.dumps(DENSITY))
-    same_quadrature(Spectrum.load(path, dim=1000), rtol=1e-4)
+    padded = [np.pad(x, ((0, 0), (0, 2)), constant_values=c) for x, c in zip(DENSITY, (np.nan, 0), strict=True)]
+    spec = {"eigvals": Tensor(DENSITY[0][1]), "gammas": Tensor(DENSITY[1][1])}
+    tridiagonal = {"alphas": Tensor(ALPHAS[0]), "betas": Tensor(BETAS[0, :-1]), "last_beta": float(BETAS[0, -1])}
+    return {
+        "hessformer.json": {"result": {"spec": spec, "T": None, "q": None}},
+        "pyhessian.json": {"hessian": SimpleNamespace(density=lambda: tuple(lists))},
+        "density.json": {"result": SimpleNamespace(raw_eigenvalues=Tensor(padded[0]), raw_weights=Tensor(padded[1]))},
+        "tridiagonal.json": {"result": SimpleNamespace(**tridiagonal)},
+    }
 
 
-def test_an_imaginary_part_that_is_not_rounding_is_refused(tmp_path):
-    weights = (np.array(DENSITY[1]) + 1e-8j).tolist()
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps((DENSITY[0], weights)))
-    same_quadrature(Spectrum.load(tmp_path / "a.pkl", dim=1000))
-    weights[1][2] += 0.01j
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps((DENSITY[0], weights)))
-    with pytest.raises(ValueError, match=r"a\.pkl.*imaginary part 0\.01"):
-        Spectrum.load(tmp_path / "a.pkl", dim=1000)
+def test_the_snippets_of_the_docs_write_what_is_read(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "foreign_results.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 600), SimpleNamespace(numel=lambda: 400)])
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for snippet, (name, namespace) in zip(snippets, results_of_others().items(), strict=True):
+        exec(snippet, {"model": model, **namespace})
+        found[name] = Spectrum.load(name)
+        assert found[name].dim == 1000
+    same_quadrature(found["hessformer.json"], slice(1, 2))
+    same_quadrature(found["pyhessian.json"], rtol=1e-4)  # its lists are in float32
+    same_quadrature(found["density.json"])
+    np.testing.assert_array_equal(found["tridiagonal.json"].residual_bounds, OURS.residual_bounds[:1])
 
 
-MATRIX = np.diag(ALPHAS[1]) + sum(np.diag(BETAS[1, :7], k) for k in (1, -1))
-
-
-@pytest.mark.parametrize(
-    "q",
-    [
-        torch.zeros(8, 1000),
-        torch.zeros(1000, 8),
-        [{"a": torch.zeros(30, 20), "b": torch.zeros(400)}] * 8,
-        {"a": torch.zeros(8, 30, 20), "b": torch.zeros(8, 400)},
-        [[0.0] * 1000] * 8,
-    ],
-    ids=["rows", "columns", "trees", "a tree of stacks", "lists"],
-)
-@pytest.mark.parametrize("name", ["q", "basis"])
-def test_the_basis_says_how_many_parameters_however_it_is_kept(tmp_path, q, name):
-    torch.save({"T": torch.tensor(MATRIX), name: q}, tmp_path / "a.pt")
-    assert Spectrum.load(tmp_path / "a.pt").dim == 1000
-
-
-def test_the_sign_of_an_off_diagonal_means_nothing(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"T": (2 * np.diag(ALPHAS[1]) - MATRIX).tolist(), "dim": 1000}))
-    same_quadrature(Spectrum.load(tmp_path / "a.json"), slice(1, 2))
+def test_the_json_of_hessformers_first_command_is_read(tmp_path):
+    record = {"evals": DENSITY[0][1], "weights": DENSITY[1][1], "meta": {"k": 8}}
+    (tmp_path / "spectrum.json").write_text(json.dumps(record))
+    same_quadrature(Spectrum.load(tmp_path / "spectrum.json", dim=1000), slice(1, 2))
 
 
 def test_csv_of_a_spreadsheet(tmp_path):
@@ -143,44 +126,100 @@ def test_our_json_without_its_record(tmp_path):
     assert found.info == {"imported": str(tmp_path / "ours.json")}
 
 
-@pytest.mark.parametrize("suffix", ["pt", "npz", "pkl", "json", "csv"])
-@pytest.mark.parametrize("part", [0, 0.02, 0.5, 0.97])
-def test_a_file_that_was_cut_off_is_refused_with_its_name(tmp_path, suffix, part):
-    path = tmp_path / f"spectrum.{suffix}"
+def written(path: Path) -> Path:
     values = {"eigenvalues": OURS.ritz_values, "weights": OURS.weights}
-    if suffix == "pt":
-        torch.save({k: torch.tensor(v) for k, v in values.items()}, path)
-    elif suffix == "npz":
+    if path.suffix == ".npz":
         np.savez(path, **values)
     else:
-        text = OURS.to_csv() if suffix == "csv" else json.dumps(DENSITY)
-        path.write_bytes(pickle.dumps(DENSITY) if suffix == "pkl" else text.encode())
+        ours = {**{k: v.tolist() for k, v in values.items()}, "dim": 1000}
+        path.write_text(OURS.to_csv() if path.suffix == ".csv" else json.dumps(ours))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["npz", "json", "csv"])
+@pytest.mark.parametrize("part", [0, 0.02, 0.5, 0.97])
+def test_a_file_that_was_cut_off_is_refused_with_its_name(tmp_path, suffix, part):
+    path = written(tmp_path / f"spectrum.{suffix}")
     same_quadrature(Spectrum.load(path, dim=1000))
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
-    with pytest.raises(ValueError, match=f"spectrum.{suffix} is no spectrum that can be read: .*\\w") as caught:
+    with pytest.raises(ValueError, match=f"spectrum.{suffix} is no spectrum that can be read: .*\\w"):
         Spectrum.load(path, dim=1000)
-    assert "weights_only" not in str(caught.value)
 
 
-def test_results_of_hessian_eigenthings(tmp_path):
-    pytest.importorskip("hessian_eigenthings")
-    from hessian_eigenthings.algorithms.lanczos import LanczosTridiag
-    from hessian_eigenthings.algorithms.spectral_density import SpectralDensityResult
+def corrupted(content: bytes, chance: random.Random) -> bytes:
+    """With some bits flipped, cut, doubled, or with a number that is none."""
+    raw, kind = bytearray(content), chance.randrange(5)
+    place = chance.randrange(len(raw))
+    if kind == 0:
+        for _ in range(chance.choice([1, 8])):
+            raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+    elif kind == 1:
+        del raw[place:]
+    elif kind == 2:
+        del raw[place : place + chance.randrange(1, 40)]
+    elif kind == 3:
+        raw[place:place] = chance.choice([b"\x00", b"[" * 100_000, b"NaN", b"1e999", b"9" * 5000, b"\xff\xfe", b'"'])
+    else:
+        raw[place : place + 4] = chance.randbytes(4)
+    return bytes(raw)
 
-    values, weights = (
-        np.pad(x, ((0, 0), (0, 2)), constant_values=c) for x, c in zip(DENSITY, (np.nan, 0), strict=True)
-    )
-    tensors = [torch.zeros(5), torch.zeros(5), torch.tensor(values), torch.tensor(weights)]
-    density = SpectralDensityResult(*tensors, sigma=0.1)
-    torch.save(density, tmp_path / "object.pt")
-    torch.save(dataclasses.asdict(density), tmp_path / "dictionary.pt")
-    for name in ("object.pt", "dictionary.pt"):
-        same_quadrature(Spectrum.load(tmp_path / name, dim=1000))
-    a, b = torch.tensor(ALPHAS[0]), torch.tensor(BETAS[0])
-    torch.save(LanczosTridiag(a, b[:-1], [torch.zeros(1000)] * 8, float(b[-1]), 8), tmp_path / "tridiagonal.pt")
-    found = Spectrum.load(tmp_path / "tridiagonal.pt")
-    assert found.dim == 1000
-    np.testing.assert_array_equal(found.residual_bounds, OURS.residual_bounds[:1])
+
+def changed(record, chance: random.Random):
+    """JSON data with something in them replaced by something else."""
+    other = chance.choice([None, 5, -1, 1e400, float("nan"), "x", "</title><script>", [], [[1]], {}, {"a": 1}, True])
+    if not isinstance(record, dict | list) or not record or chance.random() < 0.2:
+        return other
+    keys = list(record) if isinstance(record, dict) else range(len(record))
+    key = chance.choice(keys)
+    if isinstance(record, dict) and chance.random() < 0.2:
+        return {k: v for k, v in record.items() if k != key}
+    whole = dict(record) if isinstance(record, dict) else list(record)
+    whole[key] = changed(record[key], chance)
+    return whole
+
+
+INFO = {
+    "loss": 2.5,
+    "operator": {"kind": "Hessian", "restriction": "mlp"},
+    "probes": {"distribution": "normal"},
+    "lanczos": {"reorthogonalize": "none", "orthogonality": [0.1] * 3},
+    "eigenpairs": {"values": [1.0, 2.0], "residuals": [0.1, None], "converged": [True, False], "vectors": "e"},
+    "noise": {"reference": "x", "asymmetry": 0.1, "floor": {"random": 0.1}},
+}
+
+
+@pytest.mark.parametrize("kind", ["json", "ours.json", "csv", "npz", "spectrum.json", "spectrum.npz"])
+def test_whatever_is_damaged_is_read_or_refused_in_one_sentence(tmp_path, kind):
+    """200 damages to each kind of file: no other error, no page with markup of others, nothing that hangs."""
+    full = Spectrum(ALPHAS, BETAS, np.full(3, 8), 1000, INFO)
+    if kind.startswith("spectrum"):
+        full.save(tmp_path / "run")
+        path, read = tmp_path / "run" / kind, tmp_path / "run"
+    else:
+        path = read = tmp_path / f"a.{kind}"
+        path.write_text(full.to_json()) if kind == "ours.json" else written(path)
+    whole, chance, refused = path.read_bytes(), random.Random(kind), 0
+    for turn in range(200):
+        damaged = corrupted(whole, chance)
+        if kind.endswith("json") and turn % 2:
+            damaged = json.dumps(changed(json.loads(whole), chance)).encode()
+        path.write_bytes(damaged)
+        found = loaded(read)
+        if isinstance(found, str):
+            refused += 1
+            assert path.name in found
+            assert "\n" not in found
+        else:
+            assert "<script" not in _page(found, dict.fromkeys(FIGURES, b""))
+    assert refused > 40
+
+
+def loaded(path: Path) -> Spectrum | str:
+    """The spectrum, or with what words it is refused."""
+    try:
+        return Spectrum.load(path, dim=1000)
+    except ValueError as error:
+        return str(error)
 
 
 def test_a_report_of_an_imported_spectrum_says_what_is_unknown(tmp_path):
@@ -192,19 +231,58 @@ def test_a_report_of_an_imported_spectrum_says_what_is_unknown(tmp_path):
     assert Spectrum.load(tmp_path / "run") == found
 
 
-class Command:
-    def __reduce__(self):
-        return print, ("run",)
+@pytest.mark.parametrize("suffix", ["pkl", "pt", "pth", "bin", "pickle", "npy"])
+def test_pickles_are_refused_with_the_way_out(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(pickle.dumps(DENSITY))
+    with pytest.raises(ValueError, match=rf"a\.{suffix} .*can run code: write JSON .*docs/foreign_results.md"):
+        Spectrum.load(tmp_path / f"a.{suffix}", dim=10)
 
 
-@pytest.mark.parametrize("suffix", ["pkl", "pt"])
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, suffix, capsys):
-    path = tmp_path / f"spectrum.{suffix}"
-    path.write_bytes(pickle.dumps(Command())) if suffix == "pkl" else torch.save(Command(), path)
-    with pytest.raises(ValueError, match=path.name) as caught:
-        Spectrum.load(path, dim=10)
-    assert "weights_only" not in str(caught.value)
-    assert "run" not in capsys.readouterr().out
+def test_objects_in_an_npz_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", eigenvalues=np.array([[1], [1, 2]], object), weights=np.ones(2))
+    with pytest.raises(ValueError, match=r"a\.npz is no spectrum"):
+        Spectrum.load(tmp_path / "a.npz", dim=10)
+    np.savez(tmp_path / "a.npz", eigenvalues=np.ones(2) + 1j, weights=np.ones(2) / 2)
+    with pytest.raises(ValueError, match=r"a\.npz .*no array of real numbers"):
+        Spectrum.load(tmp_path / "a.npz", dim=10)
+
+
+def test_a_small_file_of_large_arrays_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxhess.run_folder.LARGEST", 10**5)
+    np.savez_compressed(tmp_path / "a.npz", eigenvalues=np.zeros(10**5), weights=np.zeros(10**5))
+    assert (tmp_path / "a.npz").stat().st_size < 10**4
+    with pytest.raises(ValueError, match=r"a\.npz .*larger than"):
+        Spectrum.load(tmp_path / "a.npz", dim=10)
+
+
+@pytest.mark.parametrize("name", ["spectrum.json", "spectrum.npz", "a.json", "a.csv", "a.npz"])
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_only_regular_files_are_read(tmp_path, name, kind):
+    OURS.save(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(FileNotFoundError, match=name):
+        Spectrum.load(tmp_path / name if name.startswith("a.") else tmp_path, dim=10)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"info": 5}, "its info is 5"),
+        ({"info": {"operator": {"kind": ["Hessian"]}}}, r'\["Hessian"\] as operator.kind'),
+        ({"info": {"eigenpairs": 5}}, "5 as eigenpairs"),
+        ({"info": {"eigenpairs": {"values": ["x"]}}}, "no numbers as eigenpairs.values"),
+    ],
+)
+def test_a_record_of_other_types_is_refused(tmp_path, change, words):
+    OURS.save(tmp_path)
+    record = json.loads((tmp_path / "spectrum.json").read_text())
+    (tmp_path / "spectrum.json").write_text(json.dumps(record | change))
+    with pytest.raises(ValueError, match=rf"spectrum\.json is not a spectrum record: .*{words}"):
+        Spectrum.load(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps(json.loads(OURS.to_json()) | change))
+    with pytest.raises(ValueError, match=rf"a\.json is no spectrum that can be read: .*{words}"):
+        Spectrum.load(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +297,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, suffix, capsys):
         ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5], "dim": 7}', "of 7 parameters, not of 10"),
         ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5], "dim": 10.7}', "whole and positive"),
         ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5], "dim": -10}', "whole and positive"),
+        ("a.json", "[[[1.0]], [[1.0]]]", "no object"),
         ("a.json", '{"alphas": [[1, 2]], "betas": [[-1, 2]]}', r"a\.json .*not negative"),
         ("a.csv", "x,y\n1,2\n", "ritz_value and weight"),
         ("a.txt", "", "ends in .txt"),

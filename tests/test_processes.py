@@ -49,7 +49,7 @@ class Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.server, self.count = server, count
+        self.server, self.count, self.port = server, count, port
         self.log = folder / f"log-{time.monotonic_ns()}-"
         line = {"count": count, "port": port, "log": str(self.log), "job": job, "arguments": arguments}
         line |= {"devices": devices, "grace": grace, "launcher": launcher}
@@ -117,7 +117,8 @@ def test_two_processes_give_the_spectrum_of_one_and_write_it_once(run, model, si
     mesh = Spectrum.load(tmp_path / "out").info["mesh"]
     assert (mesh["processes"], mesh["devices"]) == (2, 4)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        *("spectrum.npz", "spectrum.json", "density.png", "distribution.png", "stem.png", "report.html")
+        *("spectrum.npz", "spectrum.json", "density.png", "distribution.png", "stem.png", "report.html"),
+        "manifest.json",
     }
     assert "written to" in ended.output[0]
     assert not [line for line in ended.output[1].splitlines() if "Gloo" not in line]
@@ -129,6 +130,65 @@ def test_what_all_refuse_is_said_once(run, model, tmp_path):
     assert len(ended.errors()) == 1
     assert "fsdp=3 needs 3 devices but there are 2" in ended.errors()[0]
     assert not (tmp_path / "out").exists()
+
+
+def listeners(port: int) -> set[str]:
+    """Local addresses, as the kernel writes them, on which anything on this machine listens at the port."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                found.add(address)
+    return found
+
+
+def test_the_store_listens_at_the_coordinators_address_only(run, model, tmp_path):
+    arguments = ["--model", model, *SMALL_RUN, "--out", str(tmp_path / "out"), "--mesh", "fsdp=3"]
+    life = run(2, "command", arguments=arguments, more={})
+    found: set[str] = set()
+    deadline = time.monotonic() + 60
+    while not found and time.monotonic() < deadline:
+        found = listeners(life.port)
+    life.ended()
+    assert len(found) == 1
+    assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, and the same on a socket of IPv6
+
+
+@pytest.mark.parametrize(
+    ("address", "bound"),
+    [
+        ("127.0.0.1:7000", "127.0.0.1:7000"),
+        ("localhost:7000", "127.0.0.1:7000"),
+        ("[::1]:7000", "[::1]:7000"),
+        ("10.1.2.3:7000", "10.1.2.3:7000"),
+        ("node7:7000", "10.1.2.7:7000"),
+        ("myself:7000", None),  # which this machine takes for 127.0.1.1
+        ("unknown:7000", None),
+    ],
+)
+def test_where_the_store_listens(address, bound, monkeypatch):
+    names = {"node7": "10.1.2.7", "myself": "127.0.1.1", "localhost": "127.0.0.1"}
+
+    def resolved(host, port, **_):
+        if host == "unknown":
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(None, None, None, "", (names.get(host, host), port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    assert processes._bind_address() == bound
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "0.0.0.0:7000")
+    assert processes._bind_address() is None
+
+
+def test_slurm_says_where_the_store_listens(monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    for name, value in (SRUN | {"SLURM_JOB_ID": "4096", "SLURM_LOCALID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: [(0, 0, 0, "", ("10.0.0.1", port))])
+    assert processes._bind_address() == "10.0.0.1:61440"
 
 
 SRUN = {"SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8", "SLURM_PROCID": "5"}
@@ -158,6 +218,10 @@ def test_launchers_and_plain_variables_are_found(environment, found):
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "set without JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
         ({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "4", "JAX_COORDINATOR_ADDRESS": "a:1"}, "Process 4 of 4"),
         ({"JAX_NUM_PROCESSES": "four", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, "of four"),
+        *(
+            ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": address}, "it is host:port")
+            for address in ("garbage", "a:", ":1", "a:port", "a:0", "a:65536", "::1:7", "a:1:7")
+        ),
     ],
 )
 def test_half_a_description_of_the_processes_is_refused(environment, words):

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from jaxhess.plotting import density_figure, distribution_figure, stem_figure
 from jaxhess.record import RunRecord
-from jaxhess.report import remove_report, write_report
+from jaxhess.report import write_report
 from jaxhess.spectra import Spectrum
 
 INFO = {
@@ -245,11 +245,35 @@ def test_report_states_the_extremes_and_prints_no_nan(tmp_path, case):
     assert ("probes' own values" in " ".join(parser.texts)) == (spectrum.num_probes > 1)
 
 
-def test_removed_report_leaves_nothing(tmp_path):
+def test_a_new_run_takes_the_old_report_with_it(tmp_path):
+    CASES["one step"].save(tmp_path)
     write_report(tmp_path, CASES["one step"])
-    assert len(list(tmp_path.iterdir())) == 4
-    remove_report(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 7
+    CASES["one step"].save(tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"spectrum.npz", "spectrum.json", "manifest.json"}
+
+
+HOSTILE = "</title><script>alert(1)</script>"
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"operator": {"kind": "Hessian", "restriction": HOSTILE}},
+        {"operator": {"kind": HOSTILE}},
+        {"model": {"source": HOSTILE, HOSTILE: 1}, "options": {"model": HOSTILE}, HOSTILE: HOSTILE},
+        {"noise": {"reference": HOSTILE, "relative_error": {HOSTILE: 0.5}}},
+    ],
+)
+def test_no_text_of_a_record_becomes_markup(tmp_path, info):
+    write_report(tmp_path, _spectrum(info=info))
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert page.count("</title>") == 1
+
+
+def test_a_restriction_is_no_mathematics(tmp_path):
+    write_report(tmp_path, _spectrum(info={"operator": {"kind": "Hessian", "restriction": r"$\frac{$"}}))
 
 
 def _row(texts, first):
@@ -290,7 +314,7 @@ def test_report_shows_eigenpairs_with_their_residuals_if_the_run_has_any(tmp_pat
     _, parser = _read(tmp_path)
     texts = [text for text in parser.texts if text.strip()]
     assert _row(texts, "residual |Hv − value v| / |v|")[1:7] == ["1", "12.5", "0.00015", "2", "−3.25", "–"]
-    write_report(tmp_path, _spectrum(info={"eigenpairs": "none"}))
+    write_report(tmp_path, _spectrum(info={"eigenpairs": "none"}), overwrite=True)
     _, parser = _read(tmp_path)
     assert "Eigenvectors" not in parser.texts
 
@@ -299,7 +323,7 @@ def test_report_says_what_is_not_known_and_where_smoothing_puts_mass(tmp_path):
     write_report(tmp_path, _spectrum())
     assert "drawn half above and half below" in " ".join((tmp_path / "report.html").read_text().split())
     semidefinite = Spectrum([[1.0, 2.0, 3.0]] * 2, [[1.0, 1.0, 0.5]] * 2, [3, 3], 10**6)
-    write_report(tmp_path, semidefinite)
+    write_report(tmp_path, semidefinite, overwrite=True)
     page = " ".join((tmp_path / "report.html").read_text().split())
     assert "reflected at zero" in page
     assert semidefinite.density().edges[0] == 0

@@ -9,7 +9,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from jaxhess.record import RunRecord
-from jaxhess.spectra import Spectrum, refuse_unusable
+from jaxhess.spectra import Spectrum
 
 EIGENVALUES = np.concatenate([np.random.default_rng(7).normal(size=50) * 0.1, [5.0, 2.0, 1.0, -0.7, -3.0]])
 
@@ -269,7 +269,9 @@ def test_saved_spectrum_loads_equal_and_its_arrays_are_named(tmp_path):
             "rounding",
         ):
             np.testing.assert_array_equal(arrays[name], getattr(spectrum, name))
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["spectrum.json", "spectrum.npz"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        *("manifest.json", "spectrum.json", "spectrum.npz")
+    ]
 
 
 @pytest.mark.parametrize(("probes", "steps"), [(1, 1), (1, 3), (2, 1), (3, 4)])
@@ -286,10 +288,7 @@ def test_record_is_strict_json_with_null_for_the_unknown(tmp_path, probes, steps
 
 def test_finished_run_is_not_overwritten_without_being_told(tmp_path):
     first, second = _spectrum(1, 2, seed=1), _spectrum(1, 2, seed=2)
-    refuse_unusable(tmp_path)
     first.save(tmp_path)
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        refuse_unusable(tmp_path)
     with pytest.raises(FileExistsError, match=tmp_path.name):
         second.save(tmp_path)
     assert Spectrum.load(tmp_path) == first
@@ -299,17 +298,18 @@ def test_finished_run_is_not_overwritten_without_being_told(tmp_path):
 
 def test_failed_write_leaves_the_finished_run_whole(tmp_path, monkeypatch):
     first = _spectrum(1, 2, seed=1)
-    first.save(tmp_path)
+    first.save(tmp_path / "run")
 
     def full_disk(*_):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_bytes", full_disk)
-        with pytest.raises(OSError, match="no space"):
-            _spectrum(1, 2, seed=2).save(tmp_path, overwrite=True)
-    assert Spectrum.load(tmp_path) == first
-    assert len(list(tmp_path.iterdir())) == 2
+        with pytest.raises(OSError, match="disks are full or read-only"):
+            _spectrum(1, 2, seed=2).save(tmp_path / "run", overwrite=True)
+    assert Spectrum.load(tmp_path / "run") == first
+    assert len(list((tmp_path / "run").iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_missing_corrupt_or_foreign_folder_is_refused_by_name(tmp_path):
@@ -340,6 +340,7 @@ def test_folder_written_before_the_rounding_was_kept_is_a_float32_run(tmp_path):
     with np.load(tmp_path / "spectrum.npz") as arrays:
         kept = {name: arrays[name] for name in arrays if name not in ("rounding", "ghosts")}
     np.savez(tmp_path / "spectrum.npz", **kept)
+    (tmp_path / "manifest.json").unlink()
     assert Spectrum.load(tmp_path) == spectrum
     assert spectrum.rounding == 2.0**-23
     double = Spectrum(spectrum.alphas, spectrum.betas, spectrum.sizes, spectrum.dim, rounding=2.0**-52)

@@ -48,6 +48,7 @@ def test_run_folder_is_complete_and_reads_back(finished):
         "distribution.png",
         "stem.png",
         "report.html",
+        "manifest.json",
     }
     arrays = np.load(finished / "spectrum.npz")
     for name in ("ritz_values", "weights", "residual_bounds", "alphas", "betas"):
@@ -205,7 +206,7 @@ def test_a_run_that_stopped_among_its_eigenpairs_is_ended_by_resume(tmp_path, mo
     assert (out / script.UNFINISHED).exists()
     with pytest.raises(SystemExit):
         run_command(script, *options)
-    assert "already holds a finished run" in capsys.readouterr().err
+    assert "holds an unfinished run: go on with it (--resume" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_command(script, *options, "--resume", "--seed", "1")
     assert "options.seed is 1 here and 0 there" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import tyro
 
 from convert import load, load_tokenizer
 from jaxhess.data import read_blocks
+from jaxhess.manifest import foreign
 from scripts import train_tiny
 
 TINY = Path(train_tiny.__file__).parent / "tiny"
@@ -71,6 +73,23 @@ def test_a_model_is_not_overwritten_without_being_told_to(trained) -> None:
     with pytest.raises(FileExistsError, match="is not empty; --overwrite"):
         train_tiny.run(options)
     assert (options.out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_new_training_replaces_the_old_model_and_nothing_else(trained, tmp_path) -> None:
+    options, _ = trained
+    again = dataclasses.replace(options, trained=options.work, overwrite=True, out=tmp_path / "model")
+    train_tiny.run(again)
+    assert foreign(again.out) is None
+    train_tiny.run(again)
+    (again.out / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds thesis\.tex"):
+        train_tiny.run(again)
+    assert (again.out / "thesis.tex").read_text() == "mine"
+
+
+def test_the_committed_model_can_be_made_again() -> None:
+    """Its manifest lists every file as it is."""
+    assert foreign(TINY) is None
 
 
 def test_a_work_folder_without_parameters_is_refused(trained, tmp_path) -> None:

@@ -55,7 +55,7 @@ def test_what_cannot_be_compared_or_saved_is_refused_at_the_door(options, tmp_pa
     with pytest.raises(ValueError, match="at least 4"):
         script.run(script.Options(**{**options, "batch": 3}))
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        script.run(script.Options(**{**options, "out": tmp_path / "file", "overwrite": False}))
+    with pytest.raises(FileExistsError, match="was not written by this command"):
+        script.run(script.Options(**{**options, "out": tmp_path / "file"}))
     with pytest.raises(NotADirectoryError):
         script.run(script.Options(**{**options, "out": tmp_path / "file" / "mesh.json"}))

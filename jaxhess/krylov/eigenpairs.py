@@ -28,9 +28,14 @@ from jaxhess.krylov.lanczos import (
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
 from jaxhess.operators.restriction import leaf_name
+from jaxhess.orbax_files import reading
+from jaxhess.output import Output
+from jaxhess.run_folder import read_arrays
 from jaxhess.vectors import Vector, add_scaled, cast, check_vector_dtype, norm, random_key, random_probe, scale
 
 Which = Literal["magnitude", "largest", "smallest"]
+
+VECTORS, SCALARS = "vectors", "eigenpairs.npz"
 
 CHECK_EVERY = 5
 """Steps between two looks at what has converged."""
@@ -61,21 +66,33 @@ class Eigenpairs:
         are read with shardings, or as whole arrays by `orbax.checkpoint.RestoreArgs(restore_type=numpy.ndarray)`.
 
         Raises:
-            FileExistsError: The folder exists and `overwrite` is False.
+            FileExistsError: There are eigenpairs in the folder and `overwrite` is False, or files of these names that
+                the library did not write.
         """
         import orbax.checkpoint as ocp
 
         folder = Path(folder).absolute()
-        if processes.on_first(folder.exists) and not overwrite:
-            raise FileExistsError(f"{folder} exists; choose another folder, or pass overwrite=True.")
+        output = Output(folder, (VECTORS, SCALARS), overwrite)
+
+        def begin() -> None:
+            output.claim()
+            output.begin(SCALARS)
+            output.begin(VECTORS)
+
+        def end() -> None:
+            output.end(VECTORS)
+            with (folder / SCALARS).open("wb") as file:
+                np.savez(file, values=self.values, residuals=self.residuals, converged=self.converged)
+            output.end(SCALARS)
+
         named = {leaf_name(path): x for path, x in jax.tree.flatten_with_path(self.vectors)[0]}
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(folder / "vectors", args=ocp.args.PyTreeSave(named), force=overwrite)
-
-        def save_scalars() -> None:
-            np.savez(folder / "eigenpairs.npz", values=self.values, residuals=self.residuals, converged=self.converged)
-
-        processes.on_first(save_scalars)
+        try:
+            processes.on_first(begin)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                checkpointer.save(folder / VECTORS, args=ocp.args.PyTreeSave(named))
+            processes.on_first(end)
+        finally:
+            output.release()
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Eigenpairs:
@@ -83,21 +100,23 @@ class Eigenpairs:
 
         Raises:
             FileNotFoundError: There are no eigenpairs in the folder.
+            ValueError: They are damaged.
         """
         import orbax.checkpoint as ocp
 
         folder = Path(folder).absolute()
-        if not (folder / "eigenpairs.npz").is_file() or not (folder / "vectors").is_dir():
-            raise FileNotFoundError(f"{folder} holds no eigenpairs: eigenpairs.npz and the folder vectors.")
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            stored = checkpointer.metadata(folder / "vectors").item_metadata.tree
+        if not (folder / SCALARS).is_file() or not (folder / VECTORS).is_dir():
+            raise FileNotFoundError(f"{folder} holds no eigenpairs: {SCALARS} and the folder {VECTORS}.")
+        with reading(folder / VECTORS), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            stored = checkpointer.metadata(folder / VECTORS).item_metadata.tree
             on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-            named = checkpointer.restore(folder / "vectors", args=ocp.args.PyTreeRestore(restore_args=on_host))
+            named = checkpointer.restore(folder / VECTORS, args=ocp.args.PyTreeRestore(restore_args=on_host))
         vectors: dict[str, Any] = {}
         for name, x in named.items():
             *path, last = name.split("/")
             functools.reduce(lambda place, key: place.setdefault(key, {}), path, vectors)[last] = x
-        with np.load(folder / "eigenpairs.npz") as found:
+        with reading(folder / SCALARS):
+            found = read_arrays(folder / SCALARS)
             return cls(found["values"], vectors, found["residuals"], found["converged"], 0)
 
 

@@ -114,7 +114,7 @@ def main() -> None:
             for hvp in PRODUCTS:
                 to = path(name, devices, hvp)
                 if options.only in to.name:
-                    made = ["scripts/plan.py", *arguments(name, devices, hvp), "--json", str(to)]
+                    made = ["scripts/plan.py", *arguments(name, devices, hvp), "--json", str(to), "--overwrite"]
                     print("python", *made, flush=True)
                     subprocess.run([sys.executable, *made], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     print(table())

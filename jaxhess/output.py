@@ -1,0 +1,335 @@
+"""Where commands write: nothing of others is replaced, one run at a time, and no finished result is lost.
+
+A folder keeps a manifest of what was written into it (`jaxhess.manifest`). All else is somebody's, is refused by name
+before the work, and is never touched, with or without `--overwrite`.
+
+A folder that is written into is locked (flock) until it is released or the process dies, however it dies. Where a file
+system has no locks (Lustre without `-o flock`, some NFS) two runs with one folder both begin: the second to end finds
+another manifest than it left, and saves its result beside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxhess.manifest import (
+    LOCK,
+    MANIFEST,
+    bytes_of,
+    entries_of,
+    fingerprint,
+    fingerprints,
+    is_ours,
+    remove,
+    without,
+    write_entries,
+)
+
+Content = bytes | Callable[[Path], object]
+"""Of a file: its bytes, or what writes it at a path."""
+
+
+class Output:
+    """A folder that a command writes into. All methods are local: of several processes only the first calls them.
+
+    Args:
+        folder: Made by `claim` if missing, and removed again by `release` if nothing was written.
+        names: Of the files and folders in it that may be written.
+        overwrite: Replace what an earlier run wrote under these names.
+        stale: Other names that an earlier run may have left, removed when this one writes: an old picture never stands
+            beside new numbers.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        names: Iterable[str],
+        overwrite: bool = False,
+        stale: Iterable[str] = (),
+    ):
+        self.folder, self.names, self.overwrite = Path(folder), tuple(names), overwrite
+        self.stale = tuple(stale)
+        self._lock: int | None = None
+        self._made: list[Path] = []
+        self._known: bytes | None = None
+        self._written: set[str] = set()
+
+    def claim(self) -> None:
+        """Takes the folder, before the work.
+
+        Raises:
+            FileExistsError: A name is taken: by an earlier run (without `overwrite`), or by a file that is not ours.
+            BlockingIOError: Another run is writing into the folder.
+            OSError: It cannot be made or written (`refuse_unusable`).
+        """
+        refuse_unusable(self.folder)
+        self._refuse()
+        for place in (self.folder.absolute(), *self.folder.absolute().parents):
+            if place.exists():
+                break
+            self._made.append(place)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = _locked(self.folder / LOCK)
+            self._refuse()
+        except BaseException:
+            self.release()
+            raise
+        self._known = bytes_of(self.folder / MANIFEST)
+
+    def write(self, files: Mapping[str, Content]) -> None:
+        """Writes these files, each whole or not at all; the first time, what an earlier run left goes.
+
+        Raises:
+            FileExistsError, OSError: They could not be written here, and are in another folder, which it names: the
+                place was taken during the work, or the disk is full.
+        """
+        try:
+            if bytes_of(self.folder / MANIFEST) != self._known:
+                raise FileExistsError(f"another run has written into {self.folder} meanwhile")
+            self._refuse()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            old = {*self.names, *self.stale} if self.overwrite and not self._written else set()
+            _publish(self.folder, files, old)
+        except OSError as error:
+            reason = f"{self.folder} cannot be written ({_words(error)})"
+            place = _beside(self.folder, lambda folder: _publish(folder, files, ()))
+            raise _kind(error)(f"{reason}: the result is in {place}.") from None
+        self._written |= set(files)
+        self._known = bytes_of(self.folder / MANIFEST)
+
+    def begin(self, name: str) -> Path:
+        """The path of a file or folder that something else will write now; what an earlier run left there goes."""
+        self._refuse()
+        entries = entries_of(self.folder)
+        remove(self.folder, name, entries)
+        write_entries(self.folder, {**without(entries, name), name: None})
+        self._known = bytes_of(self.folder / MANIFEST)
+        return self.folder / name
+
+    def end(self, name: str) -> None:
+        """Takes down what was written since `begin`."""
+        write_entries(self.folder, without(entries_of(self.folder), name) | fingerprints(self.folder, name))
+        self._written.add(name)
+        self._known = bytes_of(self.folder / MANIFEST)
+
+    def release(self) -> None:
+        """Lets others write here, and removes a folder that `claim` made and that is still empty. Can be repeated."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                if os.fstat(self._lock).st_size == 0:
+                    (self.folder / LOCK).unlink()  # while it is ours: who waits for it looks again (`_locked`)
+            os.close(self._lock)
+            self._lock = None
+        with contextlib.suppress(OSError):  # not empty
+            for place in self._made:
+                place.rmdir()
+
+    def __enter__(self) -> Output:
+        self.claim()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+    def _refuse(self) -> None:
+        """Raises FileExistsError where a name is taken, except by what this object has written itself."""
+        entries = entries_of(self.folder)
+        for name in self.names:
+            path = self.folder / name
+            if not os.path.lexists(path):
+                continue
+            if not is_ours(self.folder, name, entries):
+                raise FileExistsError(
+                    f"{path} was not written by an earlier run, or was changed since, and is never replaced: move it, "
+                    "or choose another folder."
+                )
+            if not self.overwrite and name not in self._written:
+                raise FileExistsError(
+                    f"{self.folder} already holds a finished run ({name}); choose another folder, or pass "
+                    "--overwrite (overwrite=True) to replace it."
+                )
+
+
+class OutputFile:
+    """A single JSON file that a command writes. It is ours if it says so: `format` in it is that of the command.
+
+    Raises:
+        FileExistsError: It exists, and `overwrite` is False or it is not ours.
+        OSError: It cannot be made.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str, overwrite: bool = False):
+        self.path, self.kind, self.overwrite = Path(path), f"jaxhess-{kind}-1", overwrite
+        refuse_unusable(self.path.parent)
+        self._refuse()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes the record, JSON-ready, whole or not at all; beside, if the place is taken or the disk full.
+
+        Raises:
+            FileExistsError, OSError: It is in another file, which it names.
+        """
+        text = json.dumps({"format": self.kind, **record}, indent=1, allow_nan=False) + "\n"
+        try:
+            self._refuse()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _put(self.path.parent, {self.path.name: text.encode()})
+        except OSError as error:
+            place = _beside(self.path, lambda folder: _put(folder, {self.path.name: text.encode()}))
+            raise _kind(error)(
+                f"{self.path} cannot be written ({_words(error)}): the result is in {place / self.path.name}."
+            ) from None
+
+    def _refuse(self) -> None:
+        if not os.path.lexists(self.path):
+            return
+        if not self._is_ours():
+            raise FileExistsError(
+                f"{self.path} was not written by this command and is never replaced: choose another file."
+            )
+        if not self.overwrite:
+            raise FileExistsError(f"{self.path} exists; choose another file, or pass --overwrite to replace it.")
+
+    def _is_ours(self) -> bool:
+        if self.path.is_symlink() or not self.path.is_file():
+            return False
+        try:
+            found = json.loads(self.path.read_bytes())
+        except (ValueError, OSError, RecursionError):
+            return False
+        return isinstance(found, dict) and found.get("format") == self.kind
+
+
+def refuse_unusable(folder: str | os.PathLike[str]) -> None:
+    """Raises when nothing could be written into this folder; leaves no trace.
+
+    Raises:
+        NotADirectoryError: It, or what should contain it, is a file.
+        PermissionError: Nothing can be written there.
+    """
+    folder = Path(folder)
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not existing.is_dir():
+        raise NotADirectoryError(f"The folder {folder} cannot be made: {existing} is a file.")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise PermissionError(f"The folder {folder} cannot be written ({error.strerror}).") from None
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether this is the error of a disk or quota that is full, also in the words of TensorStore."""
+    text = str(error)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT)
+    )
+
+
+def free_name(path: Path) -> Path:
+    """The path followed by -1, or the first number that is free."""
+    number = 1
+    while os.path.lexists(f"{path}-{number}"):
+        number += 1
+    return Path(f"{path}-{number}")
+
+
+def _publish(folder: Path, files: Mapping[str, Content], old: Iterable[str]) -> None:
+    """Writes the files and the manifest; the old ones go first, when the new ones are written and only to be renamed.
+
+    Killed in between, the manifest lists what is not there, never the reverse.
+    """
+    with _written_aside(folder, files) as partial:
+        entries = entries_of(folder)
+        for name in {*old, *files}:
+            if is_ours(folder, name, entries):
+                remove(folder, name, entries)
+                entries = without(entries, name)
+        new = {name: fingerprint(path) for name, path in partial.items()}
+        write_entries(folder, entries | new)
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+
+
+def _put(folder: Path, files: Mapping[str, Content]) -> None:
+    with _written_aside(folder, files) as partial:
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+
+
+@contextlib.contextmanager
+def _written_aside(folder: Path, files: Mapping[str, Content]) -> Iterator[dict[str, Path]]:
+    """The files under other names, in the same folder; those that are still there in the end are removed."""
+    partial = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        for name, content in files.items():
+            if callable(content):
+                content(partial[name])
+            else:
+                partial[name].write_bytes(content)
+        yield partial
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> int | None:
+    """The descriptor of a lock file, locked; None where the file system has no locks."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BlockingIOError(
+                f"Another run is writing into {path.parent}: wait for its end, or choose another folder."
+            ) from None
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the run before removed it a moment ago
+
+
+def _beside(path: Path, put: Callable[[Path], None]) -> Path:
+    """The folder in which the result is after all: beside, in the system's folder for temporary files, or here.
+
+    Raises:
+        OSError: In none of them.
+    """
+    tried: list[Path] = []
+    for parent in dict.fromkeys((path.absolute().parent, Path(tempfile.gettempdir()), Path.cwd())):
+        place = free_name(parent / path.name)
+        try:
+            place.mkdir(parents=True)
+        except OSError:
+            tried.append(parent)
+            continue
+        try:
+            put(place)
+            return place
+        except OSError:
+            tried.append(parent)
+            shutil.rmtree(place, ignore_errors=True)  # made a moment ago, under a name that was free
+    raise OSError(f"{path} cannot be written, nor can {', '.join(map(str, tried))}: the disks are full or read-only.")
+
+
+def _words(error: OSError) -> str:
+    text = error.strerror or str(error).rstrip(".")
+    return f"the disk is full: {text}" if disk_full(error) else text
+
+
+def _kind(error: OSError) -> type[OSError]:
+    return type(error) if isinstance(error, FileExistsError) else OSError

@@ -1,0 +1,350 @@
+"""Where commands write: what they did not write survives, two runs keep apart, and no finished result is lost."""
+
+import errno
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import Diagonal, run_command
+
+import convert.__main__ as convert_command
+from jaxhess import Checkpoint, Spectrum, leading_eigenpairs
+from jaxhess.command import one_sentence
+from jaxhess.manifest import LOCK, MANIFEST, foreign, write_manifest
+from jaxhess.output import Output, OutputFile, disk_full
+from jaxhess.report import write_report
+from jaxhess.run_folder import EXPORTS, RUN_FILES
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("a.json", "a.png")
+FILES = {"a.png": b"png", "a.json": b"{}"}
+RNG = np.random.default_rng(0)
+
+
+def a_spectrum(seed: int = 0) -> Spectrum:
+    rng = np.random.default_rng(seed)
+    return Spectrum(rng.normal(size=(2, 4)), rng.uniform(1, 2, (2, 4)), np.full(2, 4), 100)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    a_spectrum().save(folder)
+    return folder
+
+
+OUT = ("--out", "{out}")
+FOLDERS = {
+    "scripts.spectrum": (("--model", "not/read", *OUT), (*RUN_FILES, "eigenvectors", "unfinished", MANIFEST)),
+    "scripts.compare": (("{run}", *OUT), ("comparison.json", "densities.png", "stems.png", MANIFEST)),
+    "scripts.export": (("{run}", *OUT), (*EXPORTS[:2], MANIFEST)),
+    "scripts.ghosts": (("--model", "not/read", *OUT), ("ghosts.json", "ghosts.png", MANIFEST)),
+    "scripts.step_size": (("--model", "not/read", *OUT), ("step_size.json", "step_size.png", MANIFEST)),
+    "scripts.scaling": (OUT, ("scaling.json", "scaling.png", MANIFEST)),
+    "scripts.validate_torch": (("--model", "not/read", *OUT), ("agreement.json", "agreement.html", MANIFEST)),
+    "scripts.train_tiny": (OUT, ("config.json", "notes.txt", ".git", MANIFEST)),
+    "scripts.benchmark": (("--out", "{out}/numbers.json"), ("numbers.json",)),
+    "scripts.validate_mesh": (("--model", "not/read", "--out", "{out}/numbers.json"), ("numbers.json",)),
+    "scripts.plan": (("--json", "{out}/plan.json"), ("plan.json",)),
+    "convert": (("not/read", "{out}"), ("config.json", "thesis.tex", ".git", MANIFEST)),
+}
+"""Of every command that writes: arguments, and the names that it may write (or, of a checkpoint, any)."""
+
+
+@pytest.mark.parametrize("command", FOLDERS)
+def test_a_foreign_file_is_refused_before_the_work_and_survives(command, run, tmp_path, capsys):
+    arguments, names = FOLDERS[command]
+    script = convert_command if command == "convert" else importlib.import_module(command)
+    for i, name in enumerate(names):
+        folder = tmp_path / str(i)
+        if "." in name[1:]:
+            folder.mkdir()
+            (folder / name).write_text(f"my own {name}")
+        else:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "HEAD").write_text("mine")
+        (folder / "thesis.tex").write_text("mine too")
+        before = contents(folder)
+        filled = [x.format(out=folder, run=run) for x in arguments]
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(SystemExit) as ended:
+                run_command(script, *filled, *more)
+            message = capsys.readouterr().err
+            assert (ended.value.code, message.count("\n")) == (2, 1), message
+            assert str(folder) in message
+            assert contents(folder) == before
+            assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_every_command_with_an_output_is_in_the_table():
+    scripts = [f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py")]
+    writing = [name for name in scripts if re.search(r"^    (out|json): Path", module_text(name), re.MULTILINE)]
+    assert set(writing) == set(FOLDERS) - {"convert"}
+    for name in scripts:  # and nothing is written but through `jaxhess.output`, or into a folder that then appears
+        found = re.findall(r".*(?:write_text|savefig|open\(|\.mkdir|unlink|rmtree|write_bytes).*", module_text(name))
+        left = [line for line in found if "(folder / " not in line and "def plot" not in line]
+        assert left == (["    figure.savefig(path, dpi=110)"] if name == "scripts.train_tiny" else []), name
+
+
+def module_text(name: str) -> str:
+    return (ROOT / f"{name.replace('.', '/')}.py").read_text()
+
+
+@pytest.mark.parametrize("command", ["scripts.compare", "scripts.export"])
+def test_a_command_that_runs_leaves_foreign_files_as_they_are(command, run, tmp_path):
+    (tmp_path / ".git").mkdir()
+    for name in ("thesis.tex", ".git/HEAD", "figure.png"):
+        (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    for more in ([], ["--overwrite"]):
+        filled = [x.format(out=tmp_path, run=run) for x in FOLDERS[command][0]]
+        run_command(importlib.import_module(command), *filled, *more)
+        after = contents(tmp_path)
+        assert before.items() <= after.items()
+        assert set(after) - set(before) == set(FOLDERS[command][1])
+
+
+def test_foreign_files_beside_ours_survive_overwriting(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("mine")
+    before = contents(tmp_path)
+    for overwrite in (False, True, True):
+        a_spectrum(overwrite).save(tmp_path, overwrite)
+        write_report(tmp_path, a_spectrum(overwrite), overwrite)
+    assert before.items() <= contents(tmp_path).items()
+    assert Spectrum.load(tmp_path) == a_spectrum(1)
+
+
+def test_ours_is_ours_only_as_it_was_written(tmp_path):
+    a_spectrum().save(tmp_path)
+    write_report(tmp_path, a_spectrum())
+    page = tmp_path / "report.html"
+    page.write_text(page.read_text() + "<!-- my notes -->")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"report\.html was not written by an earlier run, or was changed since"):
+        write_report(tmp_path, a_spectrum(1), overwrite=True)
+    a_spectrum(1).save(tmp_path, overwrite=True)
+    assert page.read_bytes() == before["report.html"]  # the other files of the old run have gone
+    assert {p.name for p in tmp_path.iterdir()} == {"spectrum.npz", "spectrum.json", MANIFEST, "report.html"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_are_never_followed(tmp_path, name):
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "target")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=name), Output(tmp_path / "out", NAMES, overwrite):
+            pytest.fail("the work has begun")
+    assert (tmp_path / "target").read_text() == "mine"
+
+
+def test_a_run_folder_from_before_manifests_is_ours_by_its_record(tmp_path):
+    a_spectrum().save(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    for name in ("report.html", "notes.txt"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError, match="already holds a finished run"):
+        a_spectrum(1).save(tmp_path)
+    a_spectrum(1).save(tmp_path, overwrite=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"spectrum.npz", "spectrum.json", MANIFEST, "notes.txt"}
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with Output(tmp_path / "out", NAMES) as output:
+        with (
+            pytest.raises(BlockingIOError, match="Another run is writing into"),
+            Output(tmp_path / "out", NAMES, overwrite=True),
+        ):
+            pytest.fail("the work has begun")
+        output.write(FILES)
+    with Output(tmp_path / "out", NAMES, overwrite=True) as output:
+        output.write(FILES)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*NAMES, MANIFEST}
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    code = (
+        "import sys; from jaxhess.output import Output; Output(sys.argv[1], ['a']).claim(); print(flush=True); input()"
+    )
+    life = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert life.stdout.readline()
+    with pytest.raises(BlockingIOError), Output(tmp_path / "out", NAMES):
+        pytest.fail("the work has begun")
+    life.send_signal(signal.SIGKILL)
+    life.wait()
+    assert (tmp_path / "out" / LOCK).exists()
+    with Output(tmp_path / "out", NAMES) as output:
+        output.write(FILES)
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="no"), Output(tmp_path / "a" / "b", NAMES):
+        raise ValueError("no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_whose_place_was_taken_is_saved_beside(tmp_path):
+    """Where there are no locks: another run, or a person, has written there meanwhile."""
+    out = tmp_path / "out"
+    with Output(out, NAMES) as output:
+        (out / "a.png").write_text("mine")
+        with pytest.raises(FileExistsError, match=rf"a\.png was not .*: the result is in {out}-1\.$"):
+            output.write(FILES)
+    assert contents(out) == {"a.png": b"mine"}
+    assert FILES.items() <= contents(tmp_path / "out-1").items()
+
+    out = tmp_path / "other"
+    with Output(out, NAMES, overwrite=True) as output:
+        os.unlink(out / LOCK)  # as where it means nothing
+        with Output(out, NAMES) as second:
+            second.write({"a.json": b"second"})
+        with pytest.raises(FileExistsError, match=rf"another run has written .*: the result is in {out}-1\.$"):
+            output.write(FILES)
+    assert contents(out)["a.json"] == b"second"
+    assert foreign(tmp_path / "other-1") is None
+
+
+def test_on_a_full_disk_the_result_is_saved_elsewhere(tmp_path, monkeypatch):
+    out, elsewhere = tmp_path / "disk" / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    written = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if "disk" in path.parts:
+            written(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(elsewhere))
+    with Output(out, NAMES) as output, pytest.raises(OSError, match=f"the disk is full.*is in {elsewhere}/out-1"):
+        output.write(FILES)
+    assert FILES.items() <= contents(elsewhere / "out-1").items()
+    assert not list((tmp_path / "disk").rglob("*"))
+    with pytest.raises(OSError, match=f"the disk is full.*is in {elsewhere}/x.json-1/x.json"):
+        OutputFile(tmp_path / "disk" / "x.json", "plan").write({"a": 1})
+
+
+def test_a_full_disk_is_not_called_exhausted_memory(capsys):
+    words = 'RESOURCE_EXHAUSTED: Error writing "a": Failed to write 9 bytes to file 3: No space left on device'
+    for error in (ValueError(words), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a")):
+        assert disk_full(error)
+        with pytest.raises(SystemExit), one_sentence():
+            raise error
+        message = capsys.readouterr().err
+        assert message.startswith("error: The disk is full")
+        assert "emory" not in message
+
+
+def test_a_single_file_says_whose_it_is(tmp_path):
+    path = tmp_path / "plan.json"
+    OutputFile(path, "plan").write({"a": 1})
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        OutputFile(path, "plan")
+    with pytest.raises(FileExistsError, match="was not written by this command"):
+        OutputFile(path, "benchmark", overwrite=True)
+    OutputFile(path, "plan", overwrite=True).write({"a": 2})
+    assert b'"a": 2' in path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FileExistsError):
+        OutputFile(path, "plan", overwrite=True)
+
+
+def test_eigenvectors_replace_only_eigenvectors(tmp_path):
+    pairs = leading_eigenpairs(Diagonal(jnp.linspace(0, 1, 12)), 1, steps=12)
+    pairs.save(tmp_path / "e")
+    assert foreign(tmp_path / "e") is None
+    (tmp_path / "e" / "vectors" / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match="vectors"):
+        pairs.save(tmp_path / "e", overwrite=True)
+    assert (tmp_path / "e" / "vectors" / "mine").read_text() == "mine"
+    (tmp_path / "e" / "vectors" / "mine").unlink()
+    pairs.save(tmp_path / "e", overwrite=True)
+    with Output(tmp_path, ("e",), overwrite=True) as output:
+        output.begin("e").write_text("a file now")
+        output.end("e")
+    assert {p.name for p in tmp_path.iterdir()} == {"e", MANIFEST}
+
+
+def test_an_interrupted_save_of_eigenvectors_can_be_replaced(tmp_path):
+    pairs = leading_eigenpairs(Diagonal(jnp.linspace(0, 1, 12)), 1, steps=12)
+    output = Output(tmp_path / "e", ("vectors",))
+    output.claim()
+    output.begin("vectors")
+    (tmp_path / "e" / "vectors.orbax-checkpoint-tmp-7").mkdir()
+    (tmp_path / "e" / "vectors.orbax-checkpoint-tmp-7" / "half").write_text("")
+    output.release()
+    with Output(tmp_path, ("e",), overwrite=True):  # what the main command asks of the folder above
+        pass
+    pairs.save(tmp_path / "e", overwrite=True)
+    assert foreign(tmp_path / "e") is None
+
+
+def test_only_saves_are_removed(tmp_path):
+    folder = tmp_path / "unfinished"
+    (folder / "steps" / "7").mkdir(parents=True)
+    (folder / "identity.json").write_text('{"format": "jaxhess-unfinished-1"}')
+    for mine in ("notes.txt", "steps/mine.txt"):
+        (folder / mine).write_text("mine")
+    Checkpoint(folder).remove()
+    assert set(contents(folder)) == {"notes.txt", "steps/mine.txt"}
+    Checkpoint(folder).remove()
+    assert set(contents(folder)) == {"notes.txt", "steps/mine.txt"}
+    with pytest.raises(FileExistsError, match="move it"):
+        Checkpoint(folder).check(discard=True)
+
+
+def test_large_files_are_known_by_their_ends(tmp_path):
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**33)  # sparse
+    write_manifest(tmp_path)
+    assert foreign(tmp_path) is None
+    with (tmp_path / "large").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    assert foreign(tmp_path) == "large"
+
+
+@pytest.mark.parametrize("script", sorted(name for name in FOLDERS if name != "convert"))
+def test_control_c_while_the_libraries_load_is_one_word(script, tmp_path):
+    """A stand-in for the first of them sends the signal."""
+    (tmp_path / "jax.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    path = ROOT / f"{script.replace('.', '/')}.py"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "", "--out", ""], "empty"),
+        (["--out="], "empty"),
+        (["--out", os.fsdecode(b"runs/\xff")], r"'runs/\udcff' is not UTF-8"),
+        (["--model", os.fsdecode(b"\xff")], "not UTF-8"),
+    ],
+)
+def test_arguments_that_name_nothing_are_refused(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_command(importlib.import_module("scripts.spectrum"), *arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
