@@ -4,15 +4,14 @@ A folder keeps a manifest of what was written into it (`jaxhess.manifest`). All 
 before the work, and is never touched, with or without `--overwrite`.
 
 A folder that is written into is locked (flock) until it is released or the process dies, however it dies. Where a file
-system has no locks (Lustre without `-o flock`, some NFS) two runs with one folder both begin: the second to end finds
-another manifest than it left, and saves its result beside.
+system has no locks (Lustre without `-o flock`, some NFS, Windows) two runs with one folder both begin: the second to
+end finds another manifest than it left, and saves its result beside.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -36,6 +35,11 @@ from jaxhess.manifest import (
 
 Content = bytes | Callable[[Path], object]
 """Of a file: its bytes, or what writes it at a path."""
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class Output:
@@ -287,7 +291,8 @@ def _locked(path: Path) -> int | None:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BlockingIOError:

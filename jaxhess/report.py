@@ -27,6 +27,7 @@ th,td{padding:.25rem .9rem .25rem 0;border-bottom:1px solid #e6eaf0;text-align:l
 overflow-wrap:anywhere}
 td:nth-child(2){min-width:7rem}
 thead th{color:#5b6b82;font-weight:600} .wide{overflow-x:auto}
+.warning{border-left:4px solid #c8553d;padding-left:.8rem;font-weight:600}
 figure{margin:1rem 0} img{max-width:100%} figcaption,.note{color:#46566c;font-size:.92rem}
 """
 
@@ -65,8 +66,12 @@ dots are ghosts: copies of an eigenvalue that has its dot already, or values tha
 
 GHOSTS_NOTE = """Rounding makes Lanczos without re-orthogonalisation find the same eigenvalue again (a copy), on the way
 to which a value can appear where no eigenvalue is (spurious). Copies count once: of values within {tolerance} of their
-neighbour the one of largest weight is left. Eigenvalues that close to each other cannot be told from copies; a bulk can
-be closer. The weights of copies add up, so that densities and traces are not touched by any of this."""
+neighbour, or within what storage may have moved them, the one of largest weight is left. Eigenvalues that close to each
+other cannot be told from copies; a bulk can be closer. The weights of copies add up, so that densities and traces are
+not touched by any of this."""
+
+LOST_WARNING = """the Lanczos vectors of probe {probes} did not stay orthogonal, although they were orthogonalised. Its
+Ritz values, weights and bounds may be wrong. Take full re-orthogonalisation, or wider vectors."""
 
 NO_GHOSTS_NOTE = """No Ritz value is taken for a copy of another or for spurious."""
 
@@ -100,6 +105,7 @@ def report_files(spectrum: Spectrum) -> dict[str, bytes]:
 def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
     sections = [
         f'<p class="note">{_subtitle(spectrum)}</p>',
+        *_warning(spectrum),
         "<h2>In short</h2>",
         table(("quantity", "value", "how sure"), _headline(spectrum)),
         "<h2>Distribution of eigenvalues</h2>",
@@ -140,6 +146,12 @@ def page(title: str, sections: Iterable[str]) -> str:
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
+
+
+def _warning(spectrum: Spectrum) -> Iterator[str]:
+    if spectrum.orthogonality_lost.any():
+        lost = ", ".join(str(probe + 1) for probe in np.flatnonzero(spectrum.orthogonality_lost))
+        yield f'<p class="warning">Not reliable: {LOST_WARNING.format(probes=lost)}</p>'
 
 
 def _subtitle(spectrum: Spectrum) -> str:

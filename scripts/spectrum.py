@@ -33,7 +33,7 @@ from jaxhess.models import LOGIT_CHUNK, abstract_params
 from jaxhess.noise import audit
 from jaxhess.operators.restriction import restriction
 from jaxhess.output import Output
-from jaxhess.report import report_files
+from jaxhess.report import LOST_WARNING, report_files
 from jaxhess.run_folder import EIGENVECTORS, EXPORTS, RUN_FILES
 from jaxhess.slq import check_basis_fits, vectors_like
 from jaxhess.vectors import check_seed, random_key
@@ -418,9 +418,7 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
     extremes, trace, frobenius = result.extreme(), result.trace(), result.frobenius_norm()
     if lost := np.flatnonzero(result.orthogonality_lost).tolist():
         numbers = ", ".join(str(p + 1) for p in lost)
-        console.print(
-            f"NOT RELIABLE: the Lanczos vectors of probe {numbers} are not orthogonal; take more of them (full)."
-        )
+        console.print(f"NOT RELIABLE: {LOST_WARNING.format(probes=numbers)}")
     console.print(f"loss            {result.info['loss']:.6g} nats per token")
     for name, value in (("largest", extremes.largest), ("smallest", extremes.smallest)):
         console.print(f"{name + ' Ritz':15s} {value.value:.6g}  (residual bound {value.residual_bound:.2g})")

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from jaxhess.plotting import density_figure, distribution_figure, stem_figure
 from jaxhess.record import RunRecord
-from jaxhess.report import write_report
+from jaxhess.report import report_files, write_report
 from jaxhess.spectra import Spectrum
 
 INFO = {
@@ -327,3 +327,13 @@ def test_report_says_what_is_not_known_and_where_smoothing_puts_mass(tmp_path):
     page = " ".join((tmp_path / "report.html").read_text().split())
     assert "reflected at zero" in page
     assert semidefinite.density().edges[0] == 0
+
+
+def test_the_report_says_which_probes_are_not_reliable():
+    tridiagonal = (np.ones((2, 4)), np.ones((2, 4)), [4, 4], 10)
+    pages = [
+        report_files(Spectrum(*tridiagonal, run=RunRecord("normal", "full", measured)))["report.html"].decode()
+        for measured in ((1e-6, 0.2), (1e-6, 1e-6))
+    ]
+    assert "Not reliable: the Lanczos vectors of probe 2 " in pages[0]
+    assert "Not reliable" not in pages[1]

@@ -164,7 +164,7 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(tmp_path, capsys, change
         (["--operator", "monte-carlo-fisher", "--fisher-samples", "0"], ["fisher-samples", "at least 1"]),
         (["--hvp", "linearized", "--residual-gb", "0.001"], ["would keep", "0.001 GB are allowed"]),
         (["--logit-chunk", "0"], ["logit_chunk", "at least 1"]),
-        (["--data", "random", "--seed", "-1"], ["seed", "negative"]),
+        (["--data", "random", "--seed", "-1"], ["seed", "2^32"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )

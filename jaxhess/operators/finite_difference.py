@@ -206,7 +206,7 @@ class FiniteDifferenceHessian(LossOperator):
         sums = jax.tree.map(
             lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, self.accumulation_dtype)), base.free
         )
-        squares = jnp.stack(jax.tree.leaves(jax.tree.map(lambda d: jnp.sum(jnp.square(inverse * _wide(d))), v)))
+        squares = jnp.square(inverse * jnp.stack([norm(d) for d in jax.tree.leaves(v)]))
         start = (base.pin(sums), jnp.zeros_like(squares), jnp.zeros((), count.dtype))
         # A loop over the two sides: neither begins before the other's shifted parameters and gradient are gone.
         (total, moved, count), _ = jax.lax.scan(one_side, start, jnp.array([1, -1], length.dtype))
