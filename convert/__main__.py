@@ -17,9 +17,9 @@ from convert.loading import load, load_config
 from convert.orbax_checkpoint import is_orbax, write_orbax
 from convert.tokenizer import add_tokenizer
 from convert.verify import TOLERANCE, verify
-from jaxhess import processes
 from jaxhess.command import one_sentence
-from jaxhess.mesh import make_mesh
+from jaxhess.distributed import processes
+from jaxhess.distributed.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A directory that appears complete or not at all, with a manifest of what is in it (`jaxhess.output`)."""
+"""A directory that appears complete or not at all, with a manifest of what is in it (`jaxhess.files.output`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxhess import processes
-from jaxhess.manifest import MANIFEST, foreign, write_manifest
-from jaxhess.output import free_name
+from jaxhess.distributed import processes
+from jaxhess.files.manifest import MANIFEST, foreign, write_manifest
+from jaxhess.files.output import free_name
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:

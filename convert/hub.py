@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jaxhess import processes
+from jaxhess.distributed import processes
 
 _CONFIG_FILES = ["config.json", "generation_config.json"]
 

@@ -19,7 +19,7 @@ from convert.json_files import read_json
 from convert.mapping import Row, axis_sizes, checked_rows
 from convert.orbax_checkpoint import is_orbax, parameter_shardings, restore, saved_config
 from convert.source import Source
-from jaxhess import processes
+from jaxhess.distributed import processes
 from jaxhess.models import DecoderConfig, LanguageModel, Params, abstract_params
 
 BLOCK_BYTES = 2**26
@@ -37,7 +37,7 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
 
     Args:
         path_or_hub_id: A Hugging Face directory, a directory that `python -m convert` wrote, or a hub id.
-        mesh: Where the weights shall live (`jaxhess.mesh.make_mesh`); None: on the first device.
+        mesh: Where the weights shall live (`jaxhess.distributed.mesh.make_mesh`); None: on the first device.
         dtype: Weights and computation: float32, bfloat16, float16 or float64 (needs `jax_enable_x64`). None keeps what
             the files hold; where they hold several, what `config.json` says, or else the widest.
 

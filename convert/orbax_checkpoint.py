@@ -22,9 +22,9 @@ from convert.configs import DTYPES, hugging_face_config
 from convert.destination import appearing
 from convert.json_files import read_json
 from convert.tokenizer import add_tokenizer
-from jaxhess import processes
+from jaxhess.distributed import processes
+from jaxhess.files.orbax import reading
 from jaxhess.models import DecoderConfig, LanguageModel, abstract_params, model_shardings
-from jaxhess.orbax_files import reading
 
 MODEL, PARAMS = "model.json", "params"
 FORMAT = "jaxhess-model-1"

@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.hub import TOKENIZER_FILES, local_directory
 from convert.json_files import one_line
-from jaxhess.array_files import check_regular
+from jaxhess.files.arrays import check_regular
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Any:

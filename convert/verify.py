@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from convert.json_files import read_json
 from convert.loading import load
-from jaxhess.mesh import data_shards
+from jaxhess.distributed.mesh import data_shards
 from jaxhess.models import LanguageModel
 from jaxhess.vectors import check_seed
 

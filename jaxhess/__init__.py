@@ -1,13 +1,12 @@
 """Exact Hessian spectra of language models, sharded, with error bars."""
 
 from jaxhess import plan
-from jaxhess.checkpoint import Checkpoint, Interrupted
 from jaxhess.data import TokenBlocks
+from jaxhess.distributed.mesh import make_mesh
 from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
 from jaxhess.krylov.lanczos import LanczosState, lanczos_segment, start_lanczos
-from jaxhess.mesh import make_mesh
 from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig
-from jaxhess.noise import audit
+from jaxhess.models.likelihood import SoftmaxCrossEntropy
 from jaxhess.operators import (
     EmpiricalFisher,
     FiniteDifferenceHessian,
@@ -21,9 +20,10 @@ from jaxhess.operators import (
     MonteCarloFisher,
     residual_bytes,
 )
-from jaxhess.output_curvature import SoftmaxCrossEntropy
-from jaxhess.slq import Progress, spectrum
-from jaxhess.spectra import Estimate, Spectrum
+from jaxhess.operators.audit import audit
+from jaxhess.slq.checkpoint import Checkpoint, Interrupted
+from jaxhess.slq.run import Progress, spectrum
+from jaxhess.slq.spectrum import Estimate, Spectrum
 from jaxhess.vectors import random_probe
 
 __version__ = "0.1.0"

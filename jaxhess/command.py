@@ -16,9 +16,10 @@ from typing import NoReturn
 import jax
 from rich.console import Console
 
-from jaxhess import processes, watch
-from jaxhess.checkpoint import Interrupted
-from jaxhess.output import disk_full
+from jaxhess.distributed import processes
+from jaxhess.distributed import supervision as watch
+from jaxhess.files.output import disk_full
+from jaxhess.slq.checkpoint import Interrupted
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
 """What the library raises at the door. Set `JAXHESS_TRACEBACK=1` to see where."""

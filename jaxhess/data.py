@@ -13,15 +13,15 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhess.array_files import check_regular, read_npy, read_npz
-from jaxhess.losses import TokenBatch
-from jaxhess.mesh import batch_sharding, data_shards
+from jaxhess.distributed.mesh import batch_sharding, data_shards
+from jaxhess.files.arrays import check_regular, read_npy, read_npz
 from jaxhess.vectors import check_seed
 
 Encode = Callable[[str], Sequence[int]]
@@ -40,6 +40,18 @@ _CUTS = tuple(re.compile(place) for place in (r"(?<=\S) (?=\S)", r"(?<=\S\n)(?=\
 
 IGNORED_LABEL = -100
 """Label of a token that does not count, as in PyTorch's `ignore_index`."""
+
+
+class TokenBatch(NamedTuple):
+    """Sequences to predict: position t of `tokens` predicts position t + 1.
+
+    Attributes:
+        tokens: [B, T + 1] int32.
+        weights: [B, T] float32: 1 where the target `tokens[:, t + 1]` counts, 0 where it is padding.
+    """
+
+    tokens: jax.Array
+    weights: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -29,17 +29,17 @@ from rich.table import Table
 import convert
 import jaxhess
 from jaxhess.command import one_sentence, terminal
+from jaxhess.data import TokenBatch
+from jaxhess.distributed.memory import bytes_per_device, temporary_bytes
+from jaxhess.distributed.mesh import batch_sharding, data_shards
+from jaxhess.files.output import OutputFile
 from jaxhess.krylov import compile_segment
 from jaxhess.krylov.quadrature import quadrature
-from jaxhess.losses import TokenBatch
-from jaxhess.memory import bytes_per_device
-from jaxhess.mesh import batch_sharding, data_shards
 from jaxhess.models import LanguageModel, initialize
-from jaxhess.output import OutputFile
-from jaxhess.peaks import peak_matmul_flops
 from jaxhess.plan.compiled import gradient
-from jaxhess.program import bytes_accessed, matmul_flops, read_program, temporary_bytes
-from jaxhess.spectra import json_ready
+from jaxhess.plan.hardware import peak_matmul_flops
+from jaxhess.plan.hlo import bytes_accessed, matmul_flops, read_program
+from jaxhess.slq.spectrum import json_ready
 from jaxhess.vectors import Vector, check_seed, random_key
 
 

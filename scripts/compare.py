@@ -1,6 +1,6 @@
 """Any number of spectra side by side: extremes, moments, distances, and what chance in their probes explains.
 
-A spectrum is a run folder, or a file of another tool: `jaxhess.interchange` says which are read.
+A spectrum is a run folder, or a file of another tool: `jaxhess.files.foreign` says which are read.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxhess.command import one_sentence, terminal
-from jaxhess.comparison import Distance, Row, densities_figure, distance, row, stems_figure
-from jaxhess.interchange import UnknownDimension
-from jaxhess.output import Output
-from jaxhess.plotting import png
-from jaxhess.run_folder import json_ready
-from jaxhess.spectra import Spectrum
+from jaxhess.files.foreign import UnknownDimension
+from jaxhess.files.output import Output
+from jaxhess.files.run_folder import json_ready
+from jaxhess.results.comparison import Distance, Row, densities_figure, distance, row, stems_figure
+from jaxhess.results.figures import png
+from jaxhess.slq.spectrum import Spectrum
 
 FILES = RECORD, DENSITIES, STEMS = ("comparison.json", "densities.png", "stems.png")
 

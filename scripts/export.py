@@ -13,12 +13,12 @@ import tyro
 
 from convert.by_name import save_directions
 from jaxhess.command import one_sentence
+from jaxhess.files.output import Content, Output
+from jaxhess.files.run_folder import EIGENVECTORS, EXPORTED_VECTORS, EXPORTS
 from jaxhess.krylov.eigenpairs import Eigenpairs
 from jaxhess.models import DecoderConfig, abstract_params
 from jaxhess.operators.restriction import Restriction, restriction
-from jaxhess.output import Content, Output
-from jaxhess.run_folder import EIGENVECTORS, EXPORTED_VECTORS, EXPORTS
-from jaxhess.spectra import Spectrum
+from jaxhess.slq.spectrum import Spectrum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Options:
     """In the run's own folder earlier exports are replaced: they hold what the run holds."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder, or a file that `jaxhess.interchange` reads."""
+    """Run folder, or a file that `jaxhess.files.foreign` reads."""
     out: Path | None = None
     """Folder to write into; by default the run folder. For a file it must be given."""
     dim: int | None = None

@@ -27,16 +27,16 @@ import convert
 import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import one_sentence, terminal
+from jaxhess.distributed.memory import bytes_per_device
+from jaxhess.files.output import Output
+from jaxhess.files.run_folder import json_ready
 from jaxhess.krylov import compile_segment, lanczos_segment, orthogonality_loss, start_lanczos
 from jaxhess.krylov.ghosts import classify, independent, unflagged
 from jaxhess.krylov.lanczos import Reorthogonalize
 from jaxhess.krylov.quadrature import Quadrature, quadrature
-from jaxhess.memory import bytes_per_device
 from jaxhess.operators.base import unit_roundoff
-from jaxhess.output import Output
-from jaxhess.plotting import png
 from jaxhess.record import RunRecord
-from jaxhess.run_folder import json_ready
+from jaxhess.results.figures import png
 from jaxhess.vectors import cast, random_key
 
 TINY = Path(__file__).parent / "tiny"

@@ -26,10 +26,10 @@ sys.path.insert(0, str(ROOT))  # the other script, when this one is run by its p
 import convert  # noqa: E402
 from jaxhess import plan as planning  # noqa: E402
 from jaxhess.command import compile_quickly, one_sentence, simulated_devices, terminal  # noqa: E402
-from jaxhess.mesh import make_mesh, parse_axes  # noqa: E402
-from jaxhess.output import OutputFile  # noqa: E402
-from jaxhess.peaks import ACCELERATORS  # noqa: E402
-from jaxhess.run_folder import json_ready  # noqa: E402
+from jaxhess.distributed.mesh import make_mesh, parse_axes  # noqa: E402
+from jaxhess.files.output import OutputFile  # noqa: E402
+from jaxhess.files.run_folder import json_ready  # noqa: E402
+from jaxhess.plan.hardware import ACCELERATORS  # noqa: E402
 from scripts import spectrum  # noqa: E402
 
 

@@ -28,18 +28,19 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxhess
-from jaxhess.collectives import bytes_by_kind, collective_traffic
 from jaxhess.command import one_sentence, simulated_devices, terminal
 from jaxhess.data import TokenBlocks
-from jaxhess.mesh import data_shards, make_mesh, parse_axes
+from jaxhess.distributed.memory import temporary_bytes
+from jaxhess.distributed.mesh import data_shards, make_mesh, parse_axes
+from jaxhess.files.output import Output
+from jaxhess.files.run_folder import json_ready
 from jaxhess.models import initialize
 from jaxhess.operators.base import compiled_mv
-from jaxhess.output import Output
+from jaxhess.plan.collectives import bytes_by_kind, collective_traffic
 from jaxhess.plan.compiled import gradient
+from jaxhess.plan.hlo import matmul_flops, read_program
 from jaxhess.plan.law import power_law, runtime_law
-from jaxhess.plotting import png
-from jaxhess.program import matmul_flops, read_program, temporary_bytes
-from jaxhess.run_folder import json_ready
+from jaxhess.results.figures import png
 from jaxhess.vectors import random_probe
 
 RECORD, PLOT = "scaling.json", "scaling.png"

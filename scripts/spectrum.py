@@ -26,16 +26,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import convert
 import jaxhess
 from convert.text import load_blocks
-from jaxhess import processes
 from jaxhess.command import one_sentence, terminal
+from jaxhess.distributed import processes
+from jaxhess.files.output import Output
+from jaxhess.files.run_folder import EIGENVECTORS, EXPORTS, RUN_FILES
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.models import LOGIT_CHUNK, abstract_params
-from jaxhess.noise import audit
+from jaxhess.operators.audit import audit
 from jaxhess.operators.restriction import restriction
-from jaxhess.output import Output
-from jaxhess.report import LOST_WARNING, report_files
-from jaxhess.run_folder import EIGENVECTORS, EXPORTS, RUN_FILES
-from jaxhess.slq import check_basis_fits, vectors_like
+from jaxhess.results.page import LOST_WARNING, report_files
+from jaxhess.slq.run import check_basis_fits, vectors_like
 from jaxhess.vectors import check_seed, random_key
 
 TINY = Path(__file__).parent / "tiny"

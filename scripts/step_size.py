@@ -29,11 +29,11 @@ import convert
 import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import one_sentence, terminal
+from jaxhess.files.output import Output
+from jaxhess.files.run_folder import json_ready
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.output import Output
-from jaxhess.plotting import format_number, png
-from jaxhess.run_folder import json_ready
+from jaxhess.results.figures import format_number, png
 from jaxhess.vectors import Vector, cast, check_seed, norm, random_key, random_probe, size
 
 TINY = Path(__file__).parent / "tiny"

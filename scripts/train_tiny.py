@@ -38,10 +38,9 @@ from convert.destination import appearing, check_destination
 from convert.hugging_face import write_hugging_face
 from convert.tokenizer import add_tokenizer
 from jaxhess.command import one_sentence
-from jaxhess.data import TEXT_SUFFIXES, TokenBlocks, pack, read_documents
-from jaxhess.losses import TokenBatch
+from jaxhess.data import TEXT_SUFFIXES, TokenBatch, TokenBlocks, pack, read_documents
+from jaxhess.files.output import Output
 from jaxhess.models import DecoderConfig, LanguageModel, NextTokenLoss, RopeConfig, abstract_params, initialize
-from jaxhess.output import Output
 from jaxhess.vectors import check_seed, random_key
 
 END_OF_TEXT = "<|endoftext|>"

@@ -27,11 +27,11 @@ import convert
 import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import compile_quickly, one_sentence, terminal
-from jaxhess.comparison import wasserstein
 from jaxhess.data import TokenBlocks
+from jaxhess.files.output import OutputFile
+from jaxhess.files.run_folder import json_ready
 from jaxhess.models import LanguageModel
-from jaxhess.output import OutputFile
-from jaxhess.run_folder import json_ready
+from jaxhess.results.comparison import wasserstein
 from jaxhess.vectors import cast
 
 TINY = Path(__file__).parent / "tiny"

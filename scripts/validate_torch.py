@@ -42,12 +42,12 @@ from convert.hub import local_directory  # noqa: E402
 from convert.measurement import MODES, measure, probe_of  # noqa: E402
 from convert.text import load_blocks  # noqa: E402
 from jaxhess.command import compile_quickly, one_sentence, terminal  # noqa: E402
-from jaxhess.memory import available_bytes  # noqa: E402
+from jaxhess.distributed.memory import available_bytes  # noqa: E402
+from jaxhess.files.output import Output  # noqa: E402
+from jaxhess.files.run_folder import json_ready  # noqa: E402
 from jaxhess.models import DecoderConfig, LanguageModel  # noqa: E402
-from jaxhess.output import Output  # noqa: E402
-from jaxhess.report import page as page_of  # noqa: E402
-from jaxhess.report import table  # noqa: E402
-from jaxhess.run_folder import json_ready  # noqa: E402
+from jaxhess.results.page import page as page_of  # noqa: E402
+from jaxhess.results.page import table  # noqa: E402
 from jaxhess.vectors import cast  # noqa: E402
 
 TINY = Path(__file__).parent / "tiny"

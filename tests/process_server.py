@@ -19,8 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal
 
 import jaxhess
-from jaxhess import processes, watch
 from jaxhess.command import one_sentence
+from jaxhess.distributed import processes
+from jaxhess.distributed import supervision as watch
 from scripts import spectrum as script
 
 MPIRUN = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess import DecoderConfig, Hessian, LinearOperator, MatrixOperator, Microbatches
-from jaxhess.losses import TokenBatch
+from jaxhess.data import TokenBatch
 from jaxhess.models import LanguageModel, initialize
 from jaxhess.vectors import norm
 

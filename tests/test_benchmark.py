@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxhess import make_mesh
-from jaxhess.peaks import peak_matmul_flops
+from jaxhess.plan.hardware import peak_matmul_flops
 from scripts import benchmark as script
 
 TINY = {

@@ -10,16 +10,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_models import SMALL, Diagonal
 
 from jaxhess import Hessian, Microbatches, make_mesh
-from jaxhess.collectives import KINDS, bytes_by_kind, collective_traffic, replica_groups
+from jaxhess.data import TokenBatch
+from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.krylov import compile_segment
 from jaxhess.krylov.lanczos import abstract_lanczos
-from jaxhess.losses import TokenBatch
-from jaxhess.mesh import batch_sharding
 from jaxhess.models import abstract_params, model_shardings
 from jaxhess.models.language_model import NextTokenLoss
 from jaxhess.operators.base import compiled_mv
+from jaxhess.plan.collectives import KINDS, bytes_by_kind, collective_traffic, replica_groups
 from jaxhess.plan.compiled import gradient
-from jaxhess.program import Program
+from jaxhess.plan.hlo import Program
 
 P = PartitionSpec
 N = 1024 * 512 * 4  # bytes of the matrix that is exchanged

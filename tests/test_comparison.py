@@ -10,7 +10,7 @@ import pytest
 from small_models import run_command
 
 from jaxhess import Spectrum
-from jaxhess.comparison import distance, row, wasserstein
+from jaxhess.results.comparison import distance, row, wasserstein
 from scripts import compare as script
 
 ROOT = Path(__file__).parent.parent

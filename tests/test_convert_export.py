@@ -26,8 +26,8 @@ import convert
 from convert.__main__ import main
 from convert.destination import appearing, check_destination
 from convert.hugging_face import write_hugging_face
-from jaxhess.manifest import write_manifest
-from jaxhess.mesh import make_mesh
+from jaxhess.distributed.mesh import make_mesh
+from jaxhess.files.manifest import write_manifest
 from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig, abstract_params, model_shardings
 
 FRESH = DecoderConfig(

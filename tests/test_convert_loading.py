@@ -22,7 +22,7 @@ import convert
 from convert import loading
 from convert.layout import parse_layout
 from convert.source import Source
-from jaxhess.mesh import make_mesh
+from jaxhess.distributed.mesh import make_mesh
 from jaxhess.models import model_shardings
 
 GATE = "model.layers.1.mlp.gate_proj.weight"

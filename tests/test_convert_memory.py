@@ -18,7 +18,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import convert
 from convert.__main__ import main
-from jaxhess.mesh import make_mesh
+from jaxhess.distributed.mesh import make_mesh
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     lines = open("/proc/self/status").read().splitlines()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_spectra import _diagonal_lanczos
 
+from jaxhess.krylov.errors import Estimate, across_probes, of_forms, of_squares, student_factor
 from jaxhess.krylov.trace import _covariance, _leave_one_out, _Sketch
 from jaxhess.record import RunRecord
-from jaxhess.spectra import Spectrum
-from jaxhess.standard_errors import Estimate, across_probes, of_forms, of_squares, student_factor
+from jaxhess.slq.spectrum import Spectrum
 
 PROBES = (2, 3, 4, 6, 10)
 N = 300

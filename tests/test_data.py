@@ -24,7 +24,7 @@ from jaxhess.data import (
     read_blocks,
     read_documents,
 )
-from jaxhess.mesh import make_mesh
+from jaxhess.distributed.mesh import make_mesh
 
 
 def encode(text: str) -> list[int]:

@@ -20,7 +20,7 @@ from checkpoints import VOCAB, torch, torch_model, write_checkpoint
 from safetensors.torch import save_file
 
 import convert
-from jaxhess.losses import TokenBatch
+from jaxhess.data import TokenBatch
 from jaxhess.models import LanguageModel
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -20,12 +20,13 @@ from jaxhess import (
     random_probe,
     start_lanczos,
 )
+from jaxhess.data import TokenBatch
+from jaxhess.distributed.memory import temporary_bytes
+from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.krylov import compile_segment
-from jaxhess.losses import TokenBatch
-from jaxhess.mesh import batch_sharding
 from jaxhess.models import initialize
 from jaxhess.operators.microbatches import sum_over_microbatches
-from jaxhess.program import matmul_flops, temporary_bytes
+from jaxhess.plan.hlo import matmul_flops
 from jaxhess.vectors import cast, norm
 from scripts.spectrum import TINY
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_models import Diagonal, run_command
 
-from jaxhess.manifest import write_manifest
+from jaxhess.files.manifest import write_manifest
 from scripts import ghosts as script
 
 STEPS = (5, 30)

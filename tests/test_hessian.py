@@ -11,12 +11,12 @@ from flax import nnx
 from small_models import SMALL, TINY, batch_of, language_operator, relative, scaled_up, tokens
 
 from jaxhess import Hessian, MatrixOperator, Microbatches, make_mesh, random_probe, spectrum, start_lanczos
+from jaxhess.data import TokenBatch
+from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.krylov import compile_segment
-from jaxhess.losses import TokenBatch
-from jaxhess.mesh import batch_sharding
 from jaxhess.models import initialize
 from jaxhess.operators.microbatches import as_groups
-from jaxhess.program import read_program
+from jaxhess.plan.hlo import read_program
 from jaxhess.vectors import dot, norm, size
 
 

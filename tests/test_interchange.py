@@ -13,8 +13,8 @@ import pytest
 from scipy.linalg import eigh_tridiagonal
 
 from jaxhess import Spectrum
-from jaxhess.interchange import coefficients
-from jaxhess.report import FIGURES, _page, write_report
+from jaxhess.files.foreign import coefficients
+from jaxhess.results.page import FIGURES, _page, write_report
 
 RNG = np.random.default_rng(0)
 ALPHAS, BETAS = RNG.normal(size=(3, 8)), RNG.uniform(0.5, 2, size=(3, 8))
@@ -248,7 +248,7 @@ def test_objects_in_an_npz_are_refused(tmp_path):
 
 
 def test_a_small_file_of_large_arrays_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxhess.run_folder.LARGEST", 10**5)
+    monkeypatch.setattr("jaxhess.files.run_folder.LARGEST", 10**5)
     np.savez_compressed(tmp_path / "a.npz", eigenvalues=np.zeros(10**5), weights=np.zeros(10**5))
     assert (tmp_path / "a.npz").stat().st_size < 10**4
     with pytest.raises(ValueError, match=r"a\.npz .*larger than"):

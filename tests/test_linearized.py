@@ -9,8 +9,8 @@ import pytest
 from small_models import SMALL, batch_of, language_operator, relative, scaled_up, tokens
 
 from jaxhess import Hessian, Microbatches, make_mesh, random_probe, spectrum
-from jaxhess.losses import TokenBatch
-from jaxhess.mesh import batch_sharding
+from jaxhess.data import TokenBatch
+from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.models import initialize
 from jaxhess.operators import residual_bytes
 

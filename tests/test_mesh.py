@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxhess import DecoderConfig, make_mesh
-from jaxhess.mesh import across_nodes, partition_spec
+from jaxhess.distributed.mesh import across_nodes, partition_spec
 from jaxhess.models import abstract_params, initialize, model_shardings
 
 

@@ -9,7 +9,7 @@ import pytest
 from small_models import language_operator
 
 from jaxhess import FiniteDifferenceHessian, LinearOperator, MatrixOperator, audit
-from jaxhess import noise as noise_module
+from jaxhess.operators import audit as noise_module
 
 N = 400
 RNG = np.random.default_rng(0)

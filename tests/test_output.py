@@ -17,10 +17,10 @@ from small_models import Diagonal, run_command
 import convert.__main__ as convert_command
 from jaxhess import Checkpoint, Spectrum, leading_eigenpairs
 from jaxhess.command import one_sentence
-from jaxhess.manifest import LOCK, MANIFEST, foreign, write_manifest
-from jaxhess.output import Output, OutputFile, disk_full
-from jaxhess.report import write_report
-from jaxhess.run_folder import EXPORTS, RUN_FILES
+from jaxhess.files.manifest import LOCK, MANIFEST, foreign, write_manifest
+from jaxhess.files.output import Output, OutputFile, disk_full
+from jaxhess.files.run_folder import EXPORTS, RUN_FILES
+from jaxhess.results.page import write_report
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("a.json", "a.png")
@@ -91,7 +91,9 @@ def test_every_command_with_an_output_is_in_the_table():
     scripts = [f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py")]
     writing = [name for name in scripts if re.search(r"^    (out|json): Path", module_text(name), re.MULTILINE)]
     assert set(writing) == set(FOLDERS) - {"convert"}
-    for name in scripts:  # and nothing is written but through `jaxhess.output`, or into a folder that then appears
+    for (
+        name
+    ) in scripts:  # and nothing is written but through `jaxhess.files.output`, or into a folder that then appears
         found = re.findall(r".*(?:write_text|savefig|open\(|\.mkdir|unlink|rmtree|write_bytes).*", module_text(name))
         left = [line for line in found if "(folder / " not in line and "def plot" not in line]
         assert left == (["    figure.savefig(path, dpi=110)"] if name == "scripts.train_tiny" else []), name
@@ -176,9 +178,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path):
-    code = (
-        "import sys; from jaxhess.output import Output; Output(sys.argv[1], ['a']).claim(); print(flush=True); input()"
-    )
+    claim = "import sys; from jaxhess.files.output import Output; Output(sys.argv[1], ['a']).claim()"
+    code = claim + "; print(flush=True); input()"
     life = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
 from jaxhess import make_mesh
-from jaxhess.mesh import data_shards
+from jaxhess.distributed.mesh import data_shards
 from jaxhess.plan import USABLE, Job, changes, compiled, estimate, flops, memory, traffic
 from jaxhess.vectors import _drawer
 
@@ -42,7 +42,7 @@ compile_quickly()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", {devices})
 from jaxhess.plan import compiled
-from jaxhess.mesh import make_mesh
+from jaxhess.distributed.mesh import make_mesh
 for job in pickle.load(sys.stdin.buffer):
     began = time.process_time()
     found = dataclasses.asdict(compiled(job))

@@ -18,9 +18,10 @@ from small_models import TINY, scaled_up
 
 import convert
 from convert.orbax_checkpoint import save
-from jaxhess import Hessian, Microbatches, Spectrum, processes, spectrum
+from jaxhess import Hessian, Microbatches, Spectrum, spectrum
 from jaxhess.command import one_sentence
 from jaxhess.data import random_blocks
+from jaxhess.distributed import processes
 from jaxhess.models import initialize
 
 SMALL_RUN = [

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxhess.program import Program, arrays_of, bytes_accessed, bytes_of, matmul_flops, temporary_bytes
+from jaxhess.distributed.memory import temporary_bytes
+from jaxhess.plan.hlo import Program, arrays_of, bytes_accessed, bytes_of, matmul_flops
 
 
 def compiled(f, *shapes: tuple[int, ...]) -> jax.stages.Compiled:

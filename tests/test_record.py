@@ -9,7 +9,7 @@ import pytest
 
 import jaxhess
 from jaxhess.record import RunRecord
-from jaxhess.spectra import Spectrum
+from jaxhess.slq.spectrum import Spectrum
 
 STEPS = 20
 NOTES = (

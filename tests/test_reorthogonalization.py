@@ -8,10 +8,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal, language_operator
 
 from jaxhess import lanczos_segment, make_mesh, random_probe, spectrum, start_lanczos
-from jaxhess.collectives import collective_traffic
 from jaxhess.krylov import compile_segment, orthogonality_loss, start_batch
 from jaxhess.krylov.quadrature import quadrature
-from jaxhess.program import matmul_flops, read_program
+from jaxhess.plan.collectives import collective_traffic
+from jaxhess.plan.hlo import matmul_flops, read_program
 
 N = 2000
 
@@ -211,11 +211,11 @@ def test_batches_are_chosen_from_memory(monkeypatch):
     free = spectrum(operator, steps=3, probes=6)
     assert free.info["lanczos"]["batch_size"] == 6
     needed = 8 * 100_000 * 4  # of each probe: three rows, two vectors, the product and temporaries
-    monkeypatch.setattr("jaxhess.slq.available_bytes", lambda _: 3.4 * needed)
+    monkeypatch.setattr("jaxhess.slq.run.available_bytes", lambda _: 3.4 * needed)
     cut = spectrum(operator, steps=3, probes=6)
     assert 1 < cut.info["lanczos"]["batch_size"] <= 3
     np.testing.assert_allclose(cut.alphas, free.alphas, atol=1e-6)
-    monkeypatch.setattr("jaxhess.slq.available_bytes", lambda _: 10)
+    monkeypatch.setattr("jaxhess.slq.run.available_bytes", lambda _: 10)
     assert spectrum(operator, steps=3, probes=2).info["lanczos"]["batch_size"] == 1
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from jaxhess.plotting import density_figure, distribution_figure, stem_figure
 from jaxhess.record import RunRecord
-from jaxhess.report import report_files, write_report
-from jaxhess.spectra import Spectrum
+from jaxhess.results.figures import density_figure, distribution_figure, stem_figure
+from jaxhess.results.page import report_files, write_report
+from jaxhess.slq.spectrum import Spectrum
 
 INFO = {
     "loss": 3.25,
@@ -209,7 +209,7 @@ def test_plot_is_the_density_figure_and_shows_in_a_notebook():
 
 
 def test_figures_leave_pyplot_alone():
-    program = "import sys, jaxhess.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    program = "import sys, jaxhess.results.page; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -20,8 +20,8 @@ from jaxhess import (
     random_probe,
     spectrum,
 )
-from jaxhess.losses import TokenBatch
-from jaxhess.mesh import batch_sharding
+from jaxhess.data import TokenBatch
+from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.models import abstract_params, initialize
 from jaxhess.operators.restriction import restriction
 

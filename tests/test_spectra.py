@@ -9,7 +9,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from jaxhess.record import RunRecord
-from jaxhess.spectra import Spectrum
+from jaxhess.slq.spectrum import Spectrum
 
 EIGENVALUES = np.concatenate([np.random.default_rng(7).normal(size=50) * 0.1, [5.0, 2.0, 1.0, -0.7, -3.0]])
 

@@ -13,7 +13,7 @@ from small_models import run_command
 import convert
 from jaxhess import Spectrum
 from jaxhess.command import one_sentence
-from jaxhess.losses import TokenBatch
+from jaxhess.data import TokenBatch
 from scripts import spectrum as script
 
 TINY = Path(script.TINY)

@@ -13,7 +13,7 @@ from jaxhess.krylov import start_lanczos
 from jaxhess.krylov.ghosts import tolerances
 from jaxhess.krylov.lanczos import _segment_program, abstract_lanczos
 from jaxhess.record import RunRecord
-from jaxhess.spectra import Spectrum
+from jaxhess.slq.spectrum import Spectrum
 
 
 @jax.tree_util.register_dataclass

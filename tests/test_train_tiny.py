@@ -13,7 +13,7 @@ import tyro
 
 from convert import load, load_tokenizer
 from jaxhess.data import read_blocks
-from jaxhess.manifest import foreign
+from jaxhess.files.manifest import foreign
 from scripts import train_tiny
 
 TINY = Path(train_tiny.__file__).parent / "tiny"

@@ -14,7 +14,7 @@ from small_models import TINY
 
 import convert
 from jaxhess.data import TokenBlocks
-from jaxhess.manifest import write_manifest
+from jaxhess.files.manifest import write_manifest
 from jaxhess.models import RopeConfig
 from scripts import torch_reference
 from scripts import validate_torch as script

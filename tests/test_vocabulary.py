@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhess import make_mesh, vocabulary
-from jaxhess import mesh as mesh_rules
-from jaxhess.losses import cross_entropy_sum
-from jaxhess.mesh import batch_sharding, param_shardings
-from jaxhess.output_curvature import draw_tokens, head_curvature
-from jaxhess.program import read_program
-from jaxhess.vocabulary import vocabulary_slices
+from jaxhess import make_mesh
+from jaxhess.distributed import mesh as mesh_rules
+from jaxhess.distributed.mesh import batch_sharding, param_shardings
+from jaxhess.models import vocabulary
+from jaxhess.models.likelihood import draw_tokens, head_curvature
+from jaxhess.models.losses import cross_entropy_sum
+from jaxhess.models.vocabulary import vocabulary_slices
+from jaxhess.plan.hlo import read_program
 
 WIDTH = 16
 

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
-from jaxhess import processes
+from jaxhess.distributed import processes
+from jaxhess.files.orbax import reading
+from jaxhess.files.output import Output
+from jaxhess.files.run_folder import read_arrays
 from jaxhess.krylov.basis import BasisMemory, stacked_sharding
 from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import (
@@ -28,9 +31,6 @@ from jaxhess.krylov.lanczos import (
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.orbax_files import reading
-from jaxhess.output import Output
-from jaxhess.run_folder import read_arrays
 from jaxhess.vectors import Vector, add_scaled, cast, check_vector_dtype, norm, random_key, random_probe, scale
 
 Which = Literal["magnitude", "largest", "smallest"]

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxhess.memory import bytes_per_device, devices_of, total_bytes
+from jaxhess.distributed.memory import bytes_per_device, devices_of, total_bytes
+from jaxhess.krylov.errors import Estimate, across_probes, of_forms, of_squares, student_factor
 from jaxhess.operators.base import LinearOperator
-from jaxhess.standard_errors import Estimate, across_probes, of_forms, of_squares, student_factor
 from jaxhess.vectors import (
     Distribution,
     Vector,
@@ -89,7 +89,7 @@ def hutchinson(
     The variance of one sample is 2 |A|_F^2 for normal probes, and |A|_F^2 the mean of |Av|^2. For Rademacher probes it
     is 2 (|A|_F^2 - sum_i A_ii^2), twice the sum of the variances of the entries of v * Av, which the samples give (see
     `diagonal`). Both are known far better than the samples' own scatter tells; for their degrees of freedom see
-    `jaxhess.standard_errors.of_forms`. Unknown for one sample. Memory: one batch, for Rademacher probes and a vector.
+    `jaxhess.krylov.errors.of_forms`. Unknown for one sample. Memory: one batch, for Rademacher probes and a vector.
 
     Args:
         operator: Symmetric.
@@ -137,7 +137,7 @@ def frobenius_norm(
     """The Frobenius norm, the square root of the mean of |Av|^2 over random probes v, and its standard error.
 
     E|Av|^2 = tr(A'A) = F^2; the standard error of that mean is divided by 2 F (delta method), unknown for one sample;
-    the interval is one of log F (`jaxhess.standard_errors.of_squares`). The root of an unbiased mean is low by about
+    the interval is one of log F (`jaxhess.krylov.errors.of_squares`). The root of an unbiased mean is low by about
     the squared standard error over 2 F. Arguments and exceptions are those of `hutchinson`.
     """
     _check_count("samples", samples, 1, "one probe needs one product")

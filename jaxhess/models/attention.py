@@ -11,7 +11,7 @@ from flax import nnx
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.layers import Norm, Projection
 from jaxhess.models.rotary import rotary_tables, rotate
-from jaxhess.vocabulary import narrow_precision
+from jaxhess.models.vocabulary import narrow_precision
 
 
 class Attention(nnx.Module):

@@ -2,7 +2,7 @@
 
 Shapes in comments and names: B sequences, T positions, D residual width, H query heads, K key/value heads, h head
 width, F feed-forward width, V vocabulary, L layers. Every parameter carries the logical names of its axes as metadata
-(`axes`); `jaxhess.mesh` turns those into shardings. The stacked layers have a leading axis `layers`.
+(`axes`); `jaxhess.distributed.mesh` turns those into shardings. The stacked layers have a leading axis `layers`.
 
 Everything here has a JVP and a transpose: no `custom_vjp`, no fused attention kernels, so `jvp` of `grad` is exact.
 """
@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxhess.mesh import constrain, constrain_batch
+from jaxhess.distributed.mesh import constrain, constrain_batch
 from jaxhess.models.attention import Attention
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.layers import FeedForward, Norm, Projection
-from jaxhess.vocabulary import matmul_transposed
+from jaxhess.models.vocabulary import matmul_transposed
 
 
 class Block(nnx.Module):

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxhess.losses import TokenBatch, cross_entropy_sum
-from jaxhess.mesh import data_shards, param_shardings
+from jaxhess.data import TokenBatch
+from jaxhess.distributed.mesh import data_shards, param_shardings
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.decoder import Decoder
-from jaxhess.output_curvature import draw_tokens, head_curvature
-from jaxhess.vocabulary import Slices, vocabulary_slices
+from jaxhess.models.likelihood import draw_tokens, head_curvature
+from jaxhess.models.losses import cross_entropy_sum
+from jaxhess.models.vocabulary import Slices, vocabulary_slices
 
 LOGIT_CHUNK = 2**26
 """Logits per device that exist at once, by default: a quarter of a GB in float32, and a few arrays of that size."""

@@ -11,7 +11,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from jaxhess.memory import bytes_per_device
+from jaxhess.distributed.memory import bytes_per_device
 from jaxhess.vectors import Vector, checksum, widen
 
 

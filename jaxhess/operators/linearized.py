@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxhess.memory import available_bytes, bytes_per_device
+from jaxhess.distributed.memory import available_bytes, bytes_per_device, temporary_bytes
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import divided
 from jaxhess.operators.microbatches import Microbatches, sum_over_microbatches
-from jaxhess.program import temporary_bytes
 from jaxhess.vectors import Vector, cast
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxhess.collectives import bytes_by_kind, collective_traffic
+from jaxhess.distributed.mesh import make_mesh
 from jaxhess.krylov.lanczos import compile_segment
-from jaxhess.mesh import make_mesh
 from jaxhess.operators.loss import LossOperator
+from jaxhess.plan.collectives import bytes_by_kind, collective_traffic
+from jaxhess.plan.hlo import matmul_flops, read_program
 from jaxhess.plan.job import Job
-from jaxhess.program import matmul_flops, read_program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhess.collectives import KINDS
-from jaxhess.memory import bytes_per_device
+from jaxhess.distributed.memory import bytes_per_device
+from jaxhess.models.vocabulary import vocabulary_slices
+from jaxhess.plan.collectives import KINDS
 from jaxhess.plan.job import Job
-from jaxhess.vocabulary import vocabulary_slices
 
 ALIVE: dict[str, dict[str, float]] = {
     "exact": {"weights": 2.4, "feed_forward": 8, "states": 4, "scores": 18, "logits": 3.8, "slice": 8},

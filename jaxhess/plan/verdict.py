@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jaxhess.mesh import data_shards
-from jaxhess.peaks import ACCELERATORS, Accelerator, peak_matmul_flops
+from jaxhess.distributed.mesh import data_shards
 from jaxhess.plan import formula
+from jaxhess.plan.hardware import ACCELERATORS, Accelerator, peak_matmul_flops
 from jaxhess.plan.job import Job
 
 USABLE = 0.92

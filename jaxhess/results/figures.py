@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from jaxhess.density import Axis, Density
+from jaxhess.slq.density import Axis, Density
 
 if TYPE_CHECKING:
-    from jaxhess.spectra import Spectrum
+    from jaxhess.slq.spectrum import Spectrum
 
 Array = npt.NDArray[np.float64]
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhess import processes
-from jaxhess.memory import available_bytes
+from jaxhess.distributed import processes
+from jaxhess.distributed.memory import available_bytes
 from jaxhess.operators.base import LinearOperator, compiled_mv
 from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_key, random_probe, scale, widen
 

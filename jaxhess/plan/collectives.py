@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jaxhess.program import Computation, Instruction, Program, arrays_of, bytes_of, callees, read_program
+from jaxhess.plan.hlo import Computation, Instruction, Program, arrays_of, bytes_of, callees, read_program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 

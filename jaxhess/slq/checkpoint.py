@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhess import processes
+from jaxhess.distributed import processes
+from jaxhess.files.orbax import quiet, reading
+from jaxhess.files.output import disk_full
+from jaxhess.files.run_folder import read_json
 from jaxhess.krylov.basis import HOST
-from jaxhess.orbax_files import quiet, reading
-from jaxhess.output import disk_full
-from jaxhess.run_folder import read_json
 from jaxhess.vectors import checksum
 
 FORMAT = "jaxhess-unfinished-2"

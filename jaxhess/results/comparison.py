@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import wasserstein_distance
 
-from jaxhess.plotting import eigenvalue_axis, log_ticks, new_figure
-from jaxhess.spectra import Estimate, Spectrum
+from jaxhess.results.figures import eigenvalue_axis, log_ticks, new_figure
+from jaxhess.slq.spectrum import Estimate, Spectrum
 
 Array = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxhess.mesh import constrain, partition_spec
+from jaxhess.distributed.mesh import constrain, partition_spec
 
 Carry = TypeVar("Carry")
 
@@ -83,7 +83,8 @@ def vocabulary_slices(table: jax.Array, tokens: int, logit_chunk: int, gathered:
     A vocabulary with no divisor of about the right size is padded, which copies the matrix.
 
     Args:
-        table: Cut as `jaxhess.mesh.partition_spec` says: over `tensor` along V and `fsdp` along D, where these divide.
+        table: Cut as `jaxhess.distributed.mesh.partition_spec` says: over `tensor` along V and `fsdp` along D, where
+            these divide.
         tokens: Whose logits are computed together, on each device.
         logit_chunk: Logits per device that may exist at once.
         gathered: Entries of the matrix that may be gathered at once on each device, where `fsdp` cuts it; at least

@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from jaxhess.files.run_folder import check_info, json_ready, read_arrays, read_json
 from jaxhess.record import RunRecord
-from jaxhess.run_folder import check_info, json_ready, read_arrays, read_json
 
 if TYPE_CHECKING:
-    from jaxhess.spectra import Spectrum
+    from jaxhess.slq.spectrum import Spectrum
 
 Array = npt.NDArray[np.float64]
 

@@ -7,19 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxhess.vocabulary import Slice, Slices, logits_of, scan_slices
-
-
-class TokenBatch(NamedTuple):
-    """Sequences to predict: position t of `tokens` predicts position t + 1.
-
-    Attributes:
-        tokens: [B, T + 1] int32.
-        weights: [B, T] float32: 1 where the target `tokens[:, t + 1]` counts, 0 where it is padding.
-    """
-
-    tokens: jax.Array
-    weights: jax.Array
+from jaxhess.models.vocabulary import Slice, Slices, logits_of, scan_slices
 
 
 class Normaliser(NamedTuple):

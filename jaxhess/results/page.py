@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxhess.files.output import Output
+from jaxhess.files.run_folder import REPORT_FILES
 from jaxhess.krylov.ghosts import relative_tolerance
-from jaxhess.output import Output
-from jaxhess.plotting import CENTRAL_MASS, density_figure, distribution_figure, png, stem_figure
-from jaxhess.run_folder import REPORT_FILES
-from jaxhess.spectra import Estimate, Extreme, Spectrum
+from jaxhess.results.figures import CENTRAL_MASS, density_figure, distribution_figure, png, stem_figure
+from jaxhess.slq.spectrum import Estimate, Extreme, Spectrum
 
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#1b2a41;max-width:60rem;margin:2rem auto;padding:0 1rem}
@@ -295,7 +295,7 @@ def _checks(spectrum: Spectrum) -> Iterator[Sequence[str]]:
 
 
 def _noise(noise: Any) -> Iterator[str]:
-    """The noise audit of `jaxhess.noise.audit`, if the run has one."""
+    """The noise audit of `jaxhess.operators.audit.audit`, if the run has one."""
     if not isinstance(noise, dict):
         return
     yield "<h2>Noise of the products</h2>"

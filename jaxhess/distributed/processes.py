@@ -6,7 +6,8 @@ what `agreed`, `gathered`, `any_says`, `on_first` and `meet` are for, which are 
 the same order, and never inside what `on_first` does. In a single process they cost nothing. All others are local.
 
 Agreement goes through the key-value store of `jax.distributed` (about a millisecond), not through the devices: it
-needs no compilation, takes text of any length, and has a time limit. `jaxhess.watch` ends all processes when one ends.
+needs no compilation, takes text of any length, and has a time limit. If one process ends early, the others end too:
+`jaxhess.distributed.supervision`.
 """
 
 from __future__ import annotations
@@ -69,9 +70,9 @@ def initialize() -> None:
         return
     count, process = found
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX would take SIGTERM for itself; see `jaxhess.checkpoint.termination`.
+    # JAX would take SIGTERM for itself; see `jaxhess.slq.checkpoint.termination`.
     jax.config.update("jax_enable_preemption_service", False)
-    from jaxhess import watch  # it knows this module
+    from jaxhess.distributed import supervision as watch  # it knows this module
 
     watch.bring_a_witness(count, process)
     # Of version 5 JAX sees nothing, and would take all GPUs; inside SLURM it would take the daemon's local rank.

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxhess.losses import Normaliser
-from jaxhess.vocabulary import Slice, Slices, logits_of, scan_slices
+from jaxhess.models.losses import Normaliser
+from jaxhess.models.vocabulary import Slice, Slices, logits_of, scan_slices
 
 
 class Softmax(NamedTuple):

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from jaxhess import processes
+from jaxhess.distributed import processes
 
 SILENCE = 30.0
 """Seconds without a pulse after which a process is gone. Machines stall for some seconds under load, not for thirty."""

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhess import processes
+from jaxhess.distributed import processes
 from jaxhess.vectors import named_sharding
 
 
@@ -64,3 +64,11 @@ def _free_on_host() -> float:
         return 1024 * float(lines["MemAvailable"].split()[0]) / processes.neighbours()
     except (OSError, KeyError):  # not Linux
         return host_bytes()
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Peak memory per device beside arguments and results, in bytes."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise ValueError("This backend does not say how much memory a compiled program takes.")
+    return memory.temp_size_in_bytes

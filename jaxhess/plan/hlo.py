@@ -157,14 +157,6 @@ def bytes_accessed(compiled: jax.stages.Compiled | Program, unknown_trips: int |
     return program.total(cost, inside_fusions=False, unknown_trips=unknown_trips)
 
 
-def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """Peak memory per device beside arguments and results, in bytes."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        raise ValueError("This backend does not say how much memory a compiled program takes.")
-    return memory.temp_size_in_bytes
-
-
 def read_program(compiled: jax.stages.Compiled | Program) -> Program:
     """The program itself, read from the optimised HLO unless it has been already."""
     if isinstance(compiled, Program):

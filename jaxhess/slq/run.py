@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhess import processes, watch
-from jaxhess.checkpoint import Checkpoint, Interrupted, Saver, termination
+from jaxhess.distributed import processes
+from jaxhess.distributed import supervision as watch
+from jaxhess.distributed.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.krylov.basis import BasisMemory
 from jaxhess.krylov.lanczos import (
     LanczosState,
@@ -27,10 +28,10 @@ from jaxhess.krylov.lanczos import (
     start_batch,
     start_lanczos,
 )
-from jaxhess.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.operators.base import LinearOperator, unit_roundoff
 from jaxhess.record import RunRecord
-from jaxhess.spectra import Spectrum
+from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
+from jaxhess.slq.spectrum import Spectrum
 from jaxhess.vectors import Distribution, Vector, cast, check_vector_dtype, random_key, random_probe
 
 COEFFICIENTS = ("alphas", "betas", "step_errors")

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxhess.run_folder import written_before_manifests
+from jaxhess.files.run_folder import written_before_manifests
 
 MANIFEST, LOCK = "manifest.json", ".jaxhess-lock"
 FORMAT = "jaxhess-manifest-1"

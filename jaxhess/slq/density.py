@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
-from jaxhess.standard_errors import share_chance, share_interval
+from jaxhess.krylov.errors import share_chance, share_interval
 
 Array = npt.NDArray[np.float64]
 Axis = Literal["symlog", "linear"]

@@ -12,9 +12,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxhess.density import Axis, Density, Known, smoothed
-from jaxhess.interchange import read_spectrum, to_csv, to_json
+from jaxhess.files.foreign import read_spectrum, to_csv, to_json
+from jaxhess.files.output import Output
+from jaxhess.files.run_folder import ARRAYS, EXPORTS, RECORD, REPORT_FILES, json_ready, read_run, run_files
 from jaxhess.krylov.bounds import distribution_bounds
+from jaxhess.krylov.errors import (
+    UNKNOWN,
+    Estimate,
+    Spread,
+    across_probes,
+    disagrees,
+    of_squares,
+    on_the_sphere,
+    share_chance,
+    share_interval,
+)
 from jaxhess.krylov.ghosts import (
     FLOAT32_ROUNDING,
     Clusters,
@@ -28,20 +40,8 @@ from jaxhess.krylov.ghosts import (
 )
 from jaxhess.krylov.integrals import integral_bounds
 from jaxhess.krylov.quadrature import Quadrature, quadrature
-from jaxhess.output import Output
 from jaxhess.record import RunRecord
-from jaxhess.run_folder import ARRAYS, EXPORTS, RECORD, REPORT_FILES, json_ready, read_run, run_files
-from jaxhess.standard_errors import (
-    UNKNOWN,
-    Estimate,
-    Spread,
-    across_probes,
-    disagrees,
-    of_squares,
-    on_the_sphere,
-    share_chance,
-    share_interval,
-)
+from jaxhess.slq.density import Axis, Density, Known, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ class Spectrum:
         step_errors: [probes, steps] float64, what each step left out of the recurrence (`LanczosState.step_errors`); it
             is part of `residual_bounds`. Empty: not known, and taken for zero.
 
-    Standard errors are of the chance in the probes: `jaxhess.standard_errors` says how, with the coverage measured of
+    Standard errors are of the chance in the probes: `jaxhess.krylov.errors` says how, with the coverage measured of
     their intervals. They are the sphere's, as far as the steps taken know it. For probes of random signs that is an
     upper bound; where the probes' own scatter shows it to be far too large, the scatter is taken.
 
@@ -384,7 +384,7 @@ class Spectrum:
     def density(
         self, points: int = 400, axis: Axis = "symlog", width: float | None = None, linthresh: float | None = None
     ) -> Density:
-        """The density on a grid with a 95% band; see `jaxhess.density.smoothed` for the arguments."""
+        """The density on a grid with a 95% band; see `jaxhess.slq.density.smoothed` for the arguments."""
         slack = [self._slack(probe) for probe in range(self.num_probes)]
         known = Known(self.dim, self._ends, slack, self.broke_down)
         return smoothed(self.ritz_values, self.weights, known, points, axis, width, linthresh)
@@ -440,7 +440,7 @@ class Spectrum:
         """The spectrum that `save` wrote; what follows from alphas and betas is computed again.
 
         A folder that was written before the rounding was kept is taken for a float32 run. A file is read as
-        `jaxhess.interchange` says: JSON, CSV or npz of Ritz values and weights.
+        `jaxhess.files.foreign` says: JSON, CSV or npz of Ritz values and weights.
 
         Args:
             folder: A run folder, or such a file.
@@ -467,7 +467,7 @@ class Spectrum:
             raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from None
 
     def to_json(self) -> str:
-        """The spectrum as a JSON object that any tool reads: see `jaxhess.interchange`."""
+        """The spectrum as a JSON object that any tool reads: see `jaxhess.files.foreign`."""
         return to_json(self)
 
     def to_csv(self) -> str:
@@ -476,7 +476,7 @@ class Spectrum:
 
     def plot(self, axis: Axis = "symlog") -> Figure:
         """The figure of the eigenvalue density."""
-        from jaxhess.plotting import density_figure
+        from jaxhess.results.figures import density_figure
 
         return density_figure(self, axis)
 

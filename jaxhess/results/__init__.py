@@ -1,0 +1,1 @@
+"""Figures, pages and comparisons of spectra."""

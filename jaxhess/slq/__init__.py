@@ -1,0 +1,1 @@
+"""Stochastic Lanczos quadrature: the run, its checkpoint, and the spectrum that it gives."""
