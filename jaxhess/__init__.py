@@ -26,7 +26,7 @@ from jaxhess.slq.run import Progress, spectrum
 from jaxhess.slq.spectrum import Estimate, Spectrum
 from jaxhess.vectors import random_probe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Checkpoint",

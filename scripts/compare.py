@@ -42,7 +42,7 @@ class Options:
     out: Path | None = None
     """Folder for comparison.json, densities.png and stems.png; by default runs/<date>-compare."""
     overwrite: bool = False
-    """Replace a comparison in that folder; files that none wrote are never replaced."""
+    """Replace a comparison in that folder; files that no such command wrote are never replaced."""
 
 
 def run(options: Options) -> dict[str, Any]:

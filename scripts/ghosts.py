@@ -68,7 +68,7 @@ class Options:
     out: Path | None = None
     """Folder for table, plots and JSON; by default runs/<date>-ghosts."""
     overwrite: bool = False
-    """Replace a finished study in that folder; files that none wrote are never replaced."""
+    """Replace a finished study in that folder; files that no such command wrote are never replaced."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Options(spectrum.Options):
     efficiency: float = planning.EFFICIENCY
     """Share of the peak rate that matrix products are taken to reach; the hours are proportional to it."""
     compile: bool = True
-    """Compile the program, for facts beside the formulas; without, a plan takes a second."""
+    """Compile the program, for facts beside the formulas; without it a plan takes a second."""
     json: Path | None = None
     """File for the plan; one that is there is replaced with --overwrite, if it is a plan."""
 

@@ -84,7 +84,7 @@ class Options:
     out: Path | None = None
     """Folder for scaling.json and scaling.png; by default nothing is written."""
     overwrite: bool = False
-    """Replace an earlier result in that folder; files that none wrote are never replaced."""
+    """Replace an earlier result in that folder; files that no such command wrote are never replaced."""
 
 
 def run(options: Options) -> dict[str, Any]:

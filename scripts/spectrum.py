@@ -45,13 +45,13 @@ FREE = {
     *("audit", "out", "overwrite", "resume", "checkpoint_every"),
     *("eigenpairs", "eigenpair_tolerance", "eigenpair_steps"),
 }
-"""Options that may differ when a run is taken up: where things lie (weights and tokens are compared themselves), how
+"""Options that may differ when a run is resumed: where things lie (weights and tokens are compared themselves), how
 the work is cut, and what comes after it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Where each option is a choice, its default suits most runs; the reason stands with it."""
+    """The defaults suit most runs."""
 
     model: str = str(TINY)
     """Hugging Face checkpoint directory, directory made by `python -m convert`, or hub id."""
@@ -65,11 +65,12 @@ class Options:
     microbatch: int = 8
     """Sequences whose activations exist at once; changes memory and speed, not the result."""
     operator: Literal["hessian", "gauss-newton", "empirical-fisher", "monte-carlo-fisher"] = "hessian"
-    """Whose spectrum. The others are positive semi-definite: Gauss-Newton (the Fisher matrix of the softmax), the outer
-    products of per-token gradients (empirical), and the same at targets drawn from the model (Monte Carlo)."""
+    """The matrix whose spectrum is computed. All but the first are positive semi-definite: Gauss-Newton (the Fisher
+    matrix of the softmax), the outer products of per-token gradients (empirical), and the same at targets drawn from
+    the model (Monte Carlo)."""
     hvp: Literal["exact", "linearized", "finite-difference"] = "exact"
     """How Hessian products are made. `linearized` is exact too: it does the primal pass once and keeps it, faster for
-    many times the memory. `finite-difference` is the second paper's, for parity with it."""
+    many times the memory. `finite-difference` is the product of arXiv 2602.00816, for comparison."""
     step: float | Literal["auto"] = "auto"
     """Of finite differences; `auto` measures gradient noise and third derivative and balances them."""
     step_per: Literal["coordinate", "unit"] = "coordinate"
@@ -90,8 +91,8 @@ class Options:
     probes: int = 4
     """Random probes; two or more give standard errors."""
     reorthogonalize: Literal["full", "none"] | int = "full"
-    """`full` keeps all Lanczos vectors (steps x parameters of memory) and has no ghosts; `none` keeps two; a number, as
-    8, keeps a window of the last so many."""
+    """`full` keeps all Lanczos vectors (steps x parameters of memory) and has no ghosts; `none` keeps two; a number,
+    such as 8, keeps that many of the last vectors."""
     basis_dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """Storage of the vectors kept for re-orthogonalisation; by default as --vector-dtype. bfloat16 halves them."""
     basis_memory: Literal["device", "host"] = "device"
@@ -99,12 +100,12 @@ class Options:
     batch_size: int | None = None
     """Probes that advance together and share primal passes; by default as many as fit into memory."""
     eigenpairs: int = 0
-    """Also find so many leading eigenvectors (largest magnitude), and save them in the run folder. Interrupted, this
-    starts again; the spectrum before it does not."""
+    """Also find this many leading eigenvectors (largest magnitude), and save them in the run folder. After an
+    interruption their computation starts again; the spectrum is kept."""
     eigenpair_tolerance: float = 1e-3
-    """They have converged at a residual bound of this times the largest eigenvalue."""
+    """Residual bound, relative to the largest eigenvalue, at which an eigenpair has converged."""
     eigenpair_steps: int = 100
-    """The most Lanczos steps for them."""
+    """The most Lanczos steps for the eigenpairs."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """Storage of the weights; by default the checkpoint's own."""
     compute_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
@@ -135,7 +136,7 @@ class Options:
     """Steps between saves of an unfinished run (they replace each other, in the run folder); 0 for none. SIGTERM saves
     too."""
     resume: bool = False
-    """Go on with the unfinished run in --out, which must be of the same model, data and options. --mesh, --microbatch,
+    """Resume the unfinished run in --out, which must be of the same model, data and options. --mesh, --microbatch,
     --query-chunk and --logit-chunk may differ."""
 
 
@@ -284,7 +285,7 @@ def _stored(options: Options) -> dict[str, Any]:
 
 
 def _identity(options: Options, model: jaxhess.LanguageModel, data: str) -> dict[str, Any]:
-    """What must be the same when an unfinished run is taken up; the library adds the weights and the loss."""
+    """What must be the same when an unfinished run is resumed; the library adds the weights and the loss."""
     chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE}
     config = {k: v for k, v in model.config.to_dict().items() if k not in FREE}
     return {"options": chosen, "data": data, "model": config}

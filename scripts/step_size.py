@@ -79,7 +79,7 @@ class Options:
     out: Path | None = None
     """Folder for the table and the plot; by default runs/<date>-step-size."""
     overwrite: bool = False
-    """Replace a finished study in that folder; files that none wrote are never replaced."""
+    """Replace a finished study in that folder; files that no such command wrote are never replaced."""
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -42,7 +42,7 @@ Both are rounding, magnified by the same training; more than a digit apart they 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Short on purpose: what a mesh breaks, it breaks in the first step."""
+    """Short on purpose: an error of the mesh shows in the first step."""
 
     model: str = str(TINY)
     """Hugging Face checkpoint directory, directory made by `python -m convert`, or hub id."""
@@ -53,7 +53,7 @@ class Options:
     seq_len: int = 32
     """Predicted tokens per sequence."""
     batch: int = 8
-    """Sequences of a training step, in two microbatches; the yardstick takes them one at a time."""
+    """Sequences of a training step, in two microbatches; the run that measures rounding takes them one at a time."""
     train_steps: int = 4
     """Training steps (AdamW)."""
     learning_rate: float = 1e-3

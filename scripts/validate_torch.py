@@ -71,7 +71,7 @@ holds would reject nothing. Orthogonality: ours and theirs are the largest |Q'Q 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Small on purpose: what differs at all differs on a few hundred tokens."""
+    """Small on purpose: a difference shows on a few hundred tokens."""
 
     model: str = str(TINY)
     """Hugging Face checkpoint directory, directory made by `python -m convert`, or hub id."""
@@ -109,7 +109,7 @@ class Options:
     out: Path | None = None
     """Folder for agreement.json and agreement.html; by default runs/<date>-validate-<model>."""
     overwrite: bool = False
-    """Replace the result in --out if there is one; files that none wrote are never replaced."""
+    """Replace the result in --out if there is one; files that no such command wrote are never replaced."""
 
 
 def run(options: Options) -> bool | None:
@@ -252,7 +252,7 @@ def wider_run(options: Options, model: LanguageModel) -> tuple[str | None, int]:
 
 
 def not_exercised(config: DecoderConfig, seq_len: int) -> Iterator[str]:
-    """A sentence for every part of the model that sequences of this length never come to."""
+    """A sentence for every part of the model that sequences of this length do not use."""
     window, rope = config.sliding_window, config.rope
     if window is not None and window >= seq_len and (any(config.sliding_layers) or not config.sliding_layers):
         yield f"Not exercised: sliding window {window} (--seq-len is {seq_len})."

@@ -92,8 +92,8 @@ def test_committed_plans_are_those_of_their_commands():
                 assert compiled["flops"] == pytest.approx(kept["formula"]["flops_per_product_per_device"], rel=0.01)
 
 
-def test_the_readme_has_the_table_of_the_committed_plans():
-    assert make.table() in (ROOT / "README.md").read_text()
+def test_the_docs_have_the_table_of_the_committed_plans():
+    assert make.table() in (ROOT / "docs" / "planning.md").read_text()
 
 
 def test_a_configuration_is_read_without_weights(tmp_path):

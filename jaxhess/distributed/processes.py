@@ -1,7 +1,7 @@
 """Several processes as one run: start-up, values that all of them agree on, and work that only the first one does.
 
 Every process runs the same program on its own devices. Whatever a process decides by itself (a clock, free memory, a
-signal, a file) must be agreed on, or the processes compile other programs and wait for each other for ever. That is
+signal, a file) must be agreed on, or the processes compile different programs and wait for each other for ever. That is
 what `agreed`, `gathered`, `any_says`, `on_first` and `meet` are for, which are collective: every process calls them, in
 the same order, and never inside what `on_first` does. In a single process they cost nothing. All others are local.
 
@@ -37,7 +37,8 @@ shell of `salloc` is a step of one task, though SLURM_NTASKS is that of the allo
 """
 
 PATIENCE = 3600
-"""Seconds that processes may be apart, in reading a checkpoint for example. One that has ended is noticed before."""
+"""Seconds that a process waits for the others, while they read a checkpoint for example. One that has ended is noticed
+earlier."""
 
 HANDED_ON = (
     *(FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError),

@@ -1,11 +1,11 @@
-"""One end for all processes: when one fails, is killed, or loses its machine, the others say so and end too.
+"""All processes exit together: when one fails, is killed, or loses its machine, the others print that and exit too.
 
-A process that waits for another in a collective waits in C++ and cannot look up; a thread does that. Every second
-each process moves its pulse in the key-value store and looks whether any has failed; process 0 also looks whether all
-pulses still move. The first failure that is written down is the one that all report.
+A process that waits in a collective is blocked in C++ and can check nothing; a thread does it. Every second each
+process updates its heartbeat in the key-value store and reads whether any has failed; process 0 also reads whether all
+heartbeats still change. The first failure that is recorded is the one that all report.
 
-The store lives in process 0, and where that is gone JAX aborts the others at once, with words of its own. So every
-process has a witness, a small child that is told what to say if the process ends without a word.
+The store is in process 0. If process 0 is gone, JAX aborts the others at once with its own message. So every process
+starts a small child process (`_witness`), which prints a message if its parent ends without printing one.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import jax
 from jaxhess.distributed import processes
 
 SILENCE = 30.0
-"""Seconds without a pulse after which a process is gone. Machines stall for some seconds under load, not for thirty."""
+"""Seconds without a heartbeat after which a process counts as gone. Under load a machine stalls for some seconds."""
 
 GRACE = 3.0
-"""Seconds that a process has to find by itself what another has failed of: bad options are then reported once."""
+"""Seconds that a process has to find the same error by itself: bad options are then reported once."""
 
 FAILURE, PULSE, LEFT = "jaxhess/failure", "jaxhess/pulse", "jaxhess/left"
 
@@ -46,7 +46,7 @@ _thread: threading.Thread | None = None
 
 
 def bring_a_witness(count: int, process: int) -> None:
-    """Starts the child. Before the process has any connection that the child could inherit and keep open."""
+    """Starts the child process, before there is any connection that it could inherit and keep open."""
     global _witness
     _witness = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", WITNESS], stdin=subprocess.PIPE, text=True, start_new_session=True
@@ -66,19 +66,19 @@ def start() -> None:
 
 
 def dismiss() -> None:
-    """Lets the witness go without a word: the process says itself what it ends of."""
+    """Ends the child process without a message: this process prints its own."""
     _tell(DONE)
 
 
 def remark(sentence: str) -> None:
-    """What to add from now on when this process ends because of another, such as where the last save is."""
+    """Sets what to add when this process ends because of another, such as where the last checkpoint is."""
     global _remark
     _remark = sentence
     _tell(f"{_last_words()}; {sentence}")
 
 
 def finish() -> None:
-    """Waits until every process has come to its end, and leaves the run."""
+    """Waits until every process has finished, and leaves the run."""
     if processes.count() > 1:
         processes.meet("jaxhess/finish")
         _over.set()
@@ -89,7 +89,7 @@ def finish() -> None:
 
 
 def fail(words: str, status: int) -> NoReturn:
-    """Ends this process and all others. Printed once where all fail of the same: by the one that was first."""
+    """Ends this process and all others. An error that all have is printed once, by the first."""
     first = _written_down(words)
     if first["process"] == processes.index():
         _say(words)
@@ -99,9 +99,9 @@ def fail(words: str, status: int) -> NoReturn:
 
 
 def await_verdict() -> None:
-    """Waits for the news that another process has failed or gone, which ends this one; returns where none comes.
+    """Waits until the thread ends this process because another failed or is gone; returns if that does not happen.
 
-    For a process whose collective failed: the cause is elsewhere, and the thread will know it.
+    For a process whose collective failed: the cause is probably in another process.
     """
     time.sleep(SILENCE + 2 * GRACE)
 
@@ -127,7 +127,7 @@ def _watch() -> None:
 
 
 def _look_for_silence(seen: dict[str, tuple[str, float]]) -> None:
-    """Writes down the first process whose pulse has stopped. `seen`: each one's last pulse, and since when."""
+    """Records the first process whose heartbeat has stopped. `seen`: the last one of each, and since when."""
     now = time.monotonic()
     for key, beat in _store().key_value_dir_get(PULSE):
         if seen.get(key, ("", 0))[0] != beat:
@@ -168,7 +168,7 @@ def _last_words() -> str:
 
 
 def _tell(words: str) -> None:
-    """Tells the witness what to say instead of what it was told before."""
+    """Replaces the message of the child process."""
     if _witness is not None and _witness.stdin is not None:
         with contextlib.suppress(OSError):
             _witness.stdin.write(f"{words}\n")
@@ -182,8 +182,8 @@ def _say(words: str) -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the process at once, without the clean-up in which JAX would wait for the others. Process 0 goes last:
-    without it JAX aborts the others in the middle of their sentence."""
+    """Exits at once, without the clean-up in which JAX would wait for the others. Process 0 exits last: without it JAX
+    aborts the others before they have printed their error."""
     dismiss()
     try:
         _store().key_value_set(f"{LEFT}/{processes.index():09d}", "")

@@ -152,7 +152,7 @@ def leading_eigenpairs(
         steps: The most to take. Pairs that have not converged by then are returned too, and `converged` says so.
         seed: Of the starting vector, other than those of `spectrum`. A vector finds one direction of each eigenspace:
             of a multiple eigenvalue one eigenvector.
-        reorthogonalize, vector_dtype, accumulation_dtype, basis_dtype, basis_memory: As for `spectrum`.
+        reorthogonalize: As for `spectrum`; so are `vector_dtype`, `accumulation_dtype`, `basis_dtype`, `basis_memory`.
         callback: Called on the host with the step, the wanted Ritz values so far, and their residual bounds.
 
     Returns:

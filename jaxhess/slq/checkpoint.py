@@ -1,4 +1,4 @@
-"""An unfinished run on disk: what was done so far, saved now and then and at SIGTERM, and taken up again."""
+"""An unfinished run on disk: what was done so far, saved every few steps and at SIGTERM, to be resumed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Checkpoint:
     Attributes:
         folder: Directory of the saves; made if missing.
         every: Lanczos steps between saves.
-        resume: Take up what the folder holds. It must be of the same run; if it is empty the run starts.
+        resume: Continue the run that the folder holds. It must be the same run; if the folder is empty the run starts.
         identity: What else tells this run from others, by name: a fingerprint of the data, above all. Without one, data
             is known by its mean loss (to 1e-5; 1e-3 in narrow dtypes) and count only.
     """

@@ -48,7 +48,7 @@ class Progress(NamedTuple):
         probes: Of the whole run.
         step, steps: Of these probes: done, and asked for.
         alphas, betas: Of each of them, [size] each.
-        seconds: Since the run started, or was taken up again.
+        seconds: Since the run started, or was resumed.
     """
 
     probe: int
@@ -93,10 +93,10 @@ def spectrum(
         basis_dtype: Storage of the vectors kept for re-orthogonalisation; None: as `vector_dtype`.
         basis_memory: Where these are: "device", or "host", in pinned memory; then one probe advances at a time.
         batch_size: The most probes that advance together, sharing primal passes and weight gathers; batches are of
-            equal size. None: as many as fit into what memory is left; one where the operator has nothing to share; as
-            before when a run is resumed. (Those that are under way then stay together.)
+            equal size. None: as many as fit into what memory is left; one where the operator has nothing to share. A
+            resumed run keeps its own size with None; with another one, the probes under way still stay together.
         distribution: Of the probes' entries.
-        checkpoint: Where the unfinished run is kept, and whether to take it up.
+        checkpoint: Where the unfinished run is saved, and whether to resume it.
         callback: Called on the host after each compiled segment.
         info: Anything to keep with the result, under names that the run's own facts do not have.
 

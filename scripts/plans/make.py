@@ -1,4 +1,4 @@
-"""Makes every plan in this folder again, each in a process of its own, and prints the table of the README.
+"""Makes every plan in this folder again, each in a process of its own, and prints the table of docs/planning.md.
 
 The plans are those of `CONFIGS` on `DEVICES`, exact and by finite differences: 512 sequences of 2,048 tokens, one on
 each device at a time, in the checkpoint's dtype, without re-orthogonalisation.
@@ -69,7 +69,7 @@ def path(name: str, devices: int, hvp: str) -> Path:
 
 
 def table() -> str:
-    """The README's table, from the plans in this folder: a row for each model and number of devices."""
+    """The table of docs/planning.md, from the plans in this folder: a row for each model and number of devices."""
     lines = [
         "| model | devices | mesh | GB on each, exact (finite differences) | fits | TFLOPs on each, a product "
         "| GB received | GPU-hours, H100 |",
