@@ -1,39 +1,12 @@
 """Standard errors of means over random probes, and the intervals that follow from them.
 
 One meaning everywhere: `standard_error` is the square root of an estimate of the variance, `freedom` the degrees of
-freedom of that estimate, and `interval(0.95)` holds the truth in 95% of runs, with two probes as with a hundred. Where
-that cannot be had, freedom and interval are NaN, and what is printed says "error not known".
+freedom of that estimate, and `interval(0.95)` contains the true value in 95% of runs, with two probes as
+with a hundred. Where that is not possible, freedom and interval are NaN, and what is printed says "error not known".
 
-Percentage of 300 runs in which `interval(0.95)` holds the truth: the lowest and highest of 2, 3, 4, 6 and 10 probes
-(for `xtrace` twice as many products, for `hutch_plus_plus` two products more), by
-`pytest -m study -s tests/test_coverage.py`. 300 runs know 95% to 1.3.
-
-========================= ========= =========== ======== ==============
-estimate                  power law one outlier LLM-like rank-deficient
-========================= ========= =========== ======== ==============
-hutchinson, normal        94-97     91-94       96-100   93-96
-hutchinson, signs         94-96     90-95       94-99    93-96
-frobenius_norm            89-95     91-95       91-95    92-96
-diagonal                  94-97     93-98       94-96    94-97
-hutch_plus_plus           92-97     94-96       92-96    92-97
-xtrace                    94-97     94-98       92-97    95-100
-Spectrum.trace            94-98     94-96       96-100   93-96
-Spectrum.frobenius_norm   92-95     94-96       94-97    93-96
-Spectrum.moment(3)        94-98     94-96       96-99    93-96
-Spectrum.moment(4)        94-97     94-96       95-97    94-96
-moment(2), 1 step         90-97     91-96       92-96    92-95
-moment(4), 2 steps        91-94     91-96       91-95    90-97
-trace, signs              94-97     94-97       96-99    93-97
-frobenius_norm, signs     93-96     94-96       95-97    94-96
-log_determinant           93-97     94-96       96-100   93-96
-========================= ========= =========== ======== ==============
-
-Shares beyond 99% are those of 2 probes (4 products), whose degrees of freedom are few and not known. LLM-like: 99.99%
-of the eigenvalues near zero, 30 outliers over four decades, some negative. Signs: in a basis in which the matrix is
-dense; where it is not, the intervals of a `Spectrum` from random signs are too wide (`disagrees`), and an entry of
-`diagonal` may have an error of zero by chance. Trace functions that the steps do not resolve, and the bands of
-distribution and density, hold the truth in up to all runs: their quadrature bounds hold always, and are then wider than
-the sampling error.
+`docs/numerics.md` has the coverage measured over 300 runs of matrices with known spectra, by `pytest -m study -s
+tests/test_coverage.py`. For random signs the matrix must be dense in its basis: where it is not, the intervals of a
+`Spectrum` are too wide (`disagrees`), and an entry of `diagonal` may have an error of zero by chance.
 """
 
 from __future__ import annotations
@@ -62,7 +35,7 @@ class Estimate:
         standard_error: Its own estimated standard deviation over draws of the probes; NaN where the data do not tell.
         freedom: Degrees of freedom of that; infinite where it is as good as known, NaN with an unknown error.
         positive: The quantity is a norm or a mean of squares: its interval is one of its logarithm.
-        bounds: Between which these same probes would put the value after endlessly many Lanczos steps; None where the
+        bounds: Of the value that these same probes would give after any number of further Lanczos steps; None where the
             steps taken are enough.
     """
 
@@ -73,7 +46,7 @@ class Estimate:
     bounds: tuple[float, float] | None = None
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Low and high ends of what holds the truth with this probability: sampling error on top of `bounds`.
+        """The interval that contains the true value with this probability: sampling error on top of `bounds`.
 
         (NaN, NaN) where the error is not known; infinite on a side without bound.
 

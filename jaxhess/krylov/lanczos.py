@@ -112,7 +112,7 @@ def start_lanczos(
     Args:
         probe: Where the Krylov space starts.
         steps: What the state has room for.
-        reorthogonalize: See `Reorthogonalize`; `jaxhess.krylov` says what each costs and buys.
+        reorthogonalize: See `Reorthogonalize`; `docs/numerics.md` says what each costs.
         accumulation_dtype: Of alphas and betas, and the inner products and norms that they are: "float32" or "float64"
             (which needs JAX in 64-bit mode); never narrower than the vectors.
         basis_dtype: Of the stored basis; None: that of the vectors.

@@ -19,7 +19,8 @@ class LinearOperator(abc.ABC):
     """A symmetric linear map on vectors that are pytrees.
 
     Operators are frozen dataclasses registered as pytrees: their arrays are arguments of a jitted program, never
-    constants captured by it. Two are equal if they are the same object (`eq=False`): arrays have no truth to compare.
+    constants captured by it. Two are equal if they are the same object (`eq=False`), because comparing
+    arrays gives an array.
     """
 
     @abc.abstractmethod

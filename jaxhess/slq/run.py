@@ -86,7 +86,7 @@ def spectrum(
             2 steps - 1.
         probes: Independent random probes; two or more give standard errors across them.
         seed: Of the probes. The same seed gives the same probes bit for bit on any mesh.
-        reorthogonalize: "none", "full", or a window of so many vectors; see `jaxhess.krylov`.
+        reorthogonalize: "none", "full", or a window of so many vectors; see `docs/numerics.md`.
         vector_dtype: Storage of the Lanczos vectors; None: the operator's own.
         accumulation_dtype: Of alphas and betas, and the inner products and norms that they are: "float32" or "float64",
             never narrower than the vectors.

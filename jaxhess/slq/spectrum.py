@@ -92,9 +92,10 @@ class Spectrum:
         step_errors: [probes, steps] float64, what each step left out of the recurrence (`LanczosState.step_errors`); it
             is part of `residual_bounds`. Empty: not known, and taken for zero.
 
-    Standard errors are of the chance in the probes: `jaxhess.krylov.errors` says how, with the coverage measured of
-    their intervals. They are the sphere's, as far as the steps taken know it. For probes of random signs that is an
-    upper bound; where the probes' own scatter shows it to be far too large, the scatter is taken.
+    Standard errors are of the chance in the probes: `jaxhess.krylov.errors` says how, and `docs/numerics.md` has
+    the measured coverage of their intervals. They are the sphere's, as far as the steps taken know it. For probes
+    of random signs that is an upper bound; where the probes' own scatter shows it to be far too large, the scatter
+    is taken.
 
     Raises:
         ValueError: Shapes disagree, a size is outside 1..steps, an entry within it is not finite (a beta: negative), or
