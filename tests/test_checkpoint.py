@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal
 
 from jaxhess import Checkpoint, Interrupted, MatrixOperator, make_mesh, spectrum
+from jaxhess.slq import checkpoint as checkpoint_module
 from jaxhess.slq.checkpoint import termination
-from jaxhess.slq.run import checkpoint as checkpoint_module
 
 OPERATOR = Diagonal(jnp.linspace(-1, 5, 400))
 RUN = {"steps": 12, "probes": 5, "batch_size": 2}

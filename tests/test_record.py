@@ -76,5 +76,5 @@ def test_a_damaged_record_is_refused(tmp_path, damage):
     Spectrum([[1.0]], [[0.5]], [1], 9).save(tmp_path)
     path = tmp_path / "spectrum.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "run": damage}))
-    with pytest.raises(ValueError, match=r"corrupt or not a spectrum"):
+    with pytest.raises(ValueError, match=r"is not a spectrum record"):
         Spectrum.load(tmp_path)
