@@ -139,14 +139,15 @@ def independent(run: RunRecord, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.
 def orthogonality_lost(run: RunRecord, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """[probes] whether the vectors that were to stay orthogonal are measured not to be.
 
-    These are all of them after full re-orthogonalisation, the last r after a window of r, and none otherwise. Lost is a
-    largest entry of |Q'Q - I| above one half of one over their number: they may be dependent (see `independent`).
+    These are the last r after a window of r, none where there was no re-orthogonalisation, and all after any other.
+    Lost is a largest entry of |Q'Q - I| above one half of one over their number: they may be dependent (see
+    `independent`).
     """
     window = run.reorthogonalize
     measured = run.orthogonality
-    if measured is None or len(measured) != len(sizes) or not (window == "full" or isinstance(window, int)):
+    if measured is None or len(measured) != len(sizes) or window in ("none", None):
         return np.zeros(len(sizes), bool)
-    kept = sizes if window == "full" else np.minimum(sizes, window)
+    kept = np.minimum(sizes, window) if isinstance(window, int) else sizes
     return np.array([x is not None and m * x > 0.5 for m, x in zip(kept, measured, strict=True)])
 
 
