@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from convert.agreement import Coefficients, Measure, Side
 from convert.by_name import tensors_by_name
 from jaxhess.data import TokenBlocks
-from jaxhess.krylov.lanczos import lanczos_segment, start_lanczos
+from jaxhess.krylov.lanczos import lanczos_segment
 from jaxhess.krylov.quadrature import quadrature
+from jaxhess.krylov.state import start_lanczos
 from jaxhess.models import LOGIT_CHUNK, DecoderConfig, LanguageModel, Params, model_graph
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
 from jaxhess.vectors import Vector, cast, random_key, random_probe, widen

@@ -4,7 +4,12 @@ from jaxhess import plan
 from jaxhess.data import TokenBlocks
 from jaxhess.distributed.mesh import make_mesh
 from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
-from jaxhess.krylov.lanczos import LanczosState, lanczos_segment, start_lanczos
+from jaxhess.krylov.errors import Estimate
+from jaxhess.krylov.estimators import diagonal, frobenius_norm, hutchinson
+from jaxhess.krylov.lanczos import lanczos_segment
+from jaxhess.krylov.sketch import hutch_plus_plus, xtrace
+from jaxhess.krylov.solve import conjugate_gradients
+from jaxhess.krylov.state import LanczosState, start_lanczos
 from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig
 from jaxhess.models.likelihood import SoftmaxCrossEntropy
 from jaxhess.operators import (
@@ -20,10 +25,11 @@ from jaxhess.operators import (
     MonteCarloFisher,
     residual_bytes,
 )
+from jaxhess.operators.adapters import as_lineax, as_scipy
 from jaxhess.operators.audit import audit
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted
 from jaxhess.slq.run import Progress, spectrum
-from jaxhess.slq.spectrum import Estimate, Spectrum
+from jaxhess.slq.spectrum import Spectrum
 from jaxhess.vectors import random_probe
 
 __version__ = "0.2.0"
@@ -51,7 +57,14 @@ __all__ = [
     "SoftmaxCrossEntropy",
     "Spectrum",
     "TokenBlocks",
+    "as_lineax",
+    "as_scipy",
     "audit",
+    "conjugate_gradients",
+    "diagonal",
+    "frobenius_norm",
+    "hutch_plus_plus",
+    "hutchinson",
     "lanczos_segment",
     "leading_eigenpairs",
     "make_mesh",
@@ -60,4 +73,5 @@ __all__ = [
     "residual_bytes",
     "spectrum",
     "start_lanczos",
+    "xtrace",
 ]

@@ -32,8 +32,8 @@ from jaxhess.files.output import Output
 from jaxhess.files.run_folder import json_ready
 from jaxhess.krylov import compile_segment, lanczos_segment, orthogonality_loss, start_lanczos
 from jaxhess.krylov.ghosts import classify, independent, unflagged
-from jaxhess.krylov.lanczos import Reorthogonalize
 from jaxhess.krylov.quadrature import Quadrature, quadrature
+from jaxhess.krylov.state import Reorthogonalize
 from jaxhess.operators.base import unit_roundoff
 from jaxhess.record import RunRecord
 from jaxhess.results.figures import png

@@ -12,8 +12,7 @@ from small_models import SMALL, Diagonal
 from jaxhess import Hessian, Microbatches, make_mesh
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import batch_sharding
-from jaxhess.krylov import compile_segment
-from jaxhess.krylov.lanczos import abstract_lanczos
+from jaxhess.krylov import abstract_lanczos, compile_segment
 from jaxhess.models import abstract_params, model_shardings
 from jaxhess.models.language_model import NextTokenLoss
 from jaxhess.operators.base import compiled_mv

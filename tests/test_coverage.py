@@ -9,7 +9,7 @@ import pytest
 from test_spectra import _diagonal_lanczos
 
 from jaxhess.krylov.errors import Estimate, across_probes, of_forms, of_squares, student_factor
-from jaxhess.krylov.trace import _covariance, _leave_one_out, _Sketch
+from jaxhess.krylov.sketch import _covariance, _leave_one_out, _Sketch
 from jaxhess.record import RunRecord
 from jaxhess.slq.spectrum import Spectrum
 

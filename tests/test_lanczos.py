@@ -7,7 +7,7 @@ import pytest
 from small_models import matrix
 
 from jaxhess import MatrixOperator, lanczos_segment, random_probe, spectrum, start_lanczos
-from jaxhess.krylov.lanczos import compile_segment
+from jaxhess.krylov import compile_segment
 from jaxhess.operators import LinearOperator
 
 

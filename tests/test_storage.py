@@ -9,9 +9,9 @@ import pytest
 from small_models import Diagonal
 
 from jaxhess import LinearOperator, MatrixOperator, lanczos_segment, leading_eigenpairs, random_probe, spectrum
-from jaxhess.krylov import start_lanczos
+from jaxhess.krylov import abstract_lanczos, start_lanczos
 from jaxhess.krylov.ghosts import tolerances
-from jaxhess.krylov.lanczos import _rounding_error, _segment_program, abstract_lanczos
+from jaxhess.krylov.lanczos import _rounding_error, _segment_program
 from jaxhess.record import RunRecord
 from jaxhess.slq.spectrum import Spectrum
 

@@ -7,8 +7,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_models import matrix, operator_of
 
-from jaxhess import Hessian, MatrixOperator, make_mesh, random_probe
-from jaxhess.krylov.trace import diagonal, frobenius_norm, hutch_plus_plus, hutchinson, xtrace
+from jaxhess import (
+    Hessian,
+    MatrixOperator,
+    diagonal,
+    frobenius_norm,
+    hutch_plus_plus,
+    hutchinson,
+    make_mesh,
+    random_probe,
+    xtrace,
+)
 
 CLUSTERS = np.repeat([-1.0, 0.0, 2.0, 7.0], 25)  # indefinite and singular
 DECAYING = 1 / np.arange(1, 101.0) ** 2

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from convert.text import load_blocks
 from jaxhess import MatrixOperator, audit, leading_eigenpairs, make_mesh, random_probe, spectrum
 from jaxhess.data import random_blocks
-from jaxhess.krylov.trace import diagonal, hutch_plus_plus, hutchinson, xtrace
+from jaxhess.krylov import diagonal, hutch_plus_plus, hutchinson, xtrace
 from jaxhess.vectors import add_scaled, basis_dot, basis_sum, dot, norm, random_key, scale
 
 

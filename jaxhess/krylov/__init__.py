@@ -23,18 +23,12 @@ quadrature and the Chebyshev-Markov-Stieltjes bounds.
 """
 
 from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
-from jaxhess.krylov.lanczos import (
-    LanczosState,
-    abstract_lanczos,
-    compile_segment,
-    lanczos_segment,
-    orthogonality_loss,
-    start_batch,
-    start_lanczos,
-)
+from jaxhess.krylov.estimators import diagonal, frobenius_norm, hutchinson
+from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonality_loss
 from jaxhess.krylov.quadrature import Quadrature, quadrature
+from jaxhess.krylov.sketch import hutch_plus_plus, xtrace
 from jaxhess.krylov.solve import Solution, conjugate_gradients
-from jaxhess.krylov.trace import diagonal, frobenius_norm, hutch_plus_plus, hutchinson, xtrace
+from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_batch, start_lanczos
 
 __all__ = [
     "Eigenpairs",

@@ -20,15 +20,9 @@ from jaxhess.files.output import Output
 from jaxhess.files.run_folder import read_arrays
 from jaxhess.krylov.basis import BasisMemory, stacked_sharding
 from jaxhess.krylov.ghosts import classify, unflagged
-from jaxhess.krylov.lanczos import (
-    LanczosState,
-    Reorthogonalize,
-    check_lanczos_options,
-    lanczos_segment,
-    lanczos_vectors,
-    start_lanczos,
-)
+from jaxhess.krylov.lanczos import lanczos_segment, lanczos_vectors
 from jaxhess.krylov.quadrature import Quadrature, quadrature
+from jaxhess.krylov.state import LanczosState, Reorthogonalize, check_lanczos_options, start_lanczos
 from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.vectors import Vector, add_scaled, cast, check_vector_dtype, norm, random_key, random_probe, scale

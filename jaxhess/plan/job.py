@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import MESH_AXES, batch_sharding, data_shards, param_shardings
 from jaxhess.krylov.basis import BasisMemory
-from jaxhess.krylov.lanczos import LanczosState, Reorthogonalize, abstract_lanczos, check_lanczos_options
+from jaxhess.krylov.state import LanczosState, Reorthogonalize, abstract_lanczos, check_lanczos_options
 from jaxhess.models import DecoderConfig, Params, abstract_params, logical_axes
 from jaxhess.models.language_model import LOGIT_CHUNK, NextTokenLoss
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches

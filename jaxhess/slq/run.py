@@ -17,14 +17,12 @@ from jaxhess.distributed import processes
 from jaxhess.distributed import supervision as watch
 from jaxhess.distributed.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.krylov.basis import BasisMemory
-from jaxhess.krylov.lanczos import (
+from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonality_loss
+from jaxhess.krylov.state import (
     LanczosState,
     Reorthogonalize,
     abstract_lanczos,
     check_lanczos_options,
-    compile_segment,
-    lanczos_segment,
-    orthogonality_loss,
     start_batch,
     start_lanczos,
 )
