@@ -192,6 +192,22 @@ def test_intervals_of_few_probes_hold_the_truth_as_often_as_they_say(estimator, 
         assert found >= 0.9 - 2 * 0.03, (estimator, name, probes)
 
 
+@pytest.mark.parametrize("f", [np.square, np.abs, lambda x: x**5], ids=["square", "abs", "fifth power"])
+@pytest.mark.parametrize("name", ["power law", "one outlier"])
+def test_trace_functions_of_two_steps_hold_the_truth_and_of_one_step_have_no_interval(name, f):
+    estimator = of_spectrum(lambda s: s.trace_function(f), lambda x, m: m @ f(x), steps=2)
+    for probes in (1, 2):
+        assert covered(estimator, name, probes, 100) >= 0.9 - 2 * 0.03
+        assert np.isnan(next(spectra(name, probes, 1, steps=1)).trace_function(f).interval()).all()
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_trace_of_one_step_holds_the_truth(name):
+    estimator = of_spectrum(lambda s: s.trace(), lambda x, m: m @ x, steps=1)
+    for probes in (1, 2):
+        assert covered(estimator, name, probes, 100) >= 0.9 - 2 * 0.03
+
+
 @pytest.mark.study
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, *BOUNDED])
 def test_intervals_hold_the_truth_in_90_to_99_percent_of_300_runs(estimator):

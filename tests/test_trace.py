@@ -300,3 +300,14 @@ def test_products_that_are_not_finite_are_named(method):
     finite = MatrixOperator(jnp.eye(9))
     with pytest.raises(FloatingPointError, match=r"probe 1 is not finite: term 1 of the sum \(MatrixOperator\)"):
         method(finite + MatrixOperator(jnp.full((9, 9), jnp.inf)), 4)
+
+
+def test_hutch_plus_plus_does_not_know_its_error_where_few_samples_agree_by_chance():
+    found = hutch_plus_plus(MatrixOperator(2 * jnp.eye(9)), 4)
+    assert found.value != pytest.approx(18, rel=0.01)
+    assert str(found).endswith("(error not known)")
+    # Of rank one nothing is left: the trace is exact, and said to be.
+    low, high = hutch_plus_plus(MatrixOperator(jnp.diag(jnp.append(jnp.zeros(8), 2.0))), 4).interval()
+    assert low <= 2 + 1e-6
+    assert high >= 2 - 1e-6
+    assert high - low < 1e-4

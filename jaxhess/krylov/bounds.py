@@ -38,8 +38,8 @@ def distribution_bounds(
         slack: By how far rounding may have moved a node, a scalar or [m]. For the lower bound a node counts from
             node + slack on, for the upper one from node - slack on, so that a node which lies a rounding error beside
             its eigenvalue breaks neither.
-        exhausted: The Krylov space was exhausted (its last beta is zero): the quadrature is the measure, and both
-            bounds are its distribution function.
+        exhausted: The Krylov space was exhausted (its last beta is zero within the slack): the quadrature is the
+            measure, and both bounds are its distribution function, up to the slack.
 
     Raises:
         ValueError: Shapes disagree, nodes do not ascend, a weight or a slack is negative, or an entry is NaN.

@@ -157,7 +157,9 @@ def _relative_variance(values: Array) -> float:
     return 1 / max(1 / found - 1 / values.size, 0.5) if found > 0 else 0.0
 
 
-def on_the_sphere(dim: int, values: Array, nodes: Array, weights: Array, missing: float = 0.0) -> Spread:
+def on_the_sphere(
+    dim: int, values: Array, nodes: Array, weights: Array, missing: float = 0.0, missing_fourth: float = 0.0
+) -> Spread:
     """Of the mean of v'Av over [probes] vectors uniform on the sphere of R^dim, from the probes' own quadratures.
 
     Var(v'Av) = 2/(n+2) (tr(A^2)/n - (tr(A)/n)^2). Both traces come from the mean of the probes' measures: its variance
@@ -165,15 +167,19 @@ def on_the_sphere(dim: int, values: Array, nodes: Array, weights: Array, missing
     2 V / ((n+2) probes - 2). For vectors of random signs this is an upper bound, met when A's diagonal is constant.
 
     V is an average over probes too: of v'Bv, B = (A - tr(A)/n)^2, and scatters by the same formula, with the fourth
-    central moment of the measure, as far as the quadrature knows that. The degrees of freedom are those of the
+    central moment of the measure. The degrees of freedom are those of the
     chi-squared variable with V's mean and variance (Satterthwaite 1946). They are many where the spectrum is a bulk,
     and equal to the number of probes where a single eigenvalue dominates, the fewest possible: tr(B^2) <= tr(B)^2.
+    So many are taken too where the fourth moment is not known.
 
     Args:
         values: [probes] v'Av.
         nodes, weights: [probes, steps] eigenvalues of A in each probe's quadrature, and their weights.
-        missing: What the quadrature of A^2 lacks, averaged over probes.
+        missing: What the quadrature of (A - mean)^2 lacks, averaged over probes; infinite if that is not known.
+        missing_fourth: The same of (A - mean)^4.
     """
+    if not np.isfinite(missing):
+        return UNKNOWN
     mean = values.mean()
     deviations = np.where(weights > 0, nodes - mean, 0.0)
     unit = max(float(np.abs(deviations).max()), float(np.sqrt(missing)))
@@ -181,7 +187,8 @@ def on_the_sphere(dim: int, values: Array, nodes: Array, weights: Array, missing
         return Spread(0.0, np.inf)
     squares = (deviations / unit) ** 2  # Scaled, because fourth powers of large eigenvalues overflow.
     variance = float((weights * squares).sum(1).mean()) + missing / unit / unit
-    excess = float((weights * squares**2).sum(1).mean()) - variance**2
+    fourth = float((weights * squares**2).sum(1).mean()) + missing_fourth / unit / unit / unit / unit
+    excess = fourth - variance**2
     trials = (dim + 2) * values.size
     freedom = max(values.size, trials * variance**2 / excess) if excess > 0 else np.inf
     return Spread(unit * float(np.sqrt(2 * variance / (trials - 2))), freedom)

@@ -24,6 +24,7 @@ from jaxhess.krylov.products import (
     collected,
     drawer,
     everywhere,
+    forms_and_lengths,
     pinned,
     quadratic_forms,
     row,
@@ -90,7 +91,7 @@ def hutchinson(
     mean: Vector = None
 
     def of_normal(_: Numbers, probes: Vector, products: Vector) -> jax.Array:
-        return _forms_and_lengths(operator, probes, products)
+        return forms_and_lengths(operator, probes, products)
 
     def of_signs(numbers: Numbers, probes: Vector, products: Vector) -> jax.Array:
         nonlocal mean
@@ -180,12 +181,6 @@ def _over_probes(
         samples,
         batch_size,
     )
-
-
-@jax.jit
-def _forms_and_lengths(operator: LinearOperator, vectors: Vector, products: Vector) -> jax.Array:
-    """[b, 2]: v'Av and |Av| of every vector."""
-    return everywhere(operator, jnp.stack([jax.vmap(dot)(vectors, products), jax.vmap(norm)(products)], axis=1))
 
 
 @jax.jit

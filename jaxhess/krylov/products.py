@@ -21,7 +21,7 @@ import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.operators.base import LinearOperator
-from jaxhess.vectors import Distribution, Vector, dot, named_sharding, random_probe, widen
+from jaxhess.vectors import Distribution, Vector, dot, named_sharding, norm, random_probe, widen
 
 Array = npt.NDArray[np.float64]
 
@@ -109,6 +109,12 @@ def quadratic_forms(operator: LinearOperator, vectors: Vector, products: Vector)
     """[b, 2]: v'Av and v'v of every vector."""
     both = [jax.vmap(dot)(vectors, products), jax.vmap(dot)(vectors, vectors)]
     return everywhere(operator, jnp.stack(both, axis=1))
+
+
+@jax.jit
+def forms_and_lengths(operator: LinearOperator, vectors: Vector, products: Vector) -> jax.Array:
+    """[b, 2]: v'Av and |Av| of every vector."""
+    return everywhere(operator, jnp.stack([jax.vmap(dot)(vectors, products), jax.vmap(norm)(products)], axis=1))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -25,6 +25,7 @@ from jaxhess.krylov.products import (
     collected,
     drawer,
     everywhere,
+    forms_and_lengths,
     pinned,
     quadratic_forms,
     row,
@@ -49,8 +50,9 @@ def hutch_plus_plus(operator: LinearOperator, products: int, *, seed: int = 0, b
     With Q an orthonormal basis of AS, S a third of the products in Rademacher probes, tr A = tr(Q'AQ) + tr((I - QQ')A):
     the first term is computed, the second is Hutchinson's estimate over the remaining probes with Q projected out.
     Given S the first has no error, so that the standard error is that of the second alone, NaN where it has one sample
-    (three products). An operator of rank at most products/3 leaves no second term: the trace is exact up to rounding.
-    Unbiased; worth its sketch where a few eigenvalues dominate. Memory: products/3 vectors beside a batch.
+    (three products), or where its samples agree to rounding although the deflated operator is not zero. An operator of
+    rank at most products/3 leaves no second term: the trace is exact up to rounding. Unbiased; worth its sketch where a
+    few eigenvalues dominate. Memory: products/3 vectors beside a batch.
 
     Args:
         operator: Symmetric.
@@ -76,12 +78,18 @@ def hutch_plus_plus(operator: LinearOperator, products: int, *, seed: int = 0, b
     rest = collected(
         operator,
         lambda numbers: _deflated(operator, basis, draw(sketch + numbers)),
-        lambda _, probes, products: quadratic_forms(operator, probes, products),
+        lambda _, probes, products: forms_and_lengths(operator, probes, products),
         samples,
         batch_size,
         "deflated probe",
     )
-    return Estimate(float(np.trace(reduced)) + float(rest[:, 0].mean()), *across_probes(rest[:, 0]))
+    values, lengths = rest.T
+    error, freedom = across_probes(values)
+    rounding = DEPENDENT * max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(basis))
+    zero = lengths.max() <= rounding * np.linalg.norm(reduced) * math.sqrt(operator.dim)
+    if not zero and error <= rounding * np.abs(values).max():  # Few values may agree by chance.
+        error = freedom = math.nan
+    return Estimate(float(np.trace(reduced)) + float(values.mean()), error, freedom)
 
 
 def xtrace(operator: LinearOperator, products: int, *, seed: int = 0, batch_size: int = 1) -> Estimate:

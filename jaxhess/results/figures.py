@@ -97,7 +97,7 @@ def distribution_figure(spectrum: Spectrum) -> Figure:
     floor = max(0.1 / spectrum.dim, 1e-14)  # One minus a tenth of it must not be one.
     shares = (mean, lower, upper, low, high)
     mean, lower, upper, low, high = (np.clip(share, floor / 10, 1 - floor / 10) for share in shares)
-    band = "bounds, certain for these probes"
+    band = "bounds for these probes"
     axes.fill_between(x, lower, upper, color=ACCENT, alpha=0.3, linewidth=0, step="post", label=band)
     band = "with the chance in the probes: 95%"
     axes.fill_between(x, low, high, color=ACCENT, alpha=0.12, linewidth=0, step="post", label=band)

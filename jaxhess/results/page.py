@@ -36,11 +36,11 @@ value, as the random probes see it; where it is steep there are many eigenvalues
 eigenvalue is the curvature of the loss along one direction in parameter space: large positive ones are steep walls,
 values near zero flat directions, negative ones directions in which the loss curves down. The vertical axis is stretched
 towards 0 and 1, so that a share of a few eigenvalues shows at either end: at 0.999 one eigenvalue in a thousand is
-larger. The horizontal axis is linear near zero and logarithmic in both directions away from it. The inner band holds,
-without any assumption and up to rounding, what these same probes would show after any number of further Lanczos steps;
-more steps narrow it. The outer band also covers the chance in the probes: at each place it holds the share of the
-operator's own eigenvalues with 95%; more probes narrow it. Where a band is narrow, the share is known; where it spans
-the figure, nothing is known about how eigenvalues are spread in there."""
+larger. The horizontal axis is linear near zero and logarithmic in both directions away from it. The inner band holds
+what these same probes would show after any number of further Lanczos steps, for a matrix that differs from the operator
+by no more than the rounding of the run; more steps narrow it. The outer band also covers the chance in the probes: at
+each place it holds the share of the operator's own eigenvalues with 95%; more probes narrow it. Where a band is narrow,
+the share is known; where it spans the figure, nothing is known about how eigenvalues are spread in there."""
 
 DENSITY_CAPTION = """How to read it: the curve is the weights of the Ritz values (estimates of eigenvalues), smoothed by
 a Gaussian whose standard deviation is {width} of the axis' length. With few Lanczos steps its bumps are the shape of
@@ -162,7 +162,8 @@ def _subtitle(spectrum: Spectrum) -> str:
     broken = int(spectrum.broke_down.sum())
     if broken:
         text += (
-            f" {broken} broke down: within rounding the Krylov space was exhausted, and nothing is left to find in it."
+            f" {broken} broke down: the Krylov space was exhausted, and the spectrum is known up to the rounding of "
+            "the run. Eigenvalues closer together than that were not told apart."
         )
     return text
 

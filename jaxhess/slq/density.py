@@ -22,7 +22,7 @@ class Known(NamedTuple):
         dim: Rows of the operator.
         ends: Between which its eigenvalues lie.
         slack: For every probe, by how far rounding may have moved each of its Ritz values.
-        exhausted: [probes] whether the quadrature is the probe's measure.
+        exhausted: [probes] whether the quadrature is the probe's measure, up to the slack.
     """
 
     dim: int
@@ -81,7 +81,7 @@ class Density:
         """[points] each: low and high ends of what holds the operator's own density, equally smoothed, with 95%.
 
         Both what the Lanczos steps leave open (Chebyshev-Markov-Stieltjes inequalities: the mass of a Ritz value lies
-        between its neighbours) and the chance in the probes.
+        between its neighbours; after a breakdown, within its slack) and the chance in the probes.
         """
         low, high = share_interval(self.bounds[0], self.bounds[1], self.chance)
         return low / np.diff(self.edges), high / np.diff(self.edges)
@@ -144,15 +144,14 @@ def smoothed(
     for probe, (nodes, w) in enumerate(zip(ritz_values, weights, strict=True)):
         nodes, w = nodes[taken[probe]], w[taken[probe]]
         mass[probe] = w @ kernel.masses(_to_axis(nodes, linthresh))
+        slack = known.slack[probe]
         if known.exhausted[probe]:
-            bounds += mass[probe]
-            continue
-        slack = np.pad(known.slack[probe], 1)
-        around = np.concatenate([[min(known.ends[0], nodes[0])], nodes, [max(known.ends[1], nodes[-1])]])
-        reach = (
-            _to_axis(around[:-2] - slack[:-2], linthresh),
-            _to_axis(around[2:] + slack[2:], linthresh),
-        )
+            reach = nodes - slack, nodes + slack
+        else:
+            slack = np.pad(slack, 1)
+            around = np.concatenate([[min(known.ends[0], nodes[0])], nodes, [max(known.ends[1], nodes[-1])]])
+            reach = around[:-2] - slack[:-2], around[2:] + slack[2:]
+        reach = _to_axis(reach[0], linthresh), _to_axis(reach[1], linthresh)
         for bound, extremes in zip(bounds, kernel.extremes(*reach), strict=True):
             bound += w @ extremes
     bounds = np.clip(bounds / len(ritz_values), 0, 1)

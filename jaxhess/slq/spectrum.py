@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,7 @@ class Spectrum:
         betas: [probes, steps] float64 norms after each step; NaN beyond a probe's size. The last one bounds residuals;
             NaN there says that it is not known (results of other tools), and no bound is then either.
         sizes: [probes] int, the steps each probe took: fewer than `steps` after a breakdown, which ends the Krylov
-            space, within rounding: the quadrature is then exact for every function, up to that.
+            space: the quadrature is then known up to the slack of `distribution_bounds`.
         dim: Rows of the operator: the number of parameters.
         info: What produced it (options, model, data, mesh, versions, timings): for readers, no number depends on it.
             Made JSON-ready on entry: tuples become lists, numbers that are not finite None, unknown objects their text.
@@ -216,14 +217,15 @@ class Spectrum:
 
     @property
     def broke_down(self) -> npt.NDArray[np.bool_]:
-        """[probes] whether the Krylov space was exhausted within rounding: the quadrature is exact but for that."""
+        """[probes] whether the Krylov space was exhausted: what is left open is the slack of `distribution_bounds`."""
         return ((self.sizes < self.num_steps) & ~self._open) | (self._last_betas == 0)
 
     @property
     def exact_degree(self) -> int | None:
-        """Highest k for which `moment(k)` is exact on every probe; None when every probe broke down.
+        """Highest k for which `moment(k)` is exact on every probe, up to rounding.
 
-        2 min(size), or one less where the last beta is not known.
+        2 min(size), or one less where the last beta is not known. None when every probe broke down: the matrix of which
+        all moments are then known differs from the operator by the slack of `distribution_bounds`.
         """
         degrees = (2 * self.sizes - self._open)[~self.broke_down]
         return int(degrees.min()) if degrees.size else None
@@ -257,7 +259,8 @@ class Spectrum:
         if limit is not None and 2 * k > limit:
             spread = scatter if even else UNKNOWN
         else:
-            spread = self._spread(values, nodes, scatter, float(self._beyond_gauss(2 * k).mean()))
+            fourth = math.inf if limit is not None and 4 * k > limit else float(self._beyond_gauss(4 * k).mean())
+            spread = self._spread(values, nodes, scatter, float(self._beyond_gauss(2 * k).mean()), fourth)
             if even and spread is not scatter:  # In the logarithm the error of the variance cancels that of the value.
                 spread = spread._replace(freedom=np.inf)
         return Estimate(float(values.mean()), *spread, positive=even)
@@ -279,12 +282,14 @@ class Spectrum:
     def trace_function(self, f: Callable[[Array], npt.ArrayLike]) -> Estimate:
         """tr f(H), estimated by dim times the mean over probes of sum_i w_i f(theta_i) (Ubaru, Chen and Saad 2017).
 
-        The standard error is that of chance in the probes, as their quadratures know it. What these lack is beside it
-        in `bounds`, and the interval covers both: the bounds are by the Chebyshev-Markov-Stieltjes inequalities
-        (`krylov.integrals`), narrow where f is smooth from end to end of the spectrum, wide where it is not and mass
-        can be between Ritz values. They take for granted that no eigenvalue lies beyond the extreme Ritz values of all
-        probes by more than their residual bounds, and that f does not vary within the points at which it is looked at.
-        None after a breakdown of every probe.
+        The standard error is that of chance in the probes. It rests on the integral of (f - mean)^2, of which the upper
+        bound is taken, and is NaN where that is infinite, or after a single step (`trace` has an error then). What the
+        quadratures of f lack is in `bounds`, and the interval covers both: the bounds are by the
+        Chebyshev-Markov-Stieltjes inequalities (`krylov.integrals`), narrow where f is smooth from end to end of the
+        spectrum, wide where it is not and mass can be between Ritz values. They take for granted that no eigenvalue
+        lies beyond the extreme Ritz values of all probes by more than their residual bounds, and that f does not vary
+        within the points at which it is looked at. After a breakdown f may take any value within the slack of a Ritz
+        value (`distribution_bounds`). Bounds are None where every probe broke down and the slack changes nothing.
 
         Args:
             f: Vectorised: from an array of Ritz values to an array of the same shape. It is asked between them too;
@@ -305,16 +310,15 @@ class Spectrum:
         nodes = np.zeros(self.alphas.shape)
         nodes[taken] = found
         values = (self.weights * nodes).sum(1)
-        spread = self._spread(values, nodes, across_probes(values))
-        bounds = None
-        if not self.broke_down.all():
-            probes = [
-                (value, value) if broke else self._integral_bounds(probe, f)
-                for probe, (value, broke) in enumerate(zip(values, self.broke_down, strict=True))
-            ]
-            low, high = np.mean(probes, axis=0)
-            bounds = float(low), float(high)
-        return Estimate(float(values.mean()), *spread, bounds=bounds).times(self.dim)
+        mean = float(values.mean())
+        missing, missing_fourth = (self._missing(f, mean, nodes - mean, power) for power in (2, 4))
+        steps = self.sizes[~self.broke_down].min(initial=3)
+        if steps < 3:  # One Ritz value says nothing of how far the eigenvalues reach, two are too few for the tails.
+            missing, missing_fourth = (missing if steps == 2 else math.inf), math.inf
+        spread = self._spread(values, nodes, across_probes(values), missing, missing_fourth)
+        low, high = self._integral_bounds(f)
+        settled = self.broke_down.all() and high - low <= 1e-12 * abs(mean)
+        return Estimate(mean, *spread, bounds=None if settled else (low, high)).times(self.dim)
 
     def log_determinant(self, shift: float = 0.0) -> Estimate:
         """log det(H + shift I) = tr log(H + shift I); an estimate like that of `trace_function`.
@@ -334,9 +338,11 @@ class Spectrum:
     def distribution_bounds(self, x: npt.ArrayLike) -> tuple[Array, Array]:
         """Lower and upper bounds, each [probes, len(x)], of the share of a probe's spectral measure at or below x.
 
-        By the Chebyshev-Markov-Stieltjes inequalities, see `krylov.bounds`, with x moved by the rounding of the run.
-        Their means over probes bound the mean of the probes' measures, which differs from the operator's distribution
-        of eigenvalues by chance. After a breakdown both are the measure's own, but for rounding.
+        By the Chebyshev-Markov-Stieltjes inequalities, see `krylov.bounds`, for a matrix that differs from the operator
+        by no more than the slack: the rounding of the run, and after a breakdown also the last beta, which was taken
+        for rounding. Every Ritz value may lie anywhere within its slack. Their means over probes bound the mean of the
+        probes' measures, which differs from the operator's distribution of eigenvalues by chance. After a breakdown
+        both are the measure's own, up to the slack.
 
         Raises:
             ValueError: x is not one-dimensional, or has an entry that is not a number.
@@ -346,8 +352,9 @@ class Spectrum:
             raise ValueError(f"x must be one-dimensional, got shape {x.shape}")
         bounds = np.empty((2, self.num_probes, x.size))
         for probe, (nodes, broke) in enumerate(zip(self._quadratures, self.broke_down, strict=True)):
-            slack = self._slack(probe) + (self._last_betas[probe] if broke else 0.0)  # Which was taken for rounding.
-            bounds[:, probe] = distribution_bounds(nodes.ritz_values, nodes.weights, x, slack, exhausted=broke)
+            bounds[:, probe] = distribution_bounds(
+                nodes.ritz_values, nodes.weights, x, self._slack(probe), exhausted=broke
+            )
         return bounds[0], bounds[1]
 
     def distribution_interval(self, x: npt.ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
@@ -362,7 +369,10 @@ class Spectrum:
         return share_interval(low, np.minimum(high, 1.0), share_chance(self.dim, self.num_probes, level))
 
     def extreme(self) -> Extremes:
-        """The smallest and largest Ritz value over all probes (H's own extremes lie at or beyond them)."""
+        """The smallest and largest Ritz value over all probes.
+
+        H's own extremes lie at or beyond them, but for `residual_bound` and rounding.
+        """
         last = self.sizes - 1
         return Extremes(self._extreme(np.zeros_like(last), np.argmin), self._extreme(last, np.argmax))
 
@@ -514,12 +524,15 @@ class Spectrum:
         rows.flags.writeable = False
         return rows
 
-    def _spread(self, values: Array, nodes: Array, scatter: Spread, missing: float = 0.0) -> Spread:
+    def _spread(
+        self, values: Array, nodes: Array, scatter: Spread, missing: float = 0.0, missing_fourth: float = 0.0
+    ) -> Spread:
         """Of the mean of the values [probes] of v'Av, from the eigenvalues of A [probes, steps] in the quadratures.
 
-        `missing` is what the quadratures of A squared lack, `scatter` the spread that the values alone would give.
+        `missing` and `missing_fourth` are what the quadratures lack, see `on_the_sphere`, `scatter` the spread that the
+        values alone would give.
         """
-        sphere = on_the_sphere(self.dim, values, nodes, self.weights, missing)
+        sphere = on_the_sphere(self.dim, values, nodes, self.weights, missing, missing_fourth)
         signs = self.run.distribution == "rademacher" and self.num_probes > 1
         return scatter if signs and disagrees(scatter, sphere) else sphere
 
@@ -530,13 +543,32 @@ class Spectrum:
         return float(np.nanmin(self.ritz_values - bounds)), float(np.nanmax(self.ritz_values + bounds))
 
     def _slack(self, probe: int) -> Array:
-        """[size] by how far rounding may have moved each Ritz value of a probe."""
-        return tolerances(self._quadratures[probe], self.rounding)
+        """[size] by how far rounding may have moved each Ritz value of a probe.
 
-    def _integral_bounds(self, probe: int, f: Callable[[Array], npt.ArrayLike]) -> tuple[float, float]:
-        """Of v'f(H)v of a probe."""
-        nodes = self._quadratures[probe]
-        return integral_bounds(f, nodes.ritz_values, nodes.weights, self._ends, self._slack(probe))
+        After a breakdown also the last beta, which was taken for rounding.
+        """
+        last = self._last_betas[probe] if self.broke_down[probe] else 0.0
+        return tolerances(self._quadratures[probe], self.rounding) + last
+
+    def _integral_bounds(self, f: Callable[[Array], npt.ArrayLike]) -> tuple[float, float]:
+        """Of the mean over probes of v'f(H)v."""
+        found = [
+            integral_bounds(f, nodes.ritz_values, nodes.weights, self._ends, self._slack(probe), exhausted=broke)
+            for probe, (nodes, broke) in enumerate(zip(self._quadratures, self.broke_down, strict=True))
+        ]
+        low, high = np.mean(found, axis=0)
+        return float(low), float(high)
+
+    def _missing(self, f: Callable[[Array], npt.ArrayLike], mean: float, deviations: Array, power: int) -> float:
+        """By how much, averaged over probes, the integral of (f - mean)^power may exceed its quadrature.
+
+        `deviations` are f - mean at the nodes, [probes, steps].
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = (self.weights * deviations**power).sum(1).mean()
+            most = self._integral_bounds(lambda x: (np.asarray(f(x), np.float64) - mean) ** power)[1]
+            missing = float(most - found)
+        return math.inf if math.isnan(missing) else max(0.0, missing)
 
     def _beyond_gauss(self, k: int) -> Array:
         """[probes] what v'H^k v exceeds the quadrature by: the product of the squared betas for k = 2 size, else 0."""
