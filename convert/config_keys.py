@@ -59,13 +59,16 @@ ROTARY_KINDS = {
 }
 """What models with rotary positions say of them outside `rope_parameters`."""
 
+IGNORED = ("dual_chunk_attention_config",)
+"""Keys that change the function in other programs (vLLM, for Qwen2.5-1M), and that nothing in `transformers` reads."""
+
 NEOX_ROTARY_KINDS = {"rotary_pct": optional(FRACTION), "rotary_emb_base": optional(POSITIVE)}
 
 IRRELEVANT = {
     "what wrote the file, or what it is for": (
         "transformers_version name_or_path dtype torch_dtype tokenizer_class prefix finetuning_task "
         "task_specific_params custom_pipelines transformers.js_config is_llama_config unsloth_version unsloth_fixed "
-        "unsloth_training_args model_max_length max_sequence_length n_ctx"
+        "unsloth_training_args model_max_length max_sequence_length n_ctx num_steps"
     ),
     "how the same function is computed": (
         "use_cache output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16 "
@@ -76,6 +79,7 @@ IRRELEVANT = {
         "initializer_range attention_dropout hidden_dropout attention_probs_dropout_prob hidden_dropout_prob "
         "classifier_dropout resid_pdrop embd_pdrop attn_pdrop neftune_noise_alpha"
     ),
+    "which outputs `Trainer` does not gather": "keys_to_ignore_at_inference",
     "token ids, which the tokenizer knows": "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id "
     "decoder_start_token_id mask_token_id",
     "heads for other tasks": (
@@ -153,7 +157,7 @@ def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dic
         known = key in kinds or key in _IRRELEVANT or key in ("model_type", "architectures", "quantization_config")
         if known or value is None or key.startswith("_"):  # transformers' own notes to itself
             continue
-        if key in elsewhere:
+        if key in elsewhere or key in IGNORED:
             ignored.append(key)
         elif key not in ONLY_AT or value != ONLY_AT[key]:
             only = f"only {shown(ONLY_AT[key])} is supported" if key in ONLY_AT else "it is not understood"

@@ -247,14 +247,20 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
             callback=bar.show,
             info=info,
         )
-    processes.on_first(lambda: output.write(result.files() | report_files(result)))
+    processes.on_first(lambda: _write(output, result))
     if options.eigenpairs:
         result = with_eigenpairs(options, operator, result, output, console)
-        processes.on_first(lambda: output.write(result.files() | report_files(result)))
+        processes.on_first(lambda: _write(output, result))
     checkpoint.remove()
     if processes.index() == 0:
         _print_summary(console, result, output.folder)
     return result
+
+
+def _write(output: Output, result: jaxhess.Spectrum) -> None:
+    """Writes the result, and then its report: a figure that cannot be drawn does not cost the run."""
+    output.write(result.files())
+    output.write(report_files(result))
 
 
 def with_eigenpairs(

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal
 
 from jaxhess import Checkpoint, Interrupted, MatrixOperator, make_mesh, spectrum
+from jaxhess.files.lock import LOCK, MARK
 from jaxhess.slq import checkpoint as checkpoint_module
 from jaxhess.slq.checkpoint import termination
 
@@ -230,6 +231,28 @@ def test_an_identity_that_is_none_is_refused_by_its_path(tmp_path, text):
     (tmp_path / "identity.json").write_text(text)
     with pytest.raises((ValueError, FileExistsError), match=r"identity\.json (is damaged|does not say)"):
         spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, resume=True))
+
+
+def test_two_runs_do_not_save_into_one_folder(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "unfinished", every=3, resume=True)
+
+    def second(_: object) -> None:
+        for use in (lambda: spectrum(OPERATOR, **RUN, checkpoint=checkpoint), checkpoint.remove):
+            with pytest.raises(BlockingIOError, match="Another run is writing into"):
+                use()
+        raise Killed
+
+    with pytest.raises(Killed):
+        spectrum(OPERATOR, **RUN, checkpoint=checkpoint, callback=second)
+    whole = spectrum(OPERATOR, **RUN, checkpoint=checkpoint)
+    np.testing.assert_array_equal(whole.alphas, spectrum(OPERATOR, **RUN).alphas)
+    assert not (checkpoint.folder / LOCK).exists()
+    (checkpoint.folder / LOCK).write_bytes(MARK)  # of a run that was killed
+    checkpoint.remove()
+    assert not checkpoint.folder.exists()
+    checkpoint.folder.mkdir()
+    (checkpoint.folder / LOCK).touch()  # killed before its first word
+    spectrum(OPERATOR, **RUN, checkpoint=checkpoint)
 
 
 def test_a_folder_of_something_else_is_no_place_for_saves(tmp_path):

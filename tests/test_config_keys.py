@@ -26,12 +26,14 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
     "gpt2": [{"n_ctx": 1024, "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
               "resid_pdrop": 0.1, "summary_type": "cls_index", "_num_labels": 1, "output_past": True}],
     "gpt_neox": [{"rotary_emb_base": 10000, "torch_dtype": "float16", "transformers_version": "4.24.0"},
-                 {"custom_pipelines": {"text-generation": {"impl": "x.Y", "pt": "AutoModelForCausalLM"}}}],
+                 {"custom_pipelines": {"text-generation": {"impl": "x.Y", "pt": "AutoModelForCausalLM"}}},
+                 {"num_steps": "global_step301000"}],  # Polyglot-Ko
     # SmolLM2 and TinyLlama, and one that a fine-tuning tool wrote
     "llama": [{"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1, "attention_dropout": 0.1,
                "transformers.js_config": {"kv_cache_dtype": {}}, "bos_token_id": 0, "eos_token_id": [0, 2],
                "rope_scaling": None, "rope_theta": 100000, "architectures": ["LLaMAForCausalLM"]},
-              {"_name_or_path": "x/y", "max_sequence_length": 2048, "unsloth_version": "1", "use_cache": False}],
+              {"_name_or_path": "x/y", "max_sequence_length": 2048, "unsloth_version": "1", "use_cache": False,
+               "keys_to_ignore_at_inference": ["past_key_values"]}],
     "mistral": [{"sliding_window": 4096, "architectures": ["MistralForCausalLM"]}],
     "qwen2": [{"use_mrope": False, "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 70}],
     "qwen3": [{"use_sliding_window": False, "sliding_window": None, "max_window_layers": 36, "rope_scaling": None}],
@@ -96,6 +98,13 @@ def test_what_transformers_ignores_too_is_warned_about_by_name(model_type: str, 
         UserWarning, match=f"has {', '.join(names)}: ignored, as transformers ignores it in a {model_type}"
     ):
         assert decoder_config(raw(model_type, **options)) == decoder_config(raw(model_type))
+
+
+def test_dual_chunk_attention_of_qwen_with_a_million_tokens_is_warned_about() -> None:
+    config = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    with pytest.warns(UserWarning, match="has dual_chunk_attention_config: ignored, as transformers ignores it"):
+        found = decoder_config(raw("qwen2", dual_chunk_attention_config=config))
+    assert found == decoder_config(raw("qwen2"))
 
 
 def test_a_rope_key_that_nothing_reads_is_warned_about() -> None:

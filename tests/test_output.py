@@ -1,5 +1,6 @@
 """Where commands write: what they did not write survives, two runs keep apart, and no finished result is lost."""
 
+import contextlib
 import errno
 import importlib
 import os
@@ -17,10 +18,11 @@ from small_models import Diagonal, run_command
 import convert.__main__ as convert_command
 from jaxhess import Checkpoint, Spectrum, leading_eigenpairs
 from jaxhess.command import one_sentence
-from jaxhess.files.manifest import LOCK, MANIFEST, foreign, write_manifest
+from jaxhess.files.lock import LOCK
+from jaxhess.files.manifest import MANIFEST, foreign, write_manifest
 from jaxhess.files.output import Output, OutputFile, disk_full
-from jaxhess.files.run_folder import EXPORTS, RUN_FILES
-from jaxhess.results.page import write_report
+from jaxhess.files.run_folder import ARRAYS, EIGENVECTORS, EXPORTS, RECORD, REPORT_FILES, RUN_FILES
+from jaxhess.results.page import FIGURES, write_report
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("a.json", "a.png")
@@ -164,6 +166,92 @@ def test_a_run_folder_from_before_manifests_is_ours_by_its_record(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"spectrum.npz", "spectrum.json", MANIFEST, "notes.txt"}
 
 
+def test_a_run_folder_from_before_manifests_gives_no_name_away_for_ever(tmp_path):
+    a_spectrum().save(tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    for name in REPORT_FILES:
+        (tmp_path / name).write_text(name)
+    with Output(tmp_path, (ARRAYS, RECORD), overwrite=True) as output:
+        output.write(a_spectrum(1).files())
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "report.html" / "thesis.tex").write_text("mine")
+    (tmp_path / "stem.png").write_text("mine")
+    a_spectrum(2).save(tmp_path, overwrite=True)
+    assert (tmp_path / "report.html" / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "stem.png").read_text() == "mine"
+    assert not (tmp_path / "density.png").exists()
+    with pytest.raises(FileExistsError, match=r"report\.html/thesis\.tex was not written|stem\.png was not written"):
+        write_report(tmp_path, a_spectrum(2), overwrite=True)
+
+
+def test_eigenvectors_from_before_manifests_are_ours_without_what_was_put_among_them(tmp_path):
+    pairs = leading_eigenpairs(Diagonal(jnp.linspace(0, 1, 12)), 1, steps=12)
+    a_spectrum().save(tmp_path)
+    pairs.save(tmp_path / EIGENVECTORS)
+    for manifest in (tmp_path / MANIFEST, tmp_path / EIGENVECTORS / MANIFEST):
+        manifest.unlink()
+    mine = tmp_path / EIGENVECTORS / "vectors" / "notes.txt"
+    mine.write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{mine} was"), Output(tmp_path, (EIGENVECTORS,), overwrite=True):
+        pytest.fail("the work has begun")
+    mine.unlink()
+    with Output(tmp_path, (*RUN_FILES, EIGENVECTORS), overwrite=True) as output:
+        output.write(a_spectrum(1).files())
+    assert not (tmp_path / EIGENVECTORS).exists()
+
+
+def test_a_content_that_cannot_be_made_does_not_cost_the_others(tmp_path):
+    def fail(_: Path) -> None:
+        raise RuntimeError("no font")
+
+    with Output(tmp_path, NAMES) as output:
+        output.write(FILES)
+    with Output(tmp_path, NAMES, overwrite=True) as output:
+        with pytest.raises(RuntimeError, match="no font"):
+            output.write({"a.png": fail})
+        assert FILES.items() <= contents(tmp_path).items()  # nothing new, so the old stays
+        with pytest.raises(RuntimeError, match="no font"):
+            output.write({"a.png": fail, "a.json": b"new"})
+        output.write({"a.png": b"then"})
+    assert {name: (tmp_path / name).read_bytes() for name in NAMES} == {"a.png": b"then", "a.json": b"new"}
+
+
+def test_a_figure_that_cannot_be_drawn_does_not_cost_the_run(tmp_path, monkeypatch):
+    from scripts import spectrum as command
+
+    def fail(_: Spectrum) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setitem(FIGURES, "stem", fail)
+    with Output(tmp_path, RUN_FILES) as output, pytest.raises(RuntimeError, match="no font"):
+        command._write(output, a_spectrum())
+    assert Spectrum.load(tmp_path) == a_spectrum()
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("elsewhere"), os.mkfifo])
+def test_what_has_the_name_of_the_lock_survives(tmp_path, make):
+    make(tmp_path / LOCK)
+    before = os.lstat(tmp_path / LOCK)
+    refused = not (tmp_path / LOCK).is_file() and not (tmp_path / LOCK).is_fifo()
+    expected = pytest.raises(FileExistsError, match=f"^{tmp_path / LOCK} is a link or a folder")
+    with expected if refused else contextlib.nullcontext(), Output(tmp_path, NAMES) as output:
+        output.write(FILES)
+    assert os.path.samestat(os.lstat(tmp_path / LOCK), before)
+
+
+def test_files_with_the_names_of_unfinished_ones_survive(tmp_path):
+    mine = [tmp_path / f".{name}.{os.getpid()}.tmp" for name in (*NAMES, MANIFEST)]
+    for path in mine:
+        path.write_text("mine")
+    with Output(tmp_path, NAMES) as output:
+        output.write(FILES)
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    assert {path.name for path in tmp_path.iterdir()} == {*NAMES, MANIFEST, *(path.name for path in mine)}
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with Output(tmp_path / "out", NAMES) as output:
         with (
@@ -279,8 +367,7 @@ def test_eigenvectors_replace_only_eigenvectors(tmp_path):
     (tmp_path / "e" / "vectors" / "mine").unlink()
     pairs.save(tmp_path / "e", overwrite=True)
     with Output(tmp_path, ("e",), overwrite=True) as output:
-        output.begin("e").write_text("a file now")
-        output.end("e")
+        output.write({"e": b"a file now"})
     assert {p.name for p in tmp_path.iterdir()} == {"e", MANIFEST}
 
 
@@ -290,12 +377,40 @@ def test_an_interrupted_save_of_eigenvectors_can_be_replaced(tmp_path):
     output.claim()
     output.begin("vectors")
     (tmp_path / "e" / "vectors.orbax-checkpoint-tmp-7").mkdir()
-    (tmp_path / "e" / "vectors.orbax-checkpoint-tmp-7" / "half").write_text("")
+    (tmp_path / "e" / "vectors.orbax-checkpoint-tmp-7" / "manifest.ocdbt.__lock").write_text("")
     output.release()
     with Output(tmp_path, ("e",), overwrite=True):  # what the main command asks of the folder above
         pass
     pairs.save(tmp_path / "e", overwrite=True)
     assert foreign(tmp_path / "e") is None
+
+
+@pytest.mark.parametrize("place", ["vectors/notes.txt", "vectors", "vectors/manifest.ocdbt/x", "eigenpairs.npz"])
+def test_what_was_put_into_an_interrupted_save_survives(tmp_path, place):
+    pairs = leading_eigenpairs(Diagonal(jnp.linspace(0, 1, 12)), 1, steps=12)
+    folder = tmp_path / "e"
+    with Output(folder, ("vectors", "eigenpairs.npz")) as output:
+        output.begin("vectors")
+    mine = folder / place
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{mine} was not written by"):
+        pairs.save(folder, overwrite=True)
+    with pytest.raises(FileExistsError, match=f"{mine} was not written by"), Output(tmp_path, ("e",), overwrite=True):
+        pytest.fail("the work has begun")
+    assert mine.read_text() == "mine"
+
+
+def test_what_was_put_beside_half_an_interrupted_save_survives(tmp_path):
+    pairs = leading_eigenpairs(Diagonal(jnp.linspace(0, 1, 12)), 1, steps=12)
+    with Output(tmp_path, ("vectors",)) as output:
+        output.begin("vectors")
+    partial = tmp_path / "vectors.orbax-checkpoint-tmp-7"
+    partial.mkdir()
+    for name in ("_METADATA", "notes.txt"):
+        (partial / name).write_text("")
+    pairs.save(tmp_path, overwrite=True)
+    assert [path.name for path in partial.iterdir()] == ["notes.txt"]
 
 
 def test_only_saves_are_removed(tmp_path):
@@ -312,15 +427,22 @@ def test_only_saves_are_removed(tmp_path):
         Checkpoint(folder).check(discard=True)
 
 
-def test_large_files_are_known_by_their_ends(tmp_path):
-    with (tmp_path / "large").open("wb") as file:
-        file.truncate(2**33)  # sparse
+@pytest.mark.parametrize(("size", "time_set_back"), [(6 * 2**20, True), (2**33, False)])
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_a_change_anywhere_in_a_file_is_noticed(tmp_path, size, time_set_back, place):
+    """Small files are read whole; of a large one (sparse here) the time of the change tells."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(size)
+    os.utime(path, (0, 0))
     write_manifest(tmp_path)
     assert foreign(tmp_path) is None
-    with (tmp_path / "large").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"x")
-    assert foreign(tmp_path) == "large"
+    with path.open("r+b") as file:
+        file.seek(int(place * (size - 11)))
+        file.write(b"eleven byte")
+    if time_set_back:
+        os.utime(path, (0, 0))
+    assert foreign(tmp_path) == "file"
 
 
 @pytest.mark.parametrize("script", sorted(name for name in FOLDERS if name != "convert"))

@@ -12,6 +12,12 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+WRITTEN = re.compile(
+    r"((ocdbt\.process_\d+/)?(manifest\.ocdbt|d/[0-9a-f]{32})|array_metadatas/process_\d+|_sharding|_METADATA"
+    r"|_CHECKPOINT_METADATA|commit_success\.txt)(\.__lock)?"
+)
+"""Paths of the files that Orbax and TensorStore write for a tree of arrays; the suffix is that of one half written."""
+
 
 @contextlib.contextmanager
 def reading(path: Path, cure: str = "") -> Iterator[None]:

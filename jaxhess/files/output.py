@@ -20,14 +20,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxhess.files.lock import lock, unlock
 from jaxhess.files.manifest import (
-    LOCK,
     MANIFEST,
+    PARTIAL,
+    Entries,
     bytes_of,
     entries_of,
     fingerprint,
     fingerprints,
-    is_ours,
+    foreign_at,
     remove,
     without,
     write_entries,
@@ -35,11 +37,6 @@ from jaxhess.files.manifest import (
 
 Content = bytes | Callable[[Path], object]
 """Of a file: its bytes, or what writes it at a path."""
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 class Output:
@@ -83,7 +80,7 @@ class Output:
             self._made.append(place)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock = _locked(self.folder / LOCK)
+            self._lock = lock(self.folder)
             self._refuse()
         except BaseException:
             self.release()
@@ -96,6 +93,7 @@ class Output:
         Raises:
             FileExistsError, OSError: They could not be written here, and are in another folder, which it names: the
                 place was taken during the work, or the disk is full.
+            Exception: What a content's callable raised, once all others are written.
         """
         try:
             if bytes_of(self.folder / MANIFEST) != self._known:
@@ -103,20 +101,24 @@ class Output:
             self._refuse()
             self.folder.mkdir(parents=True, exist_ok=True)
             old = {*self.names, *self.stale} if self.overwrite and not self._written else set()
-            _publish(self.folder, files, old)
+            failed = _publish(self.folder, files, old)
         except OSError as error:
             reason = f"{self.folder} cannot be written ({_words(error)})"
             place = _beside(self.folder, lambda folder: _publish(folder, files, ()))
             raise _kind(error)(f"{reason}: the result is in {place}.") from None
         self._written |= set(files)
         self._known = bytes_of(self.folder / MANIFEST)
+        if failed is not None:
+            raise failed
 
     def begin(self, name: str) -> Path:
-        """The path of a file or folder that something else will write now; what an earlier run left there goes."""
+        """The path of a folder that Orbax will write now; what an earlier run left under all our names goes."""
         self._refuse()
         entries = entries_of(self.folder)
-        remove(self.folder, name, entries)
-        write_entries(self.folder, {**without(entries, name), name: None})
+        for old in self.names:
+            remove(self.folder, old, entries)
+            entries = without(entries, old)
+        write_entries(self.folder, {**entries, name: None})
         self._known = bytes_of(self.folder / MANIFEST)
         return self.folder / name
 
@@ -129,10 +131,7 @@ class Output:
     def release(self) -> None:
         """Lets others write here, and removes a folder that `claim` made and that is still empty. Can be repeated."""
         if self._lock is not None:
-            with contextlib.suppress(OSError):
-                if os.fstat(self._lock).st_size == 0:
-                    (self.folder / LOCK).unlink()  # while it is ours: who waits for it looks again (`_locked`)
-            os.close(self._lock)
+            unlock(self.folder, self._lock)
             self._lock = None
         with contextlib.suppress(OSError):  # not empty
             for place in self._made:
@@ -152,10 +151,10 @@ class Output:
             path = self.folder / name
             if not os.path.lexists(path):
                 continue
-            if not is_ours(self.folder, name, entries):
+            if (found := foreign_at(self.folder, name, entries)) is not None:
                 raise FileExistsError(
-                    f"{path} was not written by an earlier run, or was changed since, and is never replaced: move it, "
-                    "or choose another folder."
+                    f"{self.folder / found} was not written by an earlier run, or was changed since, and is never "
+                    "replaced: move it, or choose another folder."
                 )
             if not self.overwrite and name not in self._written:
                 raise FileExistsError(
@@ -247,68 +246,53 @@ def free_name(path: Path) -> Path:
     return Path(f"{path}-{number}")
 
 
-def _publish(folder: Path, files: Mapping[str, Content], old: Iterable[str]) -> None:
+def _publish(folder: Path, files: Mapping[str, Content], old: Iterable[str]) -> Exception | None:
     """Writes the files and the manifest; the old ones go first, when the new ones are written and only to be renamed.
 
-    Killed in between, the manifest lists what is not there, never the reverse.
+    Killed in between, the manifest lists what is not there, never the reverse. Returns the error of a content that
+    could not be made; the other files are written.
     """
-    with _written_aside(folder, files) as partial:
+    with _written_aside(folder, files) as (partial, error):
         entries = entries_of(folder)
-        for name in {*old, *files}:
-            if is_ours(folder, name, entries):
+        for name in {*old, *files} if partial else ():
+            if foreign_at(folder, name, entries) is None:
                 remove(folder, name, entries)
                 entries = without(entries, name)
-        new = {name: fingerprint(path) for name, path in partial.items()}
+        new: Entries = {name: fingerprint(path) for name, path in partial.items()}
         write_entries(folder, entries | new)
         for name, path in partial.items():
             os.replace(path, folder / name)
+    return error
 
 
 def _put(folder: Path, files: Mapping[str, Content]) -> None:
-    with _written_aside(folder, files) as partial:
+    with _written_aside(folder, files) as (partial, _):
         for name, path in partial.items():
             os.replace(path, folder / name)
 
 
 @contextlib.contextmanager
-def _written_aside(folder: Path, files: Mapping[str, Content]) -> Iterator[dict[str, Path]]:
-    """The files under other names, in the same folder; those that are still there in the end are removed."""
-    partial = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
-    try:
+def _written_aside(folder: Path, files: Mapping[str, Content]) -> Iterator[tuple[dict[str, Path], Exception | None]]:
+    """The files in a folder of their own, to be renamed from there, and the error of one that could not be made."""
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder, ignore_cleanup_errors=True) as place:
+        partial, failed = {}, None
         for name, content in files.items():
-            if callable(content):
-                content(partial[name])
+            path = Path(place) / name
+            try:
+                if callable(content):
+                    content(path)
+                else:
+                    path.write_bytes(content)
+            except OSError:
+                raise
+            except Exception as error:
+                failed = error
             else:
-                partial[name].write_bytes(content)
-        yield partial
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+                partial[name] = path
+        yield partial, failed
 
 
-def _locked(path: Path) -> int | None:
-    """The descriptor of a lock file, locked; None where the file system has no locks."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise BlockingIOError(
-                f"Another run is writing into {path.parent}: wait for its end, or choose another folder."
-            ) from None
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                return descriptor
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the run before removed it a moment ago
-
-
-def _beside(path: Path, put: Callable[[Path], None]) -> Path:
+def _beside(path: Path, put: Callable[[Path], object]) -> Path:
     """The folder in which the result is after all: beside, in the system's folder for temporary files, or here.
 
     Raises:

@@ -136,20 +136,6 @@ def check_info(info: Any) -> None:
             raise ValueError(f"its info has no numbers as {name}")
 
 
-def written_before_manifests(folder: Path) -> dict[str, str | None]:
-    """Names in a folder without a manifest that the record of a finished run proves to be ours (see `output`)."""
-    try:
-        record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
-    except (ValueError, OSError):
-        return {}
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        return {}
-    vectors = folder / EIGENVECTORS
-    own = vectors.is_dir() and {path.name for path in vectors.iterdir()} == {"vectors", "eigenpairs.npz"}
-    files = [name for name in RUN_FILES if (folder / name).is_file()]
-    return dict.fromkeys([*files, *([EIGENVECTORS] if own else [])])
-
-
 def _quoted(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,14 +71,13 @@ class Eigenpairs:
 
         def begin() -> None:
             output.claim()
-            output.begin(SCALARS)
             output.begin(VECTORS)
 
         def end() -> None:
             output.end(VECTORS)
-            with (folder / SCALARS).open("wb") as file:
-                np.savez(file, values=self.values, residuals=self.residuals, converged=self.converged)
-            output.end(SCALARS)
+            scalars = io.BytesIO()
+            np.savez(scalars, values=self.values, residuals=self.residuals, converged=self.converged)
+            output.write({SCALARS: scalars.getvalue()})
 
         named = {leaf_name(path): x for path, x in jax.tree.flatten_with_path(self.vectors)[0]}
         try:

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxhess.distributed import processes
+from jaxhess.files.lock import LOCK, lock, unlock
 from jaxhess.files.orbax import quiet, reading
 from jaxhess.files.output import disk_full
 from jaxhess.files.run_folder import read_json
@@ -100,12 +101,16 @@ class Checkpoint:
             folder = Path(self.folder)
             if _identity_in(folder) is None:
                 return
-            for save in (folder / STEPS).glob("*"):
-                if SAVE.fullmatch(save.name) and not save.is_symlink():
-                    shutil.rmtree(save, ignore_errors=True)
-            with contextlib.suppress(OSError):  # somebody has put something there
-                (folder / STEPS).rmdir()
-            (folder / IDENTITY).unlink()
+            held = lock(folder)
+            try:
+                for save in (folder / STEPS).glob("*"):
+                    if SAVE.fullmatch(save.name) and not save.is_symlink():
+                        shutil.rmtree(save, ignore_errors=True)
+                with contextlib.suppress(OSError):  # somebody has put something there
+                    (folder / STEPS).rmdir()
+                (folder / IDENTITY).unlink()
+            finally:
+                unlock(folder, held)
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -126,6 +131,7 @@ class Saver:
 
         Raises:
             ValueError: It holds another run; names the differences.
+            BlockingIOError: Another run writes into it.
         """
         import orbax.checkpoint as ocp
 
@@ -133,10 +139,12 @@ class Saver:
         self.every = checkpoint.every
         self.folder = folder = Path(checkpoint.folder).absolute()
         self._saved: dict[str, Any] = {}
+        self._lock: int | None = None
         identity = {"format": FORMAT, **checkpoint.identity, **identity}
 
         def claim() -> None:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(folder)
             known = _identity_in(folder)
             if known is not None:
                 _compare(known, identity, checkpoint.folder)
@@ -145,14 +153,18 @@ class Saver:
             partial.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
             os.replace(partial, folder / IDENTITY)
 
-        processes.on_first(claim)
         # Synchronous: the arrays are given to the next segment, which writes into their buffers.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        with reading(folder / STEPS, self._cure):
-            self.manager = ocp.CheckpointManager(folder / STEPS, options=options)
-            self.manager.latest_step()
+        try:
+            processes.on_first(claim)
+            with reading(folder / STEPS, self._cure):
+                self.manager = ocp.CheckpointManager(folder / STEPS, options=options)
+                self.manager.latest_step()
+        except BaseException:
+            self._release()
+            raise
 
     def latest(self) -> dict[str, Any] | None:
         """The record of the last save, None where there is none.
@@ -222,6 +234,12 @@ class Saver:
 
     def close(self) -> None:
         self.manager.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            unlock(self.folder, self._lock)
+            self._lock = None
 
 
 @contextlib.contextmanager
@@ -272,7 +290,7 @@ def _another(folder: Path) -> str | None:
     """Something that is in the place of a new run's folder; a file that a killed run began does not count."""
     if not folder.is_dir():
         return "no folder"
-    names = (path.name for path in folder.iterdir())
+    names = (path.name for path in folder.iterdir() if path.name != LOCK)
     return next((name for name in names if not name.startswith(f".{IDENTITY}.")), None)
 
 
