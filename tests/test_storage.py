@@ -1,6 +1,7 @@
 """What the storage of Lanczos vectors costs: every figure of a run stays within the bounds that the run states."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,18 @@ def test_the_time_of_compilation_is_recorded_where_memory_was_looked_at_first():
     found = spectrum(Diagonal(jnp.linspace(1, 2, 83)), steps=13, probes=3)
     assert found.info["lanczos"]["batch_size"] == 3
     assert found.info["program"]["compile_seconds"] > 0.01  # the second look at a compiled program takes 0.4 ms
+
+
+def test_bounds_of_earlier_runs_of_narrow_vectors_are_warned_about(tmp_path):
+    spectrum(Diagonal(jnp.linspace(1, 2, 20)), steps=3, probes=1, vector_dtype="bfloat16").save(tmp_path)
+    with warnings.catch_warnings(action="error"):
+        loaded = Spectrum.load(tmp_path)
+    assert loaded.step_errors.min() > 0
+    arrays = dict(np.load(tmp_path / "spectrum.npz"))
+    del arrays["step_errors"]  # as it was before 0.2
+    np.savez(tmp_path / "spectrum.npz", **arrays)
+    with pytest.warns(UserWarning, match="earlier version, which did not measure the rounding of 16-bit vectors"):
+        Spectrum.load(tmp_path)
 
 
 def test_lost_orthogonality_is_marked():

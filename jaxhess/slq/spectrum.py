@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -450,7 +451,8 @@ class Spectrum:
     def load(cls, folder: str | os.PathLike[str], dim: int | None = None) -> Spectrum:
         """The spectrum that `save` wrote; what follows from alphas and betas is computed again.
 
-        A folder that was written before the rounding was kept is taken for a float32 run. A file is read as
+        A folder that was written before the rounding was kept is taken for a float32 run; one whose vectors had 16 bits
+        before their rounding was measured is warned about. A file is read as
         `jaxhess.files.foreign` says: JSON, CSV or npz of Ritz values and weights.
 
         Args:
@@ -473,6 +475,14 @@ class Spectrum:
             alphas, betas, sizes, rows = (arrays[name] for name in _STORED)
             rounding = float(arrays.get("rounding", FLOAT32_ROUNDING))
             errors = arrays.get("step_errors", np.zeros(0))
+            lanczos = info.get("lanczos")
+            stored = [str(lanczos.get(name)) for name in ("vector_dtype", "basis_dtype")] if lanczos else []
+            if not errors.size and any("16" in dtype for dtype in stored):
+                warnings.warn(
+                    f"{folder} is of an earlier version, which did not measure the rounding of 16-bit vectors: its "
+                    "residual bounds may be too small. Run it again for bounds that hold.",
+                    stacklevel=2,
+                )
             return cls(alphas, betas, sizes, int(rows), info, run=run, rounding=rounding, step_errors=errors)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from None
