@@ -193,7 +193,7 @@ def show(console: Console, facts: dict[str, Any]) -> None:
 
 def _on(job: planning.Job, hardware: str, efficiency: float) -> dict[str, Any]:
     """The estimate on this hardware, and what to change where it does not fit."""
-    found = planning.estimate(job, hardware, efficiency)
+    found = planning.forecast(job, hardware, efficiency)
     changes = [] if found.fits else [words for words, _ in planning.changes(job, hardware)]
     return {**dataclasses.asdict(found), "fits": found.fits, "changes": changes}
 

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import convert
 from jaxhess import make_mesh
 from jaxhess.distributed.mesh import data_shards
-from jaxhess.plan import USABLE, Job, changes, compiled, estimate, flops, memory, traffic
+from jaxhess.plan import USABLE, Job, changes, compiled, flops, forecast, memory, traffic
+from jaxhess.plan.hardware import ACCELERATORS
 from jaxhess.vectors import _drawer
 
 ROOT = Path(__file__).parent.parent
@@ -140,11 +141,11 @@ def test_temporaries_shrink_with_microbatch_and_chunks():
 def test_what_is_advised_fits(hardware, model, axes, options):
     planned = job(model, axes, **options)
     found = changes(planned, hardware)
-    assert not estimate(planned, hardware).fits
+    assert not forecast(planned, hardware).fits
     assert found
     for words, changed in found:
         assert words.startswith("--")
-        assert estimate(changed, hardware).fits
+        assert forecast(changed, hardware).fits
         assert changed != planned
 
 
@@ -158,8 +159,8 @@ def test_the_first_advice_keeps_the_result():
 
 def test_the_audit_counts_and_is_the_first_to_go():
     planned = job("llama-3.1-8b", {"fsdp": 1}, dtype="bfloat16", audit=True)
-    assert estimate(dataclasses.replace(planned, audit=False), "H200").fits
-    assert not estimate(planned, "H200").fits
+    assert forecast(dataclasses.replace(planned, audit=False), "H200").fits
+    assert not forecast(planned, "H200").fits
     assert [words for words, _ in changes(planned, "H200")] == ["--no-audit"]
 
 
@@ -170,8 +171,8 @@ def test_a_basis_on_the_host_fits_the_servers_memory():
 
 
 def test_two_steps_take_the_time_of_two():
-    once = estimate(job("llama-3.1-8b", {"fsdp": 8}, dtype="bfloat16", steps=10), "H100")
-    twice = estimate(job("llama-3.1-8b", {"fsdp": 8}, dtype="bfloat16", steps=20), "H100")
+    once = forecast(job("llama-3.1-8b", {"fsdp": 8}, dtype="bfloat16", steps=10), "H100")
+    twice = forecast(job("llama-3.1-8b", {"fsdp": 8}, dtype="bfloat16", steps=20), "H100")
     assert twice.device_hours == pytest.approx(2 * once.device_hours)
 
 
@@ -193,7 +194,7 @@ def test_bad_jobs_are_refused(change, message):
 
 def test_unknown_hardware_is_refused():
     with pytest.raises(ValueError, match="Unknown hardware 'V100'; known are A100, H100, H200, B200"):
-        estimate(job("pythia-160m", {}), "V100")
+        forecast(job("pythia-160m", {}), "V100")
 
 
 def test_random_probes_of_a_huge_leaf_are_drawn_shard_by_shard():
@@ -213,3 +214,20 @@ def test_random_probes_of_a_huge_leaf_are_drawn_shard_by_shard():
     # Counters are 64 bits wide: the part's own numbers in the whole, and their high words by a shift.
     assert "u64[80,1024,28672]" in text
     assert "shift-right-logical" in text
+
+
+def test_passes_over_a_window_are_charged_row_by_row():
+    """A pass over a stored row reads it twice and the new vector twice, and writes that once; two passes, or three."""
+    kinds = {
+        "none": {"reorthogonalize": "none"},
+        "window": {"reorthogonalize": 8},
+        "window, bf16": {"reorthogonalize": 8, "basis_dtype": "bfloat16"},
+    }
+    seconds, vector = {}, 0.0
+    for name, kind in kinds.items():
+        planned = job("llama-3.1-8b", {"fsdp": 8}, dtype="float32", steps=10, **kind)
+        seconds[name] = forecast(planned, "H200").seconds_per_product
+        vector = memory(planned).vector / ACCELERATORS["H200"].bandwidth
+    passes = {name: (x - seconds["none"]) / vector for name, x in seconds.items()}
+    assert passes["window"] == pytest.approx(2 * 8 * (3 + 2))
+    assert passes["window, bf16"] == pytest.approx(3 * 8 * (3 + 1))

@@ -7,19 +7,19 @@ devices. Neither needs weights or data.
 from jaxhess.plan.compiled import Compiled, compiled, gradient_traffic
 from jaxhess.plan.formula import Memory, flops, memory, traffic
 from jaxhess.plan.job import Job
-from jaxhess.plan.verdict import EFFICIENCY, USABLE, Estimate, changes, estimate
+from jaxhess.plan.verdict import EFFICIENCY, USABLE, Forecast, changes, forecast
 
 __all__ = [
     "EFFICIENCY",
     "USABLE",
     "Compiled",
-    "Estimate",
+    "Forecast",
     "Job",
     "Memory",
     "changes",
     "compiled",
-    "estimate",
     "flops",
+    "forecast",
     "gradient_traffic",
     "memory",
     "traffic",

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxhess.distributed.mesh import data_shards
 from jaxhess.plan import formula
 from jaxhess.plan.hardware import ACCELERATORS, Accelerator, peak_matmul_flops
@@ -21,7 +23,7 @@ measured; the times of a plan scale with it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class Forecast:
     """What a job takes on one kind of hardware.
 
     Attributes:
@@ -43,7 +45,7 @@ class Estimate:
         return self.needed <= self.usable and self.host <= USABLE * self.host_present
 
 
-def estimate(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Estimate:
+def forecast(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Forecast:
     """The job on `hardware`, a name in `ACCELERATORS`, by the formulas.
 
     Raises:
@@ -55,11 +57,17 @@ def estimate(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Estimat
         raise ValueError(f"The peak rate of {hardware} in {job.dtype} is not in the table.")
     memory = formula.memory(job)
     seconds = formula.flops(job) / (efficiency * peak) + _exchange_seconds(job, device)
-    # A step reads and writes some ten vectors; a stored basis is read twice by every pass.
-    passes = 0 if job.reorthogonalize == "none" else 2 if isinstance(job.reorthogonalize, int) else 4
-    seconds += (10 * memory.vector + passes * memory.basis) / device.bandwidth + passes * memory.host / device.host_link
+    # A step reads and writes some ten vectors. A stored basis is read twice by every pass, of which there are two, or
+    # three for rows in 16 bits. A window goes row by row: each row reads the new vector twice and writes it once.
+    narrow = jnp.dtype(job.basis_dtype or job.vector_dtype or job.config.dtype).itemsize < 4
+    passes = 0 if job.reorthogonalize == "none" else 3 if narrow else 2
+    rows = job.reorthogonalize if isinstance(job.reorthogonalize, int) else 0
+    vectors = 10 + 3 * rows * passes
+    stored = 2 * passes
+    seconds += (vectors * memory.vector + stored * memory.basis) / device.bandwidth
+    seconds += stored * memory.host / device.host_link
     hours = seconds * job.products * job.devices / 3600
-    return Estimate(memory.total, USABLE * device.memory, _host_bytes(job, device), device.host, seconds, hours)
+    return Forecast(memory.total, USABLE * device.memory, _host_bytes(job, device), device.host, seconds, hours)
 
 
 def changes(job: Job, hardware: str) -> list[tuple[str, Job]]:
