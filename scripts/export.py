@@ -43,7 +43,7 @@ def run(options: Options) -> list[Path]:
     out = options.out or options.run
     found = spectrum.info.get("eigenpairs") if options.run.is_dir() else None
     contents: dict[str, Content] = {}
-    if found:  # first, for they are what can fail
+    if found:
         pairs = Eigenpairs.load(options.run / EIGENVECTORS)
         config = _config(spectrum.info, options.run)
         block = _block(spectrum.info, config)
@@ -54,7 +54,9 @@ def run(options: Options) -> list[Path]:
     if any(file.exists() and file.samefile(options.run) for file in (out / name for name in contents)):
         raise ValueError(f"{options.run} is what is to be exported: give another folder as --out.")
     with Output(out, contents, own or options.overwrite, stale=EXPORTS) as output:
-        output.write(contents)
+        if found:
+            output.write({EXPORTED_VECTORS: contents[EXPORTED_VECTORS]})  # where these fail, nothing else is written
+        output.write({name: content for name, content in contents.items() if name != EXPORTED_VECTORS})
     return [out / name for name in contents]
 
 

@@ -253,8 +253,10 @@ def _publish(folder: Path, files: Mapping[str, Content], old: Iterable[str]) -> 
     could not be made; the other files are written.
     """
     with _written_aside(folder, files) as (partial, error):
+        if not partial:
+            return error
         entries = entries_of(folder)
-        for name in {*old, *files} if partial else ():
+        for name in {*old, *files}:
             if foreign_at(folder, name, entries) is None:
                 remove(folder, name, entries)
                 entries = without(entries, name)
