@@ -86,7 +86,7 @@ def test_committed_plans_are_those_of_their_commands():
                 assert kept["formula"]["flops_per_product_per_device"] == pytest.approx(
                     script.planning.flops(job), rel=1e-5
                 )
-                assert kept["hardware"]["H100"]["fits"] == script.planning.estimate(job, "H100").fits
+                assert kept["hardware"]["H100"]["fits"] == script.planning.forecast(job, "H100").fits
                 compiled = kept["compiled"]
                 assert compiled["arguments"] == pytest.approx(kept["formula"]["bytes_per_device"]["arguments"], rel=0.1)
                 assert compiled["flops"] == pytest.approx(kept["formula"]["flops_per_product_per_device"], rel=0.01)

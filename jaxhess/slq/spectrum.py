@@ -476,7 +476,8 @@ class Spectrum:
             rounding = float(arrays.get("rounding", FLOAT32_ROUNDING))
             errors = arrays.get("step_errors", np.zeros(0))
             lanczos = info.get("lanczos")
-            stored = [str(lanczos.get(name)) for name in ("vector_dtype", "basis_dtype")] if lanczos else []
+            kept = lanczos if isinstance(lanczos, dict) else {}
+            stored = [str(kept.get(name)) for name in ("vector_dtype", "basis_dtype")]
             if not errors.size and any("16" in dtype for dtype in stored):
                 warnings.warn(
                     f"{folder} is of an earlier version, which did not measure the rounding of 16-bit vectors: its "
