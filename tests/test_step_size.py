@@ -19,7 +19,7 @@ def test_the_folder_holds_a_plot_and_a_record_in_which_the_step_matters_and_is_k
     monkeypatch.setattr(script.jaxhess, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[:1]))
     out = tmp_path / "out"
     run_command(script, *QUICK.split(), "--out", str(out))
-    assert {p.name for p in out.iterdir()} == {script.RECORD, script.PLOT}
+    assert {p.name for p in out.iterdir()} == {script.RECORD, script.PLOT, "manifest.json"}
     assert (out / script.PLOT).read_bytes().startswith(b"\x89PNG")
     before = (out / script.RECORD).read_bytes()
     record = json.loads(before)
@@ -35,7 +35,7 @@ def test_the_folder_holds_a_plot_and_a_record_in_which_the_step_matters_and_is_k
 
     with pytest.raises(SystemExit):
         run_command(script, *QUICK.split(), "--out", str(out))
-    assert "already holds a finished study" in capsys.readouterr().err
+    assert "already holds a finished run" in capsys.readouterr().err
     assert (out / script.RECORD).read_bytes() == before
 
 

@@ -30,12 +30,12 @@ def test_losses_gradients_and_spectra_on_a_mesh_are_those_of_one_device(options,
     assert max(row["apart"] for row in rows) < 1e-4
 
     # On the mesh, which comes last, every gradient is a thousandth too long.
-    train, divided = script.train, script.divided
+    train, cast = script.train, script.cast
 
     def with_wrong_gradients(options, model, *rest):
         if model.mesh is not None:
             jax.clear_caches()
-            monkeypatch.setattr(script, "divided", lambda *x: jax.tree.map(lambda g: 1.001 * g, divided(*x)))
+            monkeypatch.setattr(script, "cast", lambda *x: jax.tree.map(lambda g: 1.001 * g, cast(*x)))
         return train(options, model, *rest)
 
     monkeypatch.setattr(script, "train", with_wrong_gradients)
