@@ -20,6 +20,7 @@ from convert.verify import TOLERANCE, verify
 from jaxhess.command import one_sentence
 from jaxhess.distributed import processes
 from jaxhess.distributed.mesh import make_mesh
+from jaxhess.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,13 @@ def run(options: Options) -> None:
     """Converts; when `--verify` finds more than rounding that is an error, and nothing is written."""
     several = processes.count() > 1
     if several and (options.export or options.verify):
-        raise ValueError("--export and --verify see whole weights: run them in a single process.")
+        raise InputError("--export and --verify see whole weights: run them in a single process.")
     check_destination(options.dst, options.overwrite)
     source = local_directory(options.src)
     if source.resolve().is_relative_to(options.dst.resolve()):
-        raise ValueError(f"DST {options.dst} is or contains SRC {source}: choose another destination.")
+        raise InputError(f"DST {options.dst} is or contains SRC {source}: choose another destination.")
     if options.verify and not options.export and is_orbax(source):
-        raise ValueError(f"--verify compares with a Hugging Face checkpoint, but {source} is none.")
+        raise InputError(f"--verify compares with a Hugging Face checkpoint, but {source} is none.")
     if load_config(source, options.dtype).dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(options.mesh) if options.mesh or several else None
@@ -79,7 +80,7 @@ def run(options: Options) -> None:
                 f"{agreement.relative:.3g} of the largest logit."
             )
             if not agreement.within_rounding:
-                raise ValueError(
+                raise InputError(
                     f"The logits differ by more than rounding ({TOLERANCE:g}); {options.dst} is not written."
                 )
     if processes.index() == 0:

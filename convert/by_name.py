@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from convert.configs import family_of, hugging_face_config
 from convert.hugging_face import file_tensor, parts_of_tensors
 from convert.mapping import Row, axis_sizes, mapping_rows
+from jaxhess.errors import InputError
 from jaxhess.krylov.eigenpairs import Eigenpairs
 from jaxhess.models import DecoderConfig, abstract_params
 from jaxhess.operators.restriction import Restriction, leaf_name
@@ -64,7 +65,7 @@ def save_directions(
     params = abstract_params(config)
     expected = params if block is None else block.take(params)
     if _shapes(pairs.vectors, 1) != _shapes(expected):
-        raise ValueError(
+        raise InputError(
             "The eigenvectors are not like the parameters of the model"
             + (": they may be those of a block of it." if block is None else f" in the block {block.description}.")
         )

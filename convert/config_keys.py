@@ -12,6 +12,7 @@ from typing import Any
 
 from convert.families import FAMILIES, Family
 from convert.json_files import FLAG, OBJECT, TEXT, TEXTS, Kind, check, integer, number, optional, shown
+from jaxhess.errors import InputError
 
 SIZE, LAYERS = integer(1), integer(1, 10_000)
 FRACTION, POSITIVE = number(1e-6, 1), number(1e-30, 1e30)
@@ -148,7 +149,7 @@ def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dic
     own = {family.architecture.lower(), family.base_architecture.lower()}  # LLaMAForCausalLM was one spelling
     foreign = [name for name in hf_config.get("architectures") or () if name.lower() not in own]
     if foreign:
-        raise ValueError(
+        raise InputError(
             f"{file} has architectures {shown(foreign)}; a {family.model_type} that is a language model has "
             f"{family.architecture}."
         )
@@ -161,7 +162,7 @@ def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dic
             ignored.append(key)
         elif key not in ONLY_AT or value != ONLY_AT[key]:
             only = f"only {shown(ONLY_AT[key])} is supported" if key in ONLY_AT else "it is not understood"
-            raise ValueError(f"{file} has {shown(key)[1:-1]} {shown(value)}; {only} for {family.model_type}.")
+            raise InputError(f"{file} has {shown(key)[1:-1]} {shown(value)}; {only} for {family.model_type}.")
     chosen = {key: value for key, value in hf_config.items() if key in kinds}
     unsaid = _check_sizes(family, chosen, file)
     check({key: value for key, value in chosen.items() if key not in unsaid}, kinds, file)
@@ -195,8 +196,8 @@ def _check_sizes(family: Family, chosen: dict[str, Any], file: str | Path) -> se
         names = _names(family, field)
         said = [name for name in names if chosen.get(name) is not None]
         if not said and field not in family.optional_sizes:
-            raise ValueError(f"{file} does not say {names[0]}.")
+            raise InputError(f"{file} does not say {names[0]}.")
         if any(chosen[name] != chosen[said[0]] for name in said):
-            raise ValueError(f"{file} has two values, {names[0]} and {said[-1]}, for one size.")
+            raise InputError(f"{file} has two values, {names[0]} and {said[-1]}, for one size.")
         unsaid |= set(names) - set(said)
     return unsaid

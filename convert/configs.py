@@ -16,6 +16,7 @@ from typing import Any
 from convert.config_keys import ROPE_VALUES, relevant
 from convert.families import ACTIVATIONS, FAMILIES, Family
 from convert.json_files import check, one_line, shown
+from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, RopeConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -28,7 +29,7 @@ def family_of(hf_config: dict[str, Any], file: str | Path = "config.json") -> Fa
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         said = f"has model_type {shown(model_type)}, which is unsupported"
-        raise ValueError(f"{file} {'names no model_type' if model_type is None else said}; supported are {known}.")
+        raise InputError(f"{file} {'names no model_type' if model_type is None else said}; supported are {known}.")
     return FAMILIES[model_type]
 
 
@@ -48,21 +49,21 @@ def decoder_config(
     quantization = hf_config.get("quantization_config")
     if quantization:
         method = shown(quantization.get("quant_method") if isinstance(quantization, dict) else quantization).strip("'")
-        raise ValueError(
+        raise InputError(
             f"{file} says the checkpoint is quantized (quantization_config: {method}); use the unquantized weights."
         )
     full = _filled_in(family, relevant(family, hf_config, file), file)
     try:
         return DecoderConfig(**_fields(family, full), dtype=dtype)
     except ValueError as error:
-        raise ValueError(f"{file} describes no model that is supported: {one_line(error)}.") from None
+        raise InputError(f"{file} describes no model that is supported: {one_line(error)}.") from None
 
 
 def _fields(family: Family, full: Any) -> dict[str, Any]:
     """Fields of `DecoderConfig` from the `transformers` configuration."""
     for name, value in family.required.items():
         if getattr(full, name) != value:
-            raise ValueError(
+            raise InputError(
                 f"{family.model_type} with {name}={getattr(full, name)} is not supported; only {value} is."
             )
 
@@ -75,11 +76,11 @@ def _fields(family: Family, full: Any) -> dict[str, Any]:
     fields.setdefault("head_dim", None)
     if fields["head_dim"] is None:
         if fields["embed_dim"] % fields["num_heads"]:
-            raise ValueError(f"The width {fields['embed_dim']} is not a multiple of {fields['num_heads']} heads.")
+            raise InputError(f"The width {fields['embed_dim']} is not a multiple of {fields['num_heads']} heads.")
         fields["head_dim"] = fields["embed_dim"] // fields["num_heads"]
     activation = getattr(full, family.activation)
     if activation not in ACTIVATIONS:
-        raise ValueError(
+        raise InputError(
             f"{family.activation}={shown(activation)} is not supported; known are {', '.join(ACTIVATIONS)}."
         )
     fields["activation"] = ACTIVATIONS[activation]
@@ -104,7 +105,7 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
                 return hf_config
         except ValueError:
             continue
-    raise ValueError(f"No supported Hugging Face architecture describes {config}.")
+    raise InputError(f"No supported Hugging Face architecture describes {config}.")
 
 
 def _filled_in(family: Family, relevant: dict[str, Any], file: str | Path) -> Any:
@@ -115,7 +116,7 @@ def _filled_in(family: Family, relevant: dict[str, Any], file: str | Path) -> An
         # Copied, for it writes into nested dictionaries.
         return CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(relevant))
     except Exception as error:  # its validators raise classes of their own, by release
-        raise ValueError(f"{file} is not a valid {family.model_type} configuration: {one_line(error)}.") from None
+        raise InputError(f"{file} is not a valid {family.model_type} configuration: {one_line(error)}.") from None
 
 
 def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:
@@ -125,20 +126,20 @@ def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:
     if family.window == "layer types":
         unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"layer_types has {unknown[0]!r}; only full_attention and sliding_attention are supported."
             )
         sliding = tuple(kind == "sliding_attention" for kind in kinds)
         if not any(sliding):
             return None, ()
         if window is None:
-            raise ValueError("layer_types asks for sliding_attention but use_sliding_window or sliding_window is off.")
+            raise InputError("layer_types asks for sliding_attention but use_sliding_window or sliding_window is off.")
         return window, () if all(sliding) else sliding
     if family.window == "none":
         window = None
     expected = "full_attention" if window is None else "sliding_attention"
     if kinds and set(kinds) != {expected}:
-        raise ValueError(f"{family.model_type} with layer_types is not supported, except {expected} in every layer.")
+        raise InputError(f"{family.model_type} with layer_types is not supported, except {expected} in every layer.")
     return window, ()
 
 
@@ -147,19 +148,19 @@ def _rope(family: Family, full: Any, head_dim: int) -> RopeConfig:
     rope = dict(full.rope_parameters)
     kind = rope.get("rope_type", "default")
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("rope_parameters differ by layer type, which is not supported.")
+        raise InputError("rope_parameters differ by layer type, which is not supported.")
     if kind not in ROPE_KINDS:
-        raise ValueError(f"RoPE scaling {shown(kind)} is not supported; known are {', '.join(ROPE_KINDS)}.")
+        raise InputError(f"RoPE scaling {shown(kind)} is not supported; known are {', '.join(ROPE_KINDS)}.")
     unknown = sorted(rope.keys() - ROPE_VALUES.keys())
     if unknown:
-        raise ValueError(f"rope_parameters has {shown(unknown[0])}, which is not understood.")
+        raise InputError(f"rope_parameters has {shown(unknown[0])}, which is not understood.")
     if rope.get("type") not in (None, kind):
-        raise ValueError(f"rope_parameters has rope_type {kind!r} and type {shown(rope['type'])}.")
+        raise InputError(f"rope_parameters has rope_type {kind!r} and type {shown(rope['type'])}.")
     check(rope, ROPE_VALUES, "rope_parameters")
     part = rope.get("partial_rotary_factor")
     part = 1.0 if part is None else part
     if part != 1 and not family.partial_rotary:
-        raise ValueError(f"partial_rotary_factor={part} is not supported for {family.model_type}.")
+        raise InputError(f"partial_rotary_factor={part} is not supported for {family.model_type}.")
     options: dict[str, Any] = {"theta": float(rope["rope_theta"]), "kind": kind}
     if int(head_dim * part) != head_dim:
         options["dims"] = int(head_dim * part)
@@ -186,7 +187,7 @@ def _rope(family: Family, full: Any, head_dim: int) -> RopeConfig:
 
 def _number(rope: dict[str, Any], name: str, kind: str) -> float:
     if rope.get(name) is None:
-        raise ValueError(f"RoPE scaling {kind!r} needs the number {name}.")
+        raise InputError(f"RoPE scaling {kind!r} needs the number {name}.")
     return float(rope[name])
 
 

@@ -16,6 +16,7 @@ from convert.configs import comparable, decoder_config, family_of, hugging_face_
 from convert.destination import appearing
 from convert.mapping import Row, axis_sizes, mapping_rows
 from convert.tokenizer import add_tokenizer
+from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, LanguageModel
 
 SHARD_BYTES = 5 * 10**9
@@ -60,9 +61,9 @@ def write_hugging_face(
     if hf_config is None:
         hf_config = hugging_face_config(config)
     elif comparable(decoder_config(hf_config, config.dtype)) != comparable(config):
-        raise ValueError("hf_config does not describe this model: read back, it gives another DecoderConfig.")
+        raise InputError("hf_config does not describe this model: read back, it gives another DecoderConfig.")
     if not all(array.is_fully_addressable for array in jax.tree.leaves(model.params)):
-        raise ValueError("Parts of the model are on other processes; export it from a single process.")
+        raise InputError("Parts of the model are on other processes; export it from a single process.")
     dtype = np.dtype(jax.tree.leaves(model.params)[0].dtype)
     key = "torch_dtype" if "torch_dtype" in hf_config and "dtype" not in hf_config else "dtype"
     hf_config = {**hf_config, key: dtype.name}

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxhess.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -55,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent} has no {path.name}.")
     data = parse_json(path.read_bytes(), path)
     if not isinstance(data, dict):
-        raise ValueError(f"{path} does not hold a JSON object.")
+        raise InputError(f"{path} does not hold a JSON object.")
     return data
 
 
@@ -68,16 +70,16 @@ def parse_json(text: bytes, name: str | Path) -> Any:
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:
-        raise ValueError(f"{name} is nested too deeply for JSON that describes a checkpoint.") from None
+        raise InputError(f"{name} is nested too deeply for JSON that describes a checkpoint.") from None
     except ValueError as error:  # also of what is not UTF-8, and of an integer with thousands of digits
-        raise ValueError(f"{name} is not valid JSON: {one_line(error)}.") from None
+        raise InputError(f"{name} is not valid JSON: {one_line(error)}.") from None
 
 
 def check(data: Mapping[str, Any], kinds: Mapping[str, Kind], file: str | Path) -> None:
     """Raises ValueError with file, key, value and what would be right for the first value that is not of its kind."""
     for key, kind in kinds.items():
         if key in data and not kind.fits(data[key]):
-            raise ValueError(f"{file} has {key} {shown(data[key])}; it must be {kind.says}.")
+            raise InputError(f"{file} has {key} {shown(data[key])}; it must be {kind.says}.")
 
 
 def shown(value: Any) -> str:
@@ -99,5 +101,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"it names {shown(next(name for name in names if names.count(name) > 1))} twice")
+        raise InputError(f"it names {shown(next(name for name in names if names.count(name) > 1))} twice")
     return data

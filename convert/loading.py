@@ -20,6 +20,7 @@ from convert.mapping import Row, axis_sizes, checked_rows
 from convert.orbax_checkpoint import is_orbax, parameter_shardings, restore, saved_config
 from convert.source import Source
 from jaxhess.distributed import processes
+from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, LanguageModel, Params, abstract_params
 
 BLOCK_BYTES = 2**26
@@ -91,7 +92,7 @@ def read_config(path_or_hub_id: str | Path, dtype: str | None = None) -> Decoder
         ValueError: An unsupported architecture or option, or an unknown dtype.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
+        raise InputError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
     path = Path(path_or_hub_id).expanduser()
     if is_orbax(path):
         return saved_config(path, dtype)
@@ -115,9 +116,9 @@ def _open(directory: Path, dtype: str | None) -> tuple[Family, DecoderConfig, So
 def check_dtype(dtype: str | None) -> None:
     """Raises ValueError for a dtype that is unknown or that JAX would silently narrow."""
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
+        raise InputError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
     if dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
-        raise ValueError(
+        raise InputError(
             "float64 needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting, or give a command --dtype float64."
         )
 
@@ -203,7 +204,7 @@ def _check_finite(values: np.ndarray, name: str, source: Source, dtype: str) -> 
     if ((values.view(mask.dtype) & mask) == mask).any():  # on bits: bfloat16's own isfinite is slow
         stored = source.tensors[name]
         narrowed = "" if stored.dtype == dtype else f" once it is {dtype}"
-        raise ValueError(f"Tensor {name} in {stored.file} holds NaN or infinite values{narrowed}.")
+        raise InputError(f"Tensor {name} in {stored.file} holds NaN or infinite values{narrowed}.")
 
 
 def _check_tied(family: Family, rows: list[Row], source: Source) -> None:
@@ -217,7 +218,7 @@ def _check_tied(family: Family, rows: list[Row], source: Source) -> None:
     for start in range(0, vocab, step):
         block = (slice(start, min(start + step, vocab)), slice(0, width))
         if not np.array_equal(source.read(embedding, block), source.read(head, block), equal_nan=False):
-            raise ValueError(
+            raise InputError(
                 f"config.json ties the output matrix to the embedding, but {head} differs from {embedding} "
                 f"in {source.directory}: set tie_word_embeddings to false to keep both."
             )

@@ -12,6 +12,7 @@ import jax
 from convert.families import Family
 from convert.layout import Layout, parse_layout
 from convert.source import Source
+from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, abstract_params, logical_axes
 
 FLOAT_DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -81,7 +82,7 @@ def mapping_rows(family: Family, config: DecoderConfig, *, prefix: str, head: st
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
     missing = {tuple(key.key for key in path) for path, _ in leaves} - {row.path for row in rows}
     if missing or len(leaves) != len(rows):
-        raise ValueError(f"The table of {family.model_type} has no row for {sorted(missing)}.")
+        raise InputError(f"The table of {family.model_type} has no row for {sorted(missing)}.")
     return rows
 
 
@@ -94,14 +95,14 @@ def checked_rows(family: Family, config: DecoderConfig, source: Source) -> list[
     """
     names = set(source.tensors)
     if config.num_layers > len(names):  # before there is a row for each of a million layers
-        raise ValueError(
+        raise InputError(
             f"{source.directory} has {len(names)} tensors in all; config.json says {config.num_layers} layers."
         )
     prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
     head = family.head
     if family.head_alias in names:
         if family.head in names:
-            raise ValueError(f"{source.directory} has the output matrix twice: {family.head} and {family.head_alias}.")
+            raise InputError(f"{source.directory} has the output matrix twice: {family.head} and {family.head_alias}.")
         head = family.head_alias
     rows = mapping_rows(family, config, prefix=prefix, head=head)
     sizes = axis_sizes(config)
@@ -112,11 +113,11 @@ def checked_rows(family: Family, config: DecoderConfig, source: Source) -> list[
     for name, shape in expected.items():
         stored = source.tensors[name]
         if stored.shape != shape:
-            raise ValueError(
+            raise InputError(
                 f"Tensor {name} in {stored.file.name} has shape {list(stored.shape)}; expected {list(shape)}."
             )
         if stored.dtype not in FLOAT_DTYPES:
-            raise ValueError(
+            raise InputError(
                 f"Tensor {name} in {stored.file.name} is {stored.dtype}; weights must be {', '.join(FLOAT_DTYPES)}."
             )
     return rows
@@ -129,12 +130,12 @@ def _check_names(names: set[str], expected: set[str], family: Family, prefix: st
     missing = sorted(expected - names)
     extra = sorted(name for name in names - expected if not is_buffer(name))
     if missing:
-        raise ValueError(
+        raise InputError(
             f"Tensor {missing[0]} is missing from {source.directory}{_and_more(missing, 'missing')}"
             + (f" It has {extra[0]}, which {family.model_type} has no place for." if extra else "")
         )
     if extra:
-        raise ValueError(
+        raise InputError(
             f"Tensor {extra[0]} in {source.tensors[extra[0]].file.name} has no place in this {family.model_type} model"
             + _and_more(extra, "without a place")
         )

@@ -23,6 +23,7 @@ from convert.destination import appearing
 from convert.json_files import read_json
 from convert.tokenizer import add_tokenizer
 from jaxhess.distributed import processes
+from jaxhess.errors import InputError
 from jaxhess.files.orbax import reading
 from jaxhess.models import DecoderConfig, LanguageModel, abstract_params, model_shardings
 
@@ -80,7 +81,7 @@ def restore(directory: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
 
     config = saved_config(directory, dtype)
     if not (directory / PARAMS).is_dir():
-        raise ValueError(f"{directory} has no {PARAMS}, the directory of its weights.")
+        raise InputError(f"{directory} has no {PARAMS}, the directory of its weights.")
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract_params(config),
@@ -91,7 +92,7 @@ def restore(directory: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
         difference = None if stored is None else _first_difference(stored.tree, target)
         params: Any = None if difference else checkpointer.restore(directory.absolute() / PARAMS, target)
     if difference:
-        raise ValueError(f"{directory / PARAMS} does not fit {MODEL}: {difference}.")
+        raise InputError(f"{directory / PARAMS} does not fit {MODEL}: {difference}.")
     return LanguageModel(config, params, mesh)
 
 
@@ -121,15 +122,15 @@ def saved_config(directory: Path, dtype: str | None = None) -> DecoderConfig:
     """
     record = read_json(directory / MODEL)
     if record.get("format") != FORMAT:
-        raise ValueError(f"{directory / MODEL} has format {record.get('format')!r}; this version reads {FORMAT!r}.")
+        raise InputError(f"{directory / MODEL} has format {record.get('format')!r}; this version reads {FORMAT!r}.")
     try:
         reason = _misfit(record.get("config"), DecoderConfig, "config")
         if reason:
-            raise ValueError(reason)
+            raise InputError(reason)
         config = DecoderConfig.from_dict(record["config"])
     except ValueError as error:
         reason = str(error).rstrip(".")
-        raise ValueError(f"{directory / MODEL} does not describe a model of this version: {reason}.") from None
+        raise InputError(f"{directory / MODEL} does not describe a model of this version: {reason}.") from None
     return dataclasses.replace(config, dtype=dtype or config.dtype)
 
 

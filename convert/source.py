@@ -18,6 +18,7 @@ import numpy as np
 
 from convert.json_files import one_line, parse_json, read_json, shown
 from convert.layout import Slices
+from jaxhess.errors import InputError
 
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -55,14 +56,14 @@ class Source:
             headers = _safetensors_header(file) if file.suffix == ".safetensors" else self._pickle_header(file)
             for name, tensor in headers.items():
                 if not name.isprintable():  # it would be printed
-                    raise ValueError(f"{file} holds a tensor with the name {shown(name)}; a name is printable text.")
+                    raise InputError(f"{file} holds a tensor with the name {shown(name)}; a name is printable text.")
                 if name in self.tensors:
                     other = self.tensors[name].file.name
-                    raise ValueError(f"Tensor {name} is in two files of {directory}: {other} and {file.name}.")
+                    raise InputError(f"Tensor {name} is in two files of {directory}: {other} and {file.name}.")
                 self.tensors[name] = tensor
         for name, file_name in (index or {}).items():
             if name not in self.tensors or self.tensors[name].file.name != file_name:
-                raise ValueError(
+                raise InputError(
                     f"The index of {directory} says that {file_name} holds tensor {name}, but it does not."
                 )
 
@@ -93,10 +94,10 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         if index_file.is_file():
             index = read_json(index_file).get("weight_map")
             if not isinstance(index, dict) or not index:
-                raise ValueError(f"{index_file} has no weight_map.")
+                raise InputError(f"{index_file} has no weight_map.")
             for name, file_name in index.items():
                 if not isinstance(file_name, str) or file_name != Path(file_name).name or not file_name.isprintable():
-                    raise ValueError(
+                    raise InputError(
                         f"{index_file} has {shown(file_name)} for tensor {shown(name)}; it must be the name of a file "
                         "in the same folder."
                     )
@@ -133,7 +134,7 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
             yield opened
     except SafetensorError as error:
         size = file.stat().st_size
-        raise ValueError(f"{file} is truncated or damaged ({size} bytes): {one_line(error)}.") from None
+        raise InputError(f"{file} is truncated or damaged ({size} bytes): {one_line(error)}.") from None
 
 
 def _load_pickle(file: Path) -> dict[str, Any]:
@@ -155,9 +156,9 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     except Exception as error:  # pickle, zip and torch each have errors of their own
         # torch's own words on a foreign class advise to let the file run code.
         reason = "other things than tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
-        raise ValueError(f"{file} is truncated, damaged, or no plain state dictionary: {reason}.") from None
+        raise InputError(f"{file} is truncated, damaged, or no plain state dictionary: {reason}.") from None
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-        raise ValueError(f"{file} is no state dictionary of tensors.")
+        raise InputError(f"{file} is no state dictionary of tensors.")
     return loaded
 
 
@@ -166,7 +167,7 @@ def _check_plain(name: Any, tensor: Any, file: Path) -> None:
     import torch
 
     if not isinstance(name, str):
-        raise ValueError(f"{file} holds a tensor under the key {shown(name)}; it must be a name.")
+        raise InputError(f"{file} holds a tensor under the key {shown(name)}; it must be a name.")
     kind = (
         "nested" if tensor.is_nested
         else "quantized" if tensor.is_quantized
@@ -175,7 +176,7 @@ def _check_plain(name: Any, tensor: Any, file: Path) -> None:
         else ""
     )  # fmt: skip
     if kind:
-        raise ValueError(f"Tensor {shown(name)[1:-1]} in {file} is {kind}; weights must be dense, with their values.")
+        raise InputError(f"Tensor {shown(name)[1:-1]} in {file} is {kind}; weights must be dense, with their values.")
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:

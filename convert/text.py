@@ -8,6 +8,7 @@ from pathlib import Path
 from convert.json_files import one_line, shown
 from convert.tokenizer import load_tokenizer
 from jaxhess.data import TokenBlocks, pack, random_blocks, read_blocks
+from jaxhess.errors import InputError
 from jaxhess.vectors import check_seed
 
 HUB = "hub:"
@@ -40,7 +41,7 @@ def load_blocks(
     check_seed(seed)
     if data == "random":
         if sequences is None:
-            raise ValueError("Random tokens have no end: give the number of sequences.")
+            raise InputError("Random tokens have no end: give the number of sequences.")
         return random_blocks(seq_len=seq_len, vocab_size=vocab_size, sequences=sequences, seed=seed)
     if not data.startswith(HUB):
         path = Path(data).expanduser()
@@ -52,9 +53,9 @@ def load_blocks(
         try:
             ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
         except Exception as error:  # a damaged tokenizer may load and not work
-            raise ValueError(f"The tokenizer of {model} does not tokenise: {one_line(error)}.") from None
+            raise InputError(f"The tokenizer of {model} does not tokenise: {one_line(error)}.") from None
         if ids and max(ids) >= vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"The tokenizer of {model} gives token {max(ids)} ({tokenizer.convert_ids_to_tokens(max(ids))!r}), "
                 f"but the model knows tokens 0 to {vocab_size - 1} only: they do not belong together."
             )
@@ -95,17 +96,17 @@ def hub_documents(address: str) -> Iterator[str]:
         ) from None
     name, split, column, *rest = [*address.split(":"), *("", "", "")[: max(0, 3 - address.count(":") - 1)]]
     if rest or not name:
-        raise ValueError(f"hub:{address} cannot be read; write hub:NAME[@CONFIG][:SPLIT[:COLUMN]].")
+        raise InputError(f"hub:{address} cannot be read; write hub:NAME[@CONFIG][:SPLIT[:COLUMN]].")
     name, _, config = name.partition("@")
     split, column = split or "train", column or "text"
     try:
         for number, row in enumerate(datasets.load_dataset(name, config or None, split=split, streaming=True)):
             if column not in row:
-                raise ValueError(f"it has no column {column!r}; its columns are {', '.join(map(str, row))}")
+                raise InputError(f"it has no column {column!r}; its columns are {', '.join(map(str, row))}")
             if not isinstance(row[column], str):
-                raise ValueError(f"row {number} holds {shown(row[column])} in column {column!r}; it must be text")
+                raise InputError(f"row {number} holds {shown(row[column])} in column {column!r}; it must be text")
             yield row[column]
     except GeneratorExit:
         raise
     except Exception as error:  # its errors come from several libraries
-        raise ValueError(f"hub:{address} cannot be read ({type(error).__name__}: {one_line(error)}).") from None
+        raise InputError(f"hub:{address} cannot be read ({type(error).__name__}: {one_line(error)}).") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from convert.hub import TOKENIZER_FILES, local_directory
 from convert.json_files import one_line
+from jaxhess.errors import InputError
 from jaxhess.files.arrays import check_regular
 
 
@@ -32,7 +33,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         # Left open, transformers asks on the terminal whether the checkpoint's own code shall run.
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # sentencepiece, tokenizers and transformers each have errors of their own
-        raise ValueError(f"The tokenizer in {directory} cannot be read: {one_line(error)}.") from None
+        raise InputError(f"The tokenizer in {directory} cannot be read: {one_line(error)}.") from None
 
 
 def add_tokenizer(source: Any, directory: Path) -> None:

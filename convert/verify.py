@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from convert.json_files import read_json
 from convert.loading import load
 from jaxhess.distributed.mesh import data_shards
+from jaxhess.errors import InputError
 from jaxhess.models import LanguageModel
 from jaxhess.vectors import check_seed
 
@@ -74,7 +75,7 @@ def verify(
             theirs, dtype=getattr(torch, dtype), attn_implementation="eager"
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"transformers cannot read {theirs}: {' '.join(str(error).split())}") from None
+        raise InputError(f"transformers cannot read {theirs}: {' '.join(str(error).split())}") from None
     model = _in_float32(load(ours, mesh, dtype))
     shards = data_shards(mesh)
     shape = (math.ceil(sequences / shards) * shards, min(length, model.config.max_positions))

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from jaxhess.distributed import processes
 from jaxhess.distributed import supervision as watch
+from jaxhess.errors import InputError
 from jaxhess.files.output import disk_full
 from jaxhess.slq.checkpoint import Interrupted
 
@@ -45,7 +46,7 @@ def simulated_devices(count: int) -> list[jax.Device]:
             jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")[:count]
     if len(devices) < count:
-        raise ValueError(f"JAX has started in this process with {len(devices)} CPU devices; {count} are needed.")
+        raise InputError(f"JAX has started in this process with {len(devices)} CPU devices; {count} are needed.")
     return devices
 
 
@@ -58,12 +59,12 @@ def check_arguments(arguments: list[str]) -> None:
     """Raises ValueError for arguments that no option can mean: an empty one, or one that is no text."""
     for argument in arguments:
         if argument == "" or re.fullmatch(r"--[^=]*=", argument):
-            raise ValueError("An argument is empty: leave the option out, or give it a value (. is this folder).")
+            raise InputError("An argument is empty: leave the option out, or give it a value (. is this folder).")
         try:
             argument.encode()
         except UnicodeEncodeError:
             shown = ascii(argument)
-            raise ValueError(f"The argument {shown} is not UTF-8, and cannot be recorded: rename the file.") from None
+            raise InputError(f"The argument {shown} is not UTF-8, and cannot be recorded: rename the file.") from None
 
 
 @contextlib.contextmanager

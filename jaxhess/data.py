@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxhess.distributed.mesh import batch_sharding, data_shards
+from jaxhess.errors import InputError
 from jaxhess.files.arrays import check_regular, read_npy, read_npz
 from jaxhess.vectors import check_seed
 
@@ -74,22 +75,22 @@ class TokenBlocks:
     def __post_init__(self) -> None:
         tokens, weights = np.asarray(self.tokens), np.asarray(self.weights)
         if tokens.ndim != 2 or 0 in tokens.shape or tokens.shape[1] < 2:
-            raise ValueError(f"tokens have shape {list(tokens.shape)}; they must be [sequences, seq_len + 1].")
+            raise InputError(f"tokens have shape {list(tokens.shape)}; they must be [sequences, seq_len + 1].")
         check_tokens(tokens, None, "tokens")
         expected = (tokens.shape[0], tokens.shape[1] - 1)
         if weights.shape != expected:
-            raise ValueError(
+            raise InputError(
                 f"weights have shape {list(weights.shape)}; tokens {list(tokens.shape)} need {list(expected)}, "
                 "one weight per predicted token."
             )
         if weights.dtype.kind not in "biuf":
-            raise ValueError(f"weights are {weights.dtype}; they must be real numbers.")
+            raise InputError(f"weights are {weights.dtype}; they must be real numbers.")
         with np.errstate(over="ignore"):  # what overflows is infinite, and refused below
             weights = weights.astype(np.float32)
         if not np.all(np.isfinite(weights)) or np.any(weights < 0):
-            raise ValueError("weights must be finite and not negative: 1 where a token counts, 0 where it is padding.")
+            raise InputError("weights must be finite and not negative: 1 where a token counts, 0 where it is padding.")
         if not np.any(weights):
-            raise ValueError("All weights are zero: no token counts, so the mean loss is not defined.")
+            raise InputError("All weights are zero: no token counts, so the mean loss is not defined.")
         object.__setattr__(self, "tokens", tokens.astype(np.int32))
         object.__setattr__(self, "weights", weights)
 
@@ -131,7 +132,7 @@ class TokenBlocks:
             ValueError: `microbatch` below 1.
         """
         if microbatch < 1:
-            raise ValueError(f"microbatch is {microbatch}; it must be at least 1.")
+            raise InputError(f"microbatch is {microbatch}; it must be at least 1.")
         shards = data_shards(mesh)
         size = -(-min(microbatch, self.num_sequences) // shards) * shards
         count = -(-self.num_sequences // size)
@@ -174,7 +175,7 @@ def read_blocks(
     """
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder.")
+        raise InputError(f"{path}: no such file or folder.")
     _check_sizes(seq_len, sequences)
     if path.suffix == ".npy":
         tokens = read_npy(path)
@@ -184,7 +185,7 @@ def read_blocks(
     if path.suffix == ".npz":
         return _array_blocks(path, read_npz(path), seq_len, vocab_size, sequences)
     if encode is None:
-        raise ValueError(f"{path} is text and needs the model's tokenizer; without one, give tokens as .npy or .npz.")
+        raise InputError(f"{path} is text and needs the model's tokenizer; without one, give tokens as .npy or .npz.")
     return pack(
         (text for _, text in read_documents(path)),
         encode,
@@ -209,15 +210,15 @@ def read_documents(path: str | Path) -> Iterator[tuple[Path, str]]:
     path = Path(path)
     files = _text_files(path) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{path}: no text files under this folder (looked for {' '.join(sorted(TEXT_SUFFIXES))}).")
+        raise InputError(f"{path}: no text files under this folder (looked for {' '.join(sorted(TEXT_SUFFIXES))}).")
     for file in files:
         check_regular(file)
         try:
             yield file, file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text (byte {error.start}: {error.reason}).") from None
+            raise InputError(f"{file} is not UTF-8 text (byte {error.start}: {error.reason}).") from None
         except OSError as error:
-            raise ValueError(f"{file} cannot be read ({error.strerror}).") from None
+            raise InputError(f"{file} cannot be read ({error.strerror}).") from None
 
 
 def pack(
@@ -258,7 +259,7 @@ def pack(
         if sequences is not None and found >= sequences * (seq_len + 1):
             break
     if not pieces:
-        raise ValueError(f"{name} is empty: there are no tokens in it.")
+        raise InputError(f"{name} is empty: there are no tokens in it.")
     return _cut(np.concatenate(pieces), seq_len, vocab_size, sequences, name)
 
 
@@ -280,10 +281,10 @@ def pad_ragged(lists: Sequence[Sequence[int]], seq_len: int, vocab_size: int | N
     tokens = np.zeros((len(lists), seq_len + 1), np.int64)
     weights = np.zeros((len(lists), seq_len), np.float32)
     if not len(lists):
-        raise ValueError("There are no token lists to pad.")
+        raise InputError("There are no token lists to pad.")
     for i, ids in enumerate(lists):
         if not 2 <= len(ids) <= seq_len + 1:
-            raise ValueError(
+            raise InputError(
                 f"Token list {i} has {len(ids)} tokens; with seq_len={seq_len} it must have 2 to {seq_len + 1}."
             )
         tokens[i, : len(ids)] = check_tokens(np.asarray(ids), vocab_size, f"token list {i}")
@@ -300,14 +301,14 @@ def label_weights(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
         ValueError: Another shape or no integers, or a label that is neither its token nor -100.
     """
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"labels are {labels.dtype}; they must be integers.")
+        raise InputError(f"labels are {labels.dtype}; they must be integers.")
     if labels.shape != tokens.shape:
-        raise ValueError(f"labels have shape {list(labels.shape)}; they must have the tokens' {list(tokens.shape)}.")
+        raise InputError(f"labels have shape {list(labels.shape)}; they must have the tokens' {list(tokens.shape)}.")
     counts = labels != IGNORED_LABEL
     wrong = np.argwhere(counts & (labels != tokens))
     if wrong.size:
         n, t = wrong[0]
-        raise ValueError(
+        raise InputError(
             f"labels[{n}, {t}] is {labels[n, t]} but the token there is {tokens[n, t]}: "
             f"a label is its own token, or {IGNORED_LABEL} where it does not count."
         )
@@ -317,20 +318,20 @@ def label_weights(tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def check_tokens(tokens: np.ndarray, vocab_size: int | None, name: str) -> np.ndarray:
     """`tokens` themselves, if they are integers in [0, vocab_size) (None: in [0, 2^31)); a ValueError otherwise."""
     if tokens.dtype.kind not in "iu":  # timedelta64 is a subtype of np.integer
-        raise ValueError(f"{name}: the tokens are {tokens.dtype}; they must be integers.")
+        raise InputError(f"{name}: the tokens are {tokens.dtype}; they must be integers.")
     limit = 2**31 if vocab_size is None else vocab_size
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= limit:
         bad = low if low < 0 else high
-        raise ValueError(f"{name}: token {bad} is outside the vocabulary, 0 to {limit - 1}.")
+        raise InputError(f"{name}: token {bad} is outside the vocabulary, 0 to {limit - 1}.")
     return tokens
 
 
 def _check_sizes(seq_len: int, sequences: int | None) -> None:
     if seq_len < 1:
-        raise ValueError(f"seq_len is {seq_len}; it must be at least 1.")
+        raise InputError(f"seq_len is {seq_len}; it must be at least 1.")
     if sequences is not None and sequences < 1:
-        raise ValueError(f"sequences is {sequences}; it must be at least 1.")
+        raise InputError(f"sequences is {sequences}; it must be at least 1.")
 
 
 def _tokenised(documents: Iterable[str], encode: Encode, end_of_text: int | None) -> Iterator[np.ndarray]:
@@ -368,19 +369,19 @@ def _array_blocks(
     path: Path, arrays: dict[str, np.ndarray], seq_len: int, vocab_size: int, sequences: int | None
 ) -> TokenBlocks:
     if "tokens" not in arrays or not {"weights", "labels", "tokens"} >= set(arrays) or len(arrays) > 2:
-        raise ValueError(
+        raise InputError(
             f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; it must hold tokens, and weights or labels if any."
         )
     tokens = arrays["tokens"]
     if tokens.ndim != 2 or tokens.shape[1] != seq_len + 1:
-        raise ValueError(
+        raise InputError(
             f"{path}: tokens have shape {list(tokens.shape)}; with seq_len={seq_len} they must be "
             f"[sequences, {seq_len + 1}] (or, in a .npy file, one stream)."
         )
     _check_enough(tokens.shape[0], sequences, tokens.size, seq_len, str(path))
     for name, array in arrays.items():
         if array.shape[:1] != tokens.shape[:1]:
-            raise ValueError(
+            raise InputError(
                 f"{path}: {name} have shape {list(array.shape)}, tokens {list(tokens.shape)}: as many rows."
             )
     arrays = {name: array[:sequences] for name, array in arrays.items()}
@@ -390,7 +391,7 @@ def _array_blocks(
             return TokenBlocks(tokens, label_weights(tokens, arrays["labels"]))
         return TokenBlocks(tokens, arrays["weights"]) if "weights" in arrays else _full(tokens)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def _cut(tokens: np.ndarray, seq_len: int, vocab_size: int, sequences: int | None, name: str) -> TokenBlocks:
@@ -402,9 +403,9 @@ def _cut(tokens: np.ndarray, seq_len: int, vocab_size: int, sequences: int | Non
 
 def _check_enough(blocks: int, sequences: int | None, tokens: int, seq_len: int, name: str) -> None:
     if blocks < 1:
-        raise ValueError(f"{name} has {tokens} tokens; one block of seq_len={seq_len} needs {seq_len + 1}.")
+        raise InputError(f"{name} has {tokens} tokens; one block of seq_len={seq_len} needs {seq_len + 1}.")
     if sequences is not None and blocks < sequences:
-        raise ValueError(
+        raise InputError(
             f"{name} has {tokens} tokens, which make {blocks} blocks of seq_len + 1 = {seq_len + 1}; "
             f"{sequences} sequences were asked for: take fewer, or shorter ones."
         )

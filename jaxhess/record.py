@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, get_args
 
+from jaxhess.errors import InputError
 from jaxhess.vectors import Distribution
 
 
@@ -31,13 +32,13 @@ class RunRecord:
 
     def __post_init__(self) -> None:
         if self.distribution not in get_args(Distribution):
-            raise ValueError(f"distribution of the probes is 'normal' or 'rademacher', got {self.distribution!r}")
+            raise InputError(f"distribution of the probes is 'normal' or 'rademacher', got {self.distribution!r}")
         if isinstance(self.reorthogonalize, bool) or not isinstance(self.reorthogonalize, str | int | None):
-            raise ValueError(f"reorthogonalize must be a word or a number of vectors, got {self.reorthogonalize!r}")
+            raise InputError(f"reorthogonalize must be a word or a number of vectors, got {self.reorthogonalize!r}")
         if self.orthogonality is None:
             return
         if not isinstance(self.orthogonality, list | tuple) or not all(map(_measured, self.orthogonality)):
-            raise ValueError(f"orthogonality must be a number >= 0 or None for every probe, got {self.orthogonality!r}")
+            raise InputError(f"orthogonality must be a number >= 0 or None for every probe, got {self.orthogonality!r}")
         values = tuple(None if x is None or math.isnan(x) else float(x) for x in self.orthogonality)
         object.__setattr__(self, "orthogonality", None if set(values) == {None} else values)
 
@@ -50,7 +51,7 @@ class RunRecord:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, dict) or not set(data) <= names:
-            raise ValueError(f"the record of the run must hold {', '.join(sorted(names))}, got {data!r:.200}")
+            raise InputError(f"the record of the run must hold {', '.join(sorted(names))}, got {data!r:.200}")
         return cls(**data)
 
     @classmethod

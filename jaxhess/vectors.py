@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxhess.errors import InputError
+
 Vector = Any
 """A pytree of floating-point arrays."""
 
@@ -148,7 +150,7 @@ def random_key(seed: int) -> jax.Array:
 def check_seed(seed: int) -> None:
     """Raises ValueError for what is no seed. JAX would cut one of more than 32 bits: 0 and 2^32 would be the same."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise ValueError(f"The seed is {seed}; it must be a whole number from 0 to 2^32 - 1.")
+        raise InputError(f"The seed is {seed}; it must be a whole number from 0 to 2^32 - 1.")
 
 
 def random_probe(key: jax.Array, like: Vector, distribution: Distribution = "normal") -> Vector:
@@ -168,11 +170,11 @@ def random_probe(key: jax.Array, like: Vector, distribution: Distribution = "nor
         ValueError: Unknown distribution, or a leaf that is not floating point.
     """
     if distribution not in ("normal", "rademacher"):
-        raise ValueError(f"Unknown probe distribution {distribution!r}; it is 'normal' or 'rademacher'.")
+        raise InputError(f"Unknown probe distribution {distribution!r}; it is 'normal' or 'rademacher'.")
     leaves, treedef = jax.tree.flatten_with_path(like)
     for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"Leaf {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; vectors are floating point.")
+            raise InputError(f"Leaf {jax.tree_util.keystr(path)} has dtype {leaf.dtype}; vectors are floating point.")
     paths = tuple(zlib.crc32(jax.tree_util.keystr(path).encode()) for path, _ in leaves)
     shapes = tuple((leaf.shape, jnp.dtype(leaf.dtype)) for _, leaf in leaves)
     shardings = tuple(named_sharding(leaf) for _, leaf in leaves)
@@ -212,9 +214,9 @@ def _bit_sum(x: jax.Array) -> jax.Array:
 def check_accumulation_dtype(dtype: str) -> None:
     """Raises ValueError for a dtype to accumulate in that is neither float32 nor float64, or that JAX would narrow."""
     if dtype not in ("float32", "float64"):
-        raise ValueError(f"accumulation_dtype is {dtype!r}; it is 'float32' or 'float64'.")
+        raise InputError(f"accumulation_dtype is {dtype!r}; it is 'float32' or 'float64'.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError("accumulation_dtype float64 needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
+        raise InputError("accumulation_dtype float64 needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
 
 
 def check_vector_dtype(name: str, dtype: Any) -> None:
@@ -223,9 +225,9 @@ def check_vector_dtype(name: str, dtype: Any) -> None:
         return
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name} is {dtype}; Lanczos vectors are floating point.")
+        raise InputError(f"{name} is {dtype}; Lanczos vectors are floating point.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"{name} {dtype} needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
+        raise InputError(f"{name} {dtype} needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
 
 
 def named_sharding(leaf: Any) -> NamedSharding | None:

@@ -32,6 +32,7 @@ from jaxhess.command import one_sentence, terminal
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.memory import bytes_per_device, temporary_bytes
 from jaxhess.distributed.mesh import batch_sharding, data_shards
+from jaxhess.errors import InputError
 from jaxhess.files.output import OutputFile
 from jaxhess.krylov import compile_segment
 from jaxhess.krylov.quadrature import quadrature
@@ -156,18 +157,18 @@ def _check(options: Options, mesh: jax.sharding.Mesh) -> None:
     check_seed(options.seed)
     for name in ("sequences", "lanczos_sequences", "seq_len", "steps", "rounds"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
     size = options.microbatch
     if size is not None and (size < 1 or options.sequences % size or options.lanczos_sequences % size):
-        raise ValueError(
+        raise InputError(
             f"--microbatch {size} must divide --sequences {options.sequences} and --lanczos-sequences "
             f"{options.lanczos_sequences}."
         )
     if options.model is None and options.embed_dim % options.num_heads:
-        raise ValueError(f"--embed-dim {options.embed_dim} is not a multiple of --num-heads {options.num_heads}.")
+        raise InputError(f"--embed-dim {options.embed_dim} is not a multiple of --num-heads {options.num_heads}.")
     if options.peers:
         if options.microbatch is not None or mesh.size > 1:
-            raise ValueError("--peers compares on one device, all sequences at once: drop --microbatch and the mesh.")
+            raise InputError("--peers compares on one device, all sequences at once: drop --microbatch and the mesh.")
         try:
             import hessian_eigenthings  # noqa: F401
         except ImportError:
@@ -201,7 +202,7 @@ def _hessian(options: Options, model: LanguageModel, sequences: int) -> jaxhess.
     tokens = jnp.asarray(ids.reshape(-1, size, options.seq_len + 1), jnp.int32)
     batch = TokenBatch(tokens, jnp.ones((sequences // size, size, options.seq_len), jnp.float32))
     if size % data_shards(model.mesh):
-        raise ValueError(f"{size} sequences at once cannot be cut over the mesh: take a multiple of its devices.")
+        raise InputError(f"{size} sequences at once cannot be cut over the mesh: take a multiple of its devices.")
     placed = jax.device_put(batch, batch_sharding(model.mesh, axis=1))
     return jaxhess.Hessian(model.loss(), model.params, jaxhess.Microbatches(placed))
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxhess.command import one_sentence, terminal
+from jaxhess.errors import InputError
 from jaxhess.files.foreign import UnknownDimension
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import json_ready
@@ -48,7 +49,7 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """The whole comparison; returns what it also saved."""
     if not options.spectra:
-        raise ValueError("Give at least one run folder or file.")
+        raise InputError("Give at least one run folder or file.")
     out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-compare"
     with Output(out, FILES, options.overwrite) as output:
         labels = names(options.spectra)

@@ -13,6 +13,7 @@ import tyro
 
 from convert.by_name import save_directions
 from jaxhess.command import one_sentence
+from jaxhess.errors import InputError
 from jaxhess.files.output import Content, Output
 from jaxhess.files.run_folder import EIGENVECTORS, EXPORTED_VECTORS, EXPORTS
 from jaxhess.krylov.eigenpairs import Eigenpairs
@@ -38,7 +39,7 @@ class Options:
 def run(options: Options) -> list[Path]:
     """Writes the files; returns which."""
     if options.out is None and options.run.is_file():
-        raise ValueError(f"{options.run} is a file: give --out, a folder for spectrum.csv and quadrature.json.")
+        raise InputError(f"{options.run} is a file: give --out, a folder for spectrum.csv and quadrature.json.")
     spectrum = Spectrum.load(options.run, options.dim)
     out = options.out or options.run
     found = spectrum.info.get("eigenpairs") if options.run.is_dir() else None
@@ -52,7 +53,7 @@ def run(options: Options) -> list[Path]:
     contents["quadrature.json"] = spectrum.to_json().encode()
     own = options.run.is_dir() and out.is_dir() and out.samefile(options.run)
     if any(file.exists() and file.samefile(options.run) for file in (out / name for name in contents)):
-        raise ValueError(f"{options.run} is what is to be exported: give another folder as --out.")
+        raise InputError(f"{options.run} is what is to be exported: give another folder as --out.")
     with Output(out, contents, own or options.overwrite, stale=EXPORTS) as output:
         if found:
             output.write({EXPORTED_VECTORS: contents[EXPORTED_VECTORS]})  # where these fail, nothing else is written
@@ -65,7 +66,7 @@ def _config(info: dict[str, Any], run: Path) -> DecoderConfig:
     try:
         return DecoderConfig.from_dict(info["model"]["config"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"The record of {run} does not describe its model ({error}).") from None
+        raise InputError(f"The record of {run} does not describe its model ({error}).") from None
 
 
 def _block(info: dict[str, Any], config: DecoderConfig) -> Restriction | None:

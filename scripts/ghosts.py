@@ -28,6 +28,7 @@ import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import one_sentence, terminal
 from jaxhess.distributed.memory import bytes_per_device
+from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import json_ready
 from jaxhess.krylov import compile_segment, lanczos_segment, orthogonality_loss, start_lanczos
@@ -105,7 +106,7 @@ def run(options: Options) -> dict[str, Any]:
 def study(options: Options, output: Output) -> dict[str, Any]:
     """The study, in a folder that no other writes into."""
     if not options.steps or min(options.steps) < 2 or any(r < 2 for r in options.windows):
-        raise ValueError(f"--steps {options.steps} and --windows {options.windows}: each must be at least 2.")
+        raise InputError(f"--steps {options.steps} and --windows {options.windows}: each must be at least 2.")
     config = convert.load_config(options.model, "float32")
     config.check_length(options.seq_len)
     console, began = terminal(), time.perf_counter()

@@ -27,6 +27,7 @@ import convert  # noqa: E402
 from jaxhess import plan as planning  # noqa: E402
 from jaxhess.command import compile_quickly, one_sentence, simulated_devices, terminal  # noqa: E402
 from jaxhess.distributed.mesh import make_mesh, parse_axes  # noqa: E402
+from jaxhess.errors import InputError  # noqa: E402
 from jaxhess.files.output import OutputFile  # noqa: E402
 from jaxhess.files.run_folder import json_ready  # noqa: E402
 from jaxhess.plan.hardware import ACCELERATORS  # noqa: E402
@@ -55,7 +56,7 @@ def run(options: Options) -> dict[str, Any]:
     for name in options.hardware:
         planning.verdict.accelerator(name)
     if not 0 < options.efficiency <= 1:
-        raise ValueError(f"--efficiency {options.efficiency} must be a share, above 0 and at most 1.")
+        raise InputError(f"--efficiency {options.efficiency} must be a share, above 0 and at most 1.")
     memory = planning.memory(job)
     parts = {field.name: getattr(memory, field.name) for field in dataclasses.fields(memory)}
     facts: dict[str, Any] = {
@@ -106,7 +107,7 @@ def job_of(options: Options) -> planning.Job:
     }
     for name, asked in without_plan.items():
         if asked:
-            raise ValueError(
+            raise InputError(
                 f"There is no plan for --{name} {getattr(options, name.replace('-', '_'))}: plans are of the whole "
                 "Hessian, by exact products or finite differences, one probe at a time."
             )

@@ -32,6 +32,7 @@ from jaxhess.command import one_sentence, simulated_devices, terminal
 from jaxhess.data import TokenBlocks
 from jaxhess.distributed.memory import temporary_bytes
 from jaxhess.distributed.mesh import data_shards, make_mesh, parse_axes
+from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import json_ready
 from jaxhess.models import initialize
@@ -90,7 +91,7 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Everything measured and fitted, as it is written to scaling.json."""
     if options.rounds < 1 or min(*options.devices, options.mesh_devices) < 1:
-        raise ValueError("--rounds, --devices and --mesh-devices must be at least 1.")
+        raise InputError("--rounds, --devices and --mesh-devices must be at least 1.")
     if options.out is None:
         return measure(options)
     with Output(options.out, (RECORD, PLOT), options.overwrite) as output:
@@ -186,7 +187,7 @@ def _problem(axes: str, tokens: int, layers: int, width: int, length: int) -> tu
     )
     mesh = make_mesh(axes, simulated_devices(math.prod(parse_axes(axes).values())))
     if tokens % (length * data_shards(mesh)):
-        raise ValueError(f"{tokens} tokens are not sequences of {length} for each of {data_shards(mesh)} devices.")
+        raise InputError(f"{tokens} tokens are not sequences of {length} for each of {data_shards(mesh)} devices.")
     model = initialize(config, jax.random.key(0), mesh)
     ids = np.random.default_rng(0).integers(0, 256, (tokens // length, length + 1)).astype(np.int32)
     blocks = TokenBlocks(ids, np.ones((len(ids), length), np.float32))

@@ -28,6 +28,7 @@ import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import one_sentence, terminal
 from jaxhess.distributed import processes
+from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import EIGENVECTORS, EXPORTS, RUN_FILES
 from jaxhess.krylov.quadrature import quadrature
@@ -179,7 +180,7 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
         seed=options.seed,
     )
     if processes.agreed(blocks.fingerprint()) != blocks.fingerprint():
-        raise ValueError(f"--data {options.data} gives other tokens in process {processes.index()} than in process 0.")
+        raise InputError(f"--data {options.data} gives other tokens in process {processes.index()} than in process 0.")
     batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
     clock["data"] = time.perf_counter()
     model = convert.load(options.model, mesh=mesh, dtype=options.dtype)
@@ -202,7 +203,7 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
     most_steps = max(options.steps, options.eigenpair_steps if options.eigenpairs else 0)
     check_basis_fits(vectors_like(operator, options.vector_dtype), most_steps, **_stored(options))
     if options.eigenpairs > operator.dim:
-        raise ValueError(f"--eigenpairs {options.eigenpairs} are more than the {operator.dim:,} rows of the operator.")
+        raise InputError(f"--eigenpairs {options.eigenpairs} are more than the {operator.dim:,} rows of the operator.")
     clock["operator"] = time.perf_counter()
     noise = audit(operator, seed=options.seed) if options.audit else None
     clock["audit"] = time.perf_counter()
@@ -337,34 +338,34 @@ def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any)
 
 def _check_options(options: Options) -> None:
     if not options.model or not options.data:
-        raise ValueError("--model and --data must not be empty.")
+        raise InputError("--model and --data must not be empty.")
     if options.steps < 1 or options.probes < 1:
-        raise ValueError(f"--steps {options.steps} and --probes {options.probes} must both be at least 1.")
+        raise InputError(f"--steps {options.steps} and --probes {options.probes} must both be at least 1.")
     check_seed(options.seed)
     if options.checkpoint_every < 0:
-        raise ValueError(f"--checkpoint-every {options.checkpoint_every} must be a number of steps, or 0 for none.")
+        raise InputError(f"--checkpoint-every {options.checkpoint_every} must be a number of steps, or 0 for none.")
     if options.resume and options.out is None:
-        raise ValueError("--resume needs --out, the folder of the run to go on with.")
+        raise InputError("--resume needs --out, the folder of the run to go on with.")
     if options.resume and not options.checkpoint_every:
-        raise ValueError(
+        raise InputError(
             "--resume and --checkpoint-every 0 contradict each other: a run that is not saved has no rest."
         )
     if options.eigenpairs < 0 or options.eigenpairs > options.eigenpair_steps:
-        raise ValueError(
+        raise InputError(
             f"--eigenpairs {options.eigenpairs} must be from 0 to --eigenpair-steps {options.eigenpair_steps}."
         )
     if not 0 < options.eigenpair_tolerance < 1:
-        raise ValueError(f"--eigenpair-tolerance {options.eigenpair_tolerance} must be between 0 and 1.")
+        raise InputError(f"--eigenpair-tolerance {options.eigenpair_tolerance} must be between 0 and 1.")
     if options.fisher_samples < 1:
-        raise ValueError(f"--fisher-samples {options.fisher_samples} must be at least 1.")
+        raise InputError(f"--fisher-samples {options.fisher_samples} must be at least 1.")
     if options.operator != "hessian" and options.hvp != "exact":
-        raise ValueError(
+        raise InputError(
             f"--hvp {options.hvp} is a way to make Hessian products; --operator {options.operator} has one."
         )
     if options.residual_gb is not None and not 0 < options.residual_gb < math.inf:
-        raise ValueError(f"--residual-gb {options.residual_gb} must be a positive number.")
+        raise InputError(f"--residual-gb {options.residual_gb} must be a positive number.")
     if isinstance(options.step, float) and not 0 < options.step < math.inf:
-        raise ValueError(f"--step {options.step} must be a positive number, or auto.")
+        raise InputError(f"--step {options.step} must be a positive number, or auto.")
 
 
 def _layers(text: str | None, count: int) -> list[int] | None:
@@ -375,10 +376,10 @@ def _layers(text: str | None, count: int) -> list[int] | None:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None:
-            raise ValueError(f"--layers {text!r} is not a list of layers and ranges, like 0-3,-1.")
+            raise InputError(f"--layers {text!r} is not a list of layers and ranges, like 0-3,-1.")
         first, last = int(match[1]), int(match[2] or match[1])
         if match[2] and not 0 <= first <= last < count:
-            raise ValueError(f"--layers {text!r}: ranges go up, and the model has layers 0 to {count - 1}.")
+            raise InputError(f"--layers {text!r}: ranges go up, and the model has layers 0 to {count - 1}.")
         found.extend(range(first, last + 1))
     return found
 

@@ -29,6 +29,7 @@ import convert
 import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import one_sentence, terminal
+from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import json_ready
 from jaxhess.krylov.quadrature import quadrature
@@ -130,18 +131,18 @@ def studies(options: Options, output: Output) -> dict[str, Any]:
 def check_options(options: Options) -> None:
     """Raises ValueError where the options make no study."""
     if not 0 < options.smallest < options.largest < math.inf:
-        raise ValueError(
+        raise InputError(
             f"--smallest {options.smallest} --largest {options.largest}: 0 < smallest < largest is needed."
         )
     if options.per_decade < 1 or options.ritz_steps < 1:
-        raise ValueError(f"--per-decade {options.per_decade} and --ritz-steps {options.ritz_steps} must be at least 1.")
+        raise InputError(f"--per-decade {options.per_decade} and --ritz-steps {options.ritz_steps} must be at least 1.")
     if any(k < 2 for k in options.lanczos):
-        raise ValueError(
+        raise InputError(
             f"--lanczos {' '.join(map(str, options.lanczos))}: the first Lanczos vector is the random one."
         )
     check_seed(options.seed)
     if not options.dtypes:
-        raise ValueError("--dtypes names none; it takes float32, bfloat16, float16.")
+        raise InputError("--dtypes names none; it takes float32, bfloat16, float16.")
 
 
 def study(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray, console: Console) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from transformers.utils import logging
 from convert.agreement import EXACT, Coefficients, Measure, Side
 from convert.measurement import MODES, Mode
 from jaxhess.data import TokenBlocks
+from jaxhess.errors import InputError
 
 Vector = dict[str, torch.Tensor]
 Product = Callable[[Vector], Vector]
@@ -71,7 +72,7 @@ def load(directory: str | Path, dtype: str | None = None) -> Any:
             directory, dtype="auto" if dtype is None else getattr(torch, dtype), attn_implementation="eager"
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"transformers cannot read {directory}: {' '.join(str(error).split())}") from None
+        raise InputError(f"transformers cannot read {directory}: {' '.join(str(error).split())}") from None
     model.config.use_cache = False
     model.cleared_padding = {}
     for name, module in model.named_modules():

@@ -39,6 +39,7 @@ from convert.hugging_face import write_hugging_face
 from convert.tokenizer import add_tokenizer
 from jaxhess.command import one_sentence
 from jaxhess.data import TEXT_SUFFIXES, TokenBatch, TokenBlocks, pack, read_documents
+from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.models import DecoderConfig, LanguageModel, NextTokenLoss, RopeConfig, abstract_params, initialize
 from jaxhess.vectors import check_seed, random_key
@@ -148,11 +149,11 @@ def export_all(options: Options, corpus: Corpus, work: Path) -> None:
     """
     missing = [name for name in KEPT if not (work / name).is_file()]
     if missing:
-        raise ValueError(f"{work} has no {', '.join(missing)}: it is not the --work folder of a finished training.")
+        raise InputError(f"{work} has no {', '.join(missing)}: it is not the --work folder of a finished training.")
     config = DecoderConfig.from_dict(json.loads((work / "decoder.json").read_text()))
     curve = json.loads((work / "loss_curve.json").read_text())
     if curve["python"] != platform.python_version():
-        raise ValueError(f"{work} was trained under Python {curve['python']}: export with that, its files are others.")
+        raise InputError(f"{work} was trained under Python {curve['python']}: export with that, its files are others.")
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     with np.load(work / "params.npz") as saved:
         params = jax.tree.map_with_path(

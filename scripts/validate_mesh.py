@@ -28,6 +28,7 @@ import jaxhess
 from convert.text import load_blocks
 from jaxhess.command import compile_quickly, one_sentence, terminal
 from jaxhess.data import TokenBlocks
+from jaxhess.errors import InputError
 from jaxhess.files.output import OutputFile
 from jaxhess.files.run_folder import json_ready
 from jaxhess.models import LanguageModel
@@ -85,9 +86,9 @@ def run(options: Options) -> bool:
     """The whole comparison; whether the mesh agrees."""
     for name in ("seq_len", "batch", "train_steps", "spectrum_every", "steps"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
     if options.batch < 4:
-        raise ValueError(
+        raise InputError(
             f"--batch is {options.batch}; it must be at least 4: the yardstick is the same training one sequence at a "
             "time instead of half the batch."
         )
@@ -103,7 +104,7 @@ def run(options: Options) -> bool:
         seed=options.seed,
     )
     if mesh.size == 1:
-        raise ValueError("The mesh has one device: there is nothing to compare. JAX_NUM_CPU_DEVICES=8 simulates eight.")
+        raise InputError("The mesh has one device: there is nothing to compare. JAX_NUM_CPU_DEVICES=8 simulates eight.")
     half = options.batch // 2
     one = train(options, convert.load(options.model, None, options.dtype), blocks, half)
     again = train(options, convert.load(options.model, None, options.dtype), blocks, 1)

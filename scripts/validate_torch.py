@@ -43,6 +43,7 @@ from convert.measurement import MODES, measure, probe_of  # noqa: E402
 from convert.text import load_blocks  # noqa: E402
 from jaxhess.command import compile_quickly, one_sentence, terminal  # noqa: E402
 from jaxhess.distributed.memory import available_bytes  # noqa: E402
+from jaxhess.errors import InputError  # noqa: E402
 from jaxhess.files.output import Output  # noqa: E402
 from jaxhess.files.run_folder import json_ready  # noqa: E402
 from jaxhess.models import DecoderConfig, LanguageModel  # noqa: E402
@@ -178,7 +179,7 @@ def compare(options: Options, output: Output) -> bool | None:
             with moved as reference:
                 return torch_reference.measure(reference, blocks, by_name, layers=layers, **kind)
         except RuntimeError as error:
-            raise ValueError(f"PyTorch cannot compute this: {' '.join(str(error).split())[:300]}") from error
+            raise InputError(f"PyTorch cannot compute this: {' '.join(str(error).split())[:300]}") from error
 
     # On one device together: nearly all of a small model's time is compilation. Two programs with collectives at once
     # could wait for each other.
@@ -217,12 +218,12 @@ def check(options: Options) -> None:
     """Raises ValueError for numbers out of range."""
     for name, least in (("seq_len", 1), ("sequences", 1), ("microbatch", 1), ("steps", 0)):
         if getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}.")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}.")
     if not 0 < options.step < math.inf:
-        raise ValueError(f"--step is {options.step}; it must be positive.")
+        raise InputError(f"--step is {options.step}; it must be positive.")
     for name in ("query_chunk", "logit_chunk"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1.")
 
 
 def refuse_another(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -230,7 +231,7 @@ def refuse_another(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         shapes = [list(side[name].shape) if name in side else "missing" for side in (ours, theirs)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"The models are not the same: {name} is {shapes[0]} in ours and {shapes[1]} in theirs.")
+            raise InputError(f"The models are not the same: {name} is {shapes[0]} in ours and {shapes[1]} in theirs.")
 
 
 def wider_run(options: Options, model: LanguageModel) -> tuple[str | None, int]:

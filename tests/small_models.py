@@ -90,3 +90,20 @@ def matrix(eigenvalues, seed: int = 0) -> np.ndarray:
 
 def operator_of(a: np.ndarray, dtype: str = "float32") -> MatrixOperator:
     return MatrixOperator(jnp.asarray(a, dtype))
+
+
+def diagonal_lanczos(eigenvalues, start, steps, dtype=np.float64, orthogonal=True):
+    """alphas and betas, each [runs, steps], of the diagonal matrix from each row of `start` [runs, n]."""
+    diagonal, q = eigenvalues.astype(dtype), start.astype(dtype)
+    q = q / np.linalg.norm(q, axis=1, keepdims=True)
+    basis, beta, alphas, betas = [q], np.zeros(len(q), dtype), [], []
+    for _ in range(steps):
+        w = diagonal * basis[-1] - (beta[:, None] * basis[-2] if len(basis) > 1 else 0)
+        alphas.append((w * basis[-1]).sum(1))
+        w -= alphas[-1][:, None] * basis[-1]
+        for b in 2 * basis if orthogonal else ():
+            w -= (w * b).sum(1)[:, None] * b
+        beta = np.linalg.norm(w, axis=1)
+        betas.append(beta)
+        basis.append(w / beta[:, None])
+    return np.array(alphas, float).T, np.array(betas, float).T

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess.distributed import processes
+from jaxhess.errors import InputError
 from jaxhess.vectors import named_sharding
 
 
@@ -70,5 +71,5 @@ def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     """Peak memory per device beside arguments and results, in bytes."""
     memory = compiled.memory_analysis()
     if memory is None:
-        raise ValueError("This backend does not say how much memory a compiled program takes.")
+        raise InputError("This backend does not say how much memory a compiled program takes.")
     return memory.temp_size_in_bytes

@@ -20,6 +20,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxhess.errors import InputError
+
 MESH_AXES = ("data", "fsdp", "tensor")
 RESERVED = "expert"
 
@@ -55,14 +57,14 @@ def make_mesh(axes: Mapping[str, int] | str | None = None, devices: Sequence[jax
         if name == RESERVED and size == 1:
             continue
         if name == RESERVED:
-            raise ValueError(f"Mesh axis expert={size} is reserved for models with experts; none is supported yet.")
+            raise InputError(f"Mesh axis expert={size} is reserved for models with experts; none is supported yet.")
         if name not in MESH_AXES:
-            raise ValueError(f"Unknown mesh axis {name!r}; the axes are {', '.join(MESH_AXES)}.")
+            raise InputError(f"Unknown mesh axis {name!r}; the axes are {', '.join(MESH_AXES)}.")
         if size < 1:
-            raise ValueError(f"Mesh axis {name}={size}: a size is at least 1.")
+            raise InputError(f"Mesh axis {name}={size}: a size is at least 1.")
     if math.prod(sizes.values()) != len(devices):
         asked = ",".join(f"{k}={v}" for k, v in sizes.items())
-        raise ValueError(
+        raise InputError(
             f"Mesh {asked} needs {math.prod(sizes.values())} devices but there are {len(devices)}: "
             f"the sizes must multiply to {len(devices)}, for example fsdp={len(devices)}."
         )
@@ -94,7 +96,7 @@ def across_nodes(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndar
     groups = nodes(devices)
     counts = {len(group) for group in groups}
     if len(counts) > 1:
-        raise ValueError(
+        raise InputError(
             f"The nodes have different numbers of devices ({', '.join(map(str, sorted(counts)))}): a mesh needs the "
             "same of each."
         )
@@ -120,7 +122,7 @@ def parse_axes(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if not size.strip().isdigit() or name in sizes:
-            raise ValueError(f"Mesh {text!r} cannot be read; write axis=size, comma-separated, as in fsdp=4,tensor=2.")
+            raise InputError(f"Mesh {text!r} cannot be read; write axis=size, comma-separated, as in fsdp=4,tensor=2.")
         sizes[name.strip()] = int(size)
     return sizes
 

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import jax
 from jax._src import clusters, distributed  # the key-value store has no public name; Orbax takes it from here too
 
+from jaxhess.errors import InputError
+
 T = TypeVar("T")
 
 PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -41,7 +43,7 @@ PATIENCE = 3600
 earlier."""
 
 HANDED_ON = (
-    *(FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError),
+    *(InputError, FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError),
     *(OSError, ImportError, ValueError),
 )
 """Errors of the first process that the others raise too, in the first of these classes that they belong to."""
@@ -126,14 +128,14 @@ def _bind_address() -> str | None:
 def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16 or (":" in host and host[0] + host[-1] != "[]"):
-        raise ValueError(f"{PLAIN[0]} is {address!r}; it is host:port, the machine of process 0 and a free port there.")
+        raise InputError(f"{PLAIN[0]} is {address!r}; it is host:port, the machine of process 0 and a free port there.")
 
 
 def refuse_several() -> None:
     """Raises ValueError where several processes were started of what is written for one."""
     found = launched(os.environ)
     if found is not None:
-        raise ValueError(f"This command is for one process, and {found[0]} were started: each would do all of it.")
+        raise InputError(f"This command is for one process, and {found[0]} were started: each would do all of it.")
 
 
 def launched(environment: Any) -> tuple[int, int] | None:
@@ -147,7 +149,7 @@ def launched(environment: Any) -> tuple[int, int] | None:
     if set(PLAIN[1:]) & set(given) or (given and not counts):
         missing = [name for name in PLAIN if name not in given]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"{' and '.join(given)} set without {' and '.join(missing)}: several processes need all three, "
                 "a single one none of them."
             )
@@ -158,7 +160,7 @@ def launched(environment: Any) -> tuple[int, int] | None:
         _check_address(environment[PLAIN[0]])
     count, process = counts[0]
     if not count.isdigit() or not process.isdigit() or not int(process) < int(count):
-        raise ValueError(f"Process {process} of {count} processes: they are counted from 0.")
+        raise InputError(f"Process {process} of {count} processes: they are counted from 0.")
     return (int(count), int(process)) if int(count) > 1 else None
 
 

@@ -12,15 +12,17 @@ from typing import IO, Literal
 
 import numpy as np
 
+from jaxhess.errors import InputError
+
 
 def check_regular(file: Path) -> None:
     """Raises ValueError for what is no regular file nor a link to one: pipes are waited for, devices have no end."""
     try:
         mode = file.stat().st_mode
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}).") from None
+        raise InputError(f"{file} cannot be read ({error.strerror}).") from None
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{file} is a pipe, device, socket or folder; only regular files are read.")
+        raise InputError(f"{file} is a pipe, device, socket or folder; only regular files are read.")
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -32,7 +34,7 @@ def read_npy(path: Path) -> np.ndarray:
     check_regular(path)
     with _naming(path), path.open("rb") as stream:
         if stream.read(4) == b"PK\3\4":
-            raise ValueError("it is an archive of arrays: name it .npz")
+            raise InputError("it is an archive of arrays: name it .npz")
         stream.seek(0)
         shape, order, dtype = _header(stream, path.stat().st_size)
         return np.memmap(path, dtype, "r", stream.tell(), shape, order)
@@ -43,7 +45,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     check_regular(path)
     with _naming(path), path.open("rb") as stream:
         if stream.read(6) == np.lib.format.MAGIC_PREFIX:
-            raise ValueError("it is a single array: name it .npy")
+            raise InputError("it is a single array: name it .npy")
         arrays = {}
         with zipfile.ZipFile(stream) as archive:
             for member in archive.infolist():
@@ -66,11 +68,11 @@ def _header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], Literal["C",
     elif version == (2, 0):
         shape, columns, dtype = np.lib.format.read_array_header_2_0(stream)
     else:
-        raise ValueError(f"its format is version {version[0]}.{version[1]}, for structures")
+        raise InputError(f"its format is version {version[0]}.{version[1]}, for structures")
     if dtype.kind not in "biufcmM":  # complex numbers and dates have sentences of their own
-        raise ValueError(f"it holds {dtype}")
+        raise InputError(f"it holds {dtype}")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size - stream.tell():
-        raise ValueError(f"its header promises shape {list(shape)}, and the file has not that many numbers")
+        raise InputError(f"its header promises shape {list(shape)}, and the file has not that many numbers")
     return shape, "F" if columns else "C", dtype
 
 
@@ -82,4 +84,4 @@ def _naming(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # zipfile, zlib, tokenize and NumPy each have errors of their own
         reason = " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
-        raise ValueError(f"{path} cannot be read as a NumPy file of numbers: {reason}.") from None
+        raise InputError(f"{path} cannot be read as a NumPy file of numbers: {reason}.") from None

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from jaxhess.errors import InputError
 from jaxhess.files.run_folder import check_info, json_ready, read_arrays, read_json
 from jaxhess.record import RunRecord
 
@@ -67,7 +68,7 @@ def read_spectrum(make: Callable[..., Spectrum], path: Path, dim: int | None = N
     if known is None and dim is None:
         raise UnknownDimension(f"{path} does not say how many parameters the model has: give dim, or --dim.")
     if known is not None and dim not in (None, known):
-        raise ValueError(f"{path} is of {known:,} parameters, not of {dim:,}.")
+        raise InputError(f"{path} is of {known:,} parameters, not of {dim:,}.")
     record, facts = {"imported": str(path)}, {}
     with _naming(path):
         if isinstance(data.get("format"), str) and data["format"] == FORMAT:
@@ -89,12 +90,12 @@ def coefficients(ritz_values: npt.ArrayLike, weights: npt.ArrayLike) -> tuple[Ar
     """
     theta, w = np.asarray(ritz_values, np.float64), np.asarray(weights, np.float64)
     if theta.ndim != 1 or theta.shape != w.shape:
-        raise ValueError(f"{theta.shape} Ritz values and {w.shape} weights; a probe has as many of both.")
+        raise InputError(f"{theta.shape} Ritz values and {w.shape} weights; a probe has as many of both.")
     theta, w = theta[~np.isnan(theta)], w[~np.isnan(theta)]
     if not (np.isfinite(theta).all() and np.isfinite(w).all() and (w >= 0).all()):
-        raise ValueError("a Ritz value or weight is not finite, or a weight is negative.")
+        raise InputError("a Ritz value or weight is not finite, or a weight is negative.")
     if theta.size == 0 or abs(w.sum() - 1) > 0.01:
-        raise ValueError(f"the weights of a probe sum to {w.sum():.4g}; they are shares of all eigenvalues, of sum 1.")
+        raise InputError(f"the weights of a probe sum to {w.sum():.4g}; they are shares of all eigenvalues, of sum 1.")
     theta, place = np.unique(theta[w > 0], return_inverse=True)
     w = np.bincount(place, w[w > 0]) / w.sum()
     alphas, squares = theta.copy(), np.zeros(theta.size)
@@ -144,7 +145,7 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:300] or "it ends too early."
-        raise ValueError(f"{path} is no spectrum that can be read: {reason}") from None
+        raise InputError(f"{path} is no spectrum that can be read: {reason}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -156,13 +157,13 @@ def _read(path: Path) -> dict[str, Any]:
     if suffix == ".json":
         found = read_json(path)
         if not isinstance(found, dict):
-            raise ValueError("it holds no object of Ritz values and weights.")
+            raise InputError("it holds no object of Ritz values and weights.")
         return found
     if suffix in UNSAFE:
-        raise ValueError(
+        raise InputError(
             f"reading {suffix} can run code: write JSON where it was made, as docs/foreign_results.md shows."
         )
-    raise ValueError(f"its name ends in {suffix or 'nothing'}; known are .json, .csv, .npz, and run folders.")
+    raise InputError(f"its name ends in {suffix or 'nothing'}; known are .json, .csv, .npz, and run folders.")
 
 
 def _read_csv(path: Path) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def _read_csv(path: Path) -> dict[str, Any]:
     value = next((name for name in ("ritz_value", "eigenvalue", *VALUES) if name in header), None)
     weight = next((name for name in ("weight", "weights") if name in header), None)
     if value is None or weight is None:
-        raise ValueError(
+        raise InputError(
             f"its columns are {', '.join(map(str, header))[:200]}; needed are ritz_value and weight (and probe)."
         )
     probes: dict[str, list[tuple[float, float]]] = {}
@@ -192,7 +193,7 @@ def _probes(data: dict[str, Any]) -> Iterator[tuple]:
     values = next((data[name] for name in VALUES if name in data), None)
     if values is None or "weights" not in data:
         found = ", ".join(map(str, data))[:200] or "nothing"
-        raise ValueError(f"it holds {found}; needed are Ritz values ({VALUES[0]}) and their weights (weights).")
+        raise InputError(f"it holds {found}; needed are Ritz values ({VALUES[0]}) and their weights (weights).")
     yield from zip(_rows(values), _rows(data["weights"]), strict=True)
 
 
@@ -214,14 +215,14 @@ def _dimension(data: dict[str, Any]) -> int | None:
         return None
     found = float(data["dim"])
     if not found.is_integer() or found < 1:
-        raise ValueError(f"its dim is {found:g}; a number of parameters is whole and positive.")
+        raise InputError(f"its dim is {found:g}; a number of parameters is whole and positive.")
     return int(data["dim"])
 
 
 def _padded(found: list[tuple[Array, Array]]) -> tuple[Array, Array, npt.NDArray[np.int64]]:
     """[probes, steps] alphas and betas and [probes] sizes, as `Spectrum` takes them."""
     if not found:
-        raise ValueError("it holds no probe.")
+        raise InputError("it holds no probe.")
     sizes = np.array([len(alphas) for alphas, _ in found], np.int64)
     rows = np.full((2, len(found), int(sizes.max())), np.nan)
     for probe, (alphas, betas) in enumerate(found):

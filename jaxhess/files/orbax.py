@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxhess.errors import InputError
+
 WRITTEN = re.compile(
     r"((ocdbt\.process_\d+/)?(manifest\.ocdbt|d/[0-9a-f]{32})|array_metadatas/process_\d+|_sharding|_METADATA"
     r"|_CHECKPOINT_METADATA|commit_success\.txt)(\.__lock)?"
@@ -31,7 +33,7 @@ def reading(path: Path, cure: str = "") -> Iterator[None]:
     except Exception as error:  # TensorStore's and Orbax's errors share no class
         if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise ValueError(f"{path} is damaged: {first_words(error)}{cure or '.'}") from None
+        raise InputError(f"{path} is damaged: {first_words(error)}{cure or '.'}") from None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxhess.errors import InputError
+
 FORMAT = "jaxhess-spectrum-1"
 ARRAYS, RECORD = "spectrum.npz", "spectrum.json"
 REPORT_FILES = ("density.png", "distribution.png", "stem.png", "report.html")
@@ -50,14 +52,14 @@ def read_run(folder: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dic
         record = read_json(folder / RECORD)
         found = record.get("format") if isinstance(record, dict) else None
         if found != FORMAT:
-            raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
+            raise InputError(f"its format is {found!r}, not {FORMAT!r}")
         check_info(record.get("info", {}))
     except ValueError as error:
-        raise ValueError(f"{folder / RECORD} is not a spectrum record: {error}") from None
+        raise InputError(f"{folder / RECORD} is not a spectrum record: {error}") from None
     try:
         return read_arrays(folder / ARRAYS), record
     except ValueError as error:
-        raise ValueError(f"{folder / ARRAYS} is corrupt or not a spectrum: {error}") from None
+        raise InputError(f"{folder / ARRAYS} is corrupt or not a spectrum: {error}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -69,7 +71,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise InputError("it is nested too deeply") from None
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -86,12 +88,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(content, allow_pickle=False) as arrays:
             found = dict(arrays)
     except MemoryError:
-        raise ValueError(f"its arrays are larger than {LARGEST / 1e9:.1f} GB, which no spectrum is") from None
+        raise InputError(f"its arrays are larger than {LARGEST / 1e9:.1f} GB, which no spectrum is") from None
     except Exception as error:  # zipfile, zlib, struct, tokenize and numpy each have errors of their own
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise InputError(" ".join(str(error).split())[:200] or type(error).__name__) from None
     for name, array in found.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-            raise ValueError(f"{name} is no array of real numbers")
+            raise InputError(f"{name} is no array of real numbers")
     return found
 
 
@@ -118,13 +120,13 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 def check_info(info: Any) -> None:
     """Raises ValueError where an `info` that was read is no dictionary, or what the library reads from it of no use."""
     if not isinstance(info, dict):
-        raise ValueError(f"its info is {_quoted(info)}; it is an object")
+        raise InputError(f"its info is {_quoted(info)}; it is an object")
     for name, kind in TYPES.items():
         value: Any = info
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None and (not isinstance(value, kind) or (kind is NUMBER and isinstance(value, bool))):
-            raise ValueError(f"its info has {_quoted(value)} as {name}")
+            raise InputError(f"its info has {_quoted(value)} as {name}")
     pairs, noise = (info.get(name) or {} for name in ("eigenpairs", "noise"))
     numbers = {f"eigenpairs.{name}": [x for x in pairs.get(name) or [] if x is not None] for name in PAIRS}
     numbers["loss"] = [] if info.get("loss") is None else [info["loss"]]
@@ -133,7 +135,7 @@ def check_info(info: Any) -> None:
         numbers[f"noise.{name}"] = list(value.values()) if isinstance(value, dict) else [0 if value is None else value]
     for name, values in numbers.items():
         if not all(type(x) in NUMBER and abs(x) < 1e300 for x in values):
-            raise ValueError(f"its info has no numbers as {name}")
+            raise InputError(f"its info has no numbers as {name}")
 
 
 def _quoted(value: Any) -> str:

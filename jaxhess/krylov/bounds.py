@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from jaxhess.errors import InputError
+
 Array = npt.NDArray[np.float64]
 
 
@@ -46,16 +48,16 @@ def distribution_bounds(
     """
     nodes, w, x = (np.asarray(a, np.float64) for a in (ritz_values, weights, x))
     if nodes.ndim != 1 or nodes.size == 0 or w.shape != nodes.shape:
-        raise ValueError(f"ritz_values and weights must both be [steps], got {nodes.shape} and {w.shape}")
+        raise InputError(f"ritz_values and weights must both be [steps], got {nodes.shape} and {w.shape}")
     if not (np.diff(nodes) >= 0).all() or not np.isfinite(nodes).all():
-        raise ValueError("ritz_values must be finite and ascending")
+        raise InputError("ritz_values must be finite and ascending")
     if not (w >= 0).all() or abs(w.sum() - 1) > 1e-6:
-        raise ValueError(f"weights must not be negative and sum to one; the smallest is {w.min()}, the sum {w.sum()}")
+        raise InputError(f"weights must not be negative and sum to one; the smallest is {w.min()}, the sum {w.sum()}")
     slack = np.broadcast_to(np.asarray(slack, np.float64), nodes.shape)
     if not (slack >= 0).all():
-        raise ValueError(f"slack must not be negative, got {slack.min()}")
+        raise InputError(f"slack must not be negative, got {slack.min()}")
     if np.isnan(x).any():
-        raise ValueError("x has entries that are not a number")
+        raise InputError("x has entries that are not a number")
     below = np.append(0.0, np.cumsum(w))
     below[-1] = 1.0
     latest = np.maximum.accumulate(nodes + slack)

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
 from jaxhess.distributed import processes
+from jaxhess.errors import InputError
 from jaxhess.files.orbax import reading
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import read_arrays
@@ -208,14 +209,14 @@ def leading_eigenpairs(
 
 def _check(operator: LinearOperator, count: int, which: str, tolerance: float, steps: int) -> None:
     if not 1 <= count <= min(operator.dim, steps):
-        raise ValueError(
+        raise InputError(
             f"{count} eigenpairs are asked for; it must be from 1 to {min(operator.dim, steps)}, the smaller of the "
             f"dimension {operator.dim:,} and the {steps} steps."
         )
     if which not in ("magnitude", "largest", "smallest"):
-        raise ValueError(f"which is {which!r}; it is 'magnitude', 'largest' or 'smallest'.")
+        raise InputError(f"which is {which!r}; it is 'magnitude', 'largest' or 'smallest'.")
     if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance is {tolerance}; it must be between 0 and 1.")
+        raise InputError(f"tolerance is {tolerance}; it must be between 0 and 1.")
 
 
 def _chosen(nodes: Quadrature, count: int, which: Which, rounding: float | None) -> np.ndarray:

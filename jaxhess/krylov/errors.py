@@ -5,7 +5,7 @@ freedom of that estimate, and `interval(0.95)` contains the true value in 95% of
 with a hundred. Where that is not possible, freedom and interval are NaN, and what is printed says "error not known".
 
 `docs/numerics.md` has the coverage measured over 300 runs of matrices with known spectra, by `pytest -m study -s
-tests/test_coverage.py`. For random signs the matrix must be dense in its basis: where it is not, the intervals of a
+tests/slq/test_coverage.py`. For random signs the matrix must be dense in its basis: where it is not, the intervals of a
 `Spectrum` are too wide (`disagrees`), and an entry of `diagonal` may have an error of zero by chance.
 """
 
@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import chi2
 from scipy.stats import t as student
+
+from jaxhess.errors import InputError
 
 Array = npt.NDArray[np.float64]
 
@@ -103,7 +105,7 @@ def student_factor(freedom: float, level: float) -> float:
         ValueError: `level` is not between 0 and 1.
     """
     if not 0 < level < 1:
-        raise ValueError(f"level is the probability of an interval, between 0 and 1, got {level}")
+        raise InputError(f"level is the probability of an interval, between 0 and 1, got {level}")
     return float(student.ppf((1 + level) / 2, freedom))
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jaxhess.errors import InputError
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.record import RunRecord
 
@@ -61,7 +62,7 @@ def relative_tolerance(steps: int, rounding: float) -> float:
         ValueError: `rounding` is not between 0 and 1.
     """
     if not 0 < rounding < 1:
-        raise ValueError(f"rounding must be the unit roundoff of the run, between 0 and 1, got {rounding}")
+        raise InputError(f"rounding must be the unit roundoff of the run, between 0 and 1, got {rounding}")
     return FACTOR * float(np.sqrt(steps)) * rounding
 
 

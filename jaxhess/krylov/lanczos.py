@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhess.errors import InputError
 from jaxhess.krylov.basis import combine, gram, narrower, project_out, project_out_in_turn, stacked_sharding, write_row
 from jaxhess.krylov.state import LanczosState, cached_program
 from jaxhess.operators.base import LinearOperator
@@ -76,7 +77,7 @@ def lanczos_vectors(state: LanczosState, coefficients: np.ndarray) -> Vector:
         ValueError: The state keeps no basis of all vectors.
     """
     if state.reorthogonalize != "full":
-        raise ValueError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")
+        raise InputError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")
     return _combiner(state)(state.basis, jnp.asarray(coefficients))
 
 

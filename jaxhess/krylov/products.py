@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
 from jaxhess.vectors import Distribution, Vector, dot, named_sharding, norm, random_probe, widen
 
@@ -79,7 +80,7 @@ def drawer(operator: LinearOperator, key: jax.Array, distribution: Distribution)
 def check_count(name: str, value: int, least: int, why: str) -> None:
     """Raises ValueError for what is no whole number, or less than `least`."""
     if not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} is {value}; it must be a whole number, at least {least}: {why}.")
+        raise InputError(f"{name} is {value}; it must be a whole number, at least {least}: {why}.")
 
 
 def check_operator(operator: LinearOperator, batch_size: int) -> None:

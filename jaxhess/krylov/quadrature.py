@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import LinAlgError, eigh_tridiagonal
 
+from jaxhess.errors import InputError
+
 Array = npt.NDArray[np.float64]
 
 
@@ -66,7 +68,7 @@ def _eigh(diagonal: Array, off_diagonal: Array) -> tuple[Array, Array]:
 
 def _check(alphas: Array, betas: Array) -> None:
     if alphas.ndim != 1 or alphas.shape != betas.shape or alphas.size == 0:
-        raise ValueError(f"alphas and betas must both be [steps] with steps >= 1, got {alphas.shape} and {betas.shape}")
+        raise InputError(f"alphas and betas must both be [steps] with steps >= 1, got {alphas.shape} and {betas.shape}")
     for name, values, good in (
         ("alphas", alphas, np.isfinite(alphas)),
         ("betas", betas, np.isfinite(betas) & (betas >= 0)),
@@ -74,4 +76,4 @@ def _check(alphas: Array, betas: Array) -> None:
         if not good.all():
             step = int(np.argmin(good))
             wanted = "finite" if name == "alphas" else "finite and not negative"
-            raise ValueError(f"{name}[{step}] is {values[step]} (Lanczos step {step}); it must be {wanted}")
+            raise InputError(f"{name}[{step}] is {values[step]} (Lanczos step {step}); it must be {wanted}")

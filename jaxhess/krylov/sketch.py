@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess.distributed.memory import bytes_per_device, devices_of, total_bytes
+from jaxhess.errors import InputError
 from jaxhess.krylov.errors import Estimate, across_probes
 from jaxhess.krylov.products import (
     Array,
@@ -324,7 +325,7 @@ def _check_fits(operator: LinearOperator, count: int) -> None:
     devices = devices_of(leaves)
     needed, present = count * bytes_per_device(leaves), total_bytes(devices)
     if needed > present:
-        raise ValueError(
+        raise InputError(
             f"The sketch keeps {count} vectors, {needed / 1e9:.1f} GB on each device, which has "
             f"{present / 1e9:.1f} GB: take fewer products, or hutchinson, which keeps none."
         )

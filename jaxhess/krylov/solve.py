@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator, check_structure
 from jaxhess.vectors import Vector, add_scaled, dot, named_sharding, norm, scale, widen
 
@@ -87,22 +88,22 @@ def conjugate_gradients(
     """
     check_structure(b, operator.shape_dtype)
     if not 0 <= damping < math.inf:
-        raise ValueError(f"damping is {damping}; it must be finite and not negative.")
+        raise InputError(f"damping is {damping}; it must be finite and not negative.")
     if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance is {tolerance}; it must be between 0 and 1, a part of |b|.")
+        raise InputError(f"tolerance is {tolerance}; it must be between 0 and 1, a part of |b|.")
     if not isinstance(max_steps, int | np.integer) or max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps}; it must be a whole number, at least 1.")
+        raise InputError(f"max_steps is {max_steps}; it must be a whole number, at least 1.")
     if preconditioner is not None:
         check_structure(preconditioner.shape_dtype, operator.shape_dtype)
     if not math.isfinite(float(norm(b))):
-        raise ValueError("b has entries that are not finite.")
+        raise InputError("b has entries that are not finite.")
     operator.validate()
     capacity = CAPACITY * 2 ** max(0, math.ceil(math.log2((max_steps + 1) / CAPACITY)))
     state, solution = _solved(operator, b, damping, tolerance, max_steps, preconditioner, capacity)
     steps = int(state.step)
     history = np.asarray(state.history, np.float64)[: steps + 1]
     if bool(state.bad_preconditioner):
-        raise ValueError(f"The preconditioner M is not positive definite: r'M r is not positive at step {steps}.")
+        raise InputError(f"The preconditioner M is not positive definite: r'M r is not positive at step {steps}.")
     if not np.isfinite(history[-1]):
         where = operator.explain_non_finite(state.p)
         message = f"The product at step {steps} of conjugate gradients is not finite"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxhess.errors import InputError
 from jaxhess.krylov.basis import BasisMemory, on_memory, stacked_sharding, write_row, zeros
 from jaxhess.vectors import Vector, check_accumulation_dtype, check_vector_dtype, named_sharding, norm, scale
 
@@ -107,11 +108,11 @@ def start_batch(
         ValueError: No probe; a basis in the host's memory; or as `start_lanczos`.
     """
     if basis_memory == "host":
-        raise ValueError("A basis in the host's memory is that of one run: start_lanczos, one probe after the other.")
+        raise InputError("A basis in the host's memory is that of one run: start_lanczos, one probe after the other.")
     options = (steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
     checked = [_checked(probe, *options) for probe in probes]
     if not checked:
-        raise ValueError("start_batch needs at least one probe.")
+        raise InputError("start_batch needs at least one probe.")
     abstract = abstract_lanczos(checked[0], *options, runs=len(checked))
     stacked = [_stack(checked)]
     del checked
@@ -128,15 +129,15 @@ def check_lanczos_options(
     """Raises ValueError where an option of `start_lanczos` makes no sense."""
     check_accumulation_dtype(accumulation_dtype)
     if steps < 1:
-        raise ValueError(f"steps is {steps}; a Lanczos run takes at least 1.")
+        raise InputError(f"steps is {steps}; a Lanczos run takes at least 1.")
     known = reorthogonalize in ("none", "full")
     if isinstance(reorthogonalize, bool) or not (known or (isinstance(reorthogonalize, int) and reorthogonalize >= 2)):
-        raise ValueError(
+        raise InputError(
             f"Unknown re-orthogonalisation {reorthogonalize!r}; it is 'none', 'full' or a window, the number of last "
             "vectors, at least 2."
         )
     if basis_memory not in ("device", "host"):
-        raise ValueError(f"basis_memory is {basis_memory!r}; it is 'device' or 'host'.")
+        raise InputError(f"basis_memory is {basis_memory!r}; it is 'device' or 'host'.")
     check_vector_dtype("basis_dtype", basis_dtype)
 
 
@@ -207,7 +208,7 @@ def _checked(
     for path, leaf in jax.tree.flatten_with_path(probe)[0]:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
-            raise ValueError(f"The probe's leaf {name} has dtype {dtype}; Lanczos vectors are floating point.")
+            raise InputError(f"The probe's leaf {name} has dtype {dtype}; Lanczos vectors are floating point.")
     return jax.tree.map(jnp.asarray, probe)
 
 

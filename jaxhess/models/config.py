@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from jaxhess.errors import InputError
+
 LARGEST = 1e30
 """No factor of rotary positions is larger: far beyond any in use, and within float32 also when multiplied."""
 
@@ -40,15 +42,15 @@ class RopeConfig:
     def __post_init__(self) -> None:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
             if not 0 < getattr(self, name) <= LARGEST:
-                raise ValueError(f"rope {name} is {getattr(self, name)}; it must be positive and at most {LARGEST:g}.")
+                raise InputError(f"rope {name} is {getattr(self, name)}; it must be positive and at most {LARGEST:g}.")
         if self.kind in ("dynamic", "llama3", "yarn") and not 1 <= (self.original_max_positions or 0) < 2**31:
-            raise ValueError(f"original_max_positions is {self.original_max_positions}; it must be positive.")
+            raise InputError(f"original_max_positions is {self.original_max_positions}; it must be positive.")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
+            raise InputError(
                 f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}."
             )
         if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast <= LARGEST:
-            raise ValueError(f"beta_slow={self.beta_slow} must be positive and at most beta_fast={self.beta_fast}.")
+            raise InputError(f"beta_slow={self.beta_slow} must be positive and at most beta_fast={self.beta_fast}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,27 +115,27 @@ class DecoderConfig:
         sizes = "vocab_size embed_dim num_layers num_heads num_kv_heads head_dim mlp_dim max_positions query_chunk"
         for name in sizes.split():
             if not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2^31.")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2^31.")
         if not 0 <= self.norm_eps <= 1:
-            raise ValueError(f"norm_eps is {self.norm_eps}; it must be 0 to 1.")
+            raise InputError(f"norm_eps is {self.norm_eps}; it must be 0 to 1.")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise InputError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
                 "every key head must serve the same number of query heads."
             )
         if self.sliding_layers and len(self.sliding_layers) != self.num_layers:
-            raise ValueError(f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers.")
+            raise InputError(f"sliding_layers has {len(self.sliding_layers)} entries for {self.num_layers} layers.")
         if self.sliding_window is not None and not 1 <= self.sliding_window < 2**31:
-            raise ValueError(f"sliding_window is {self.sliding_window}; it must be at least 1, or None for no window.")
+            raise InputError(f"sliding_window is {self.sliding_window}; it must be at least 1, or None for no window.")
         if self.rope is not None and (self.rotary_dims % 2 or not 0 < self.rotary_dims <= self.head_dim):
-            raise ValueError(
+            raise InputError(
                 f"{self.rotary_dims} rotary dimensions: must be even and at most head_dim={self.head_dim}."
             )
 
     def check_length(self, length: int) -> None:
         """Raises ValueError for sequences longer than the learned positions, where a model has these."""
         if self.rope is None and length > self.max_positions:
-            raise ValueError(
+            raise InputError(
                 f"Sequences of {length} tokens, but this model has learned positions for {self.max_positions} only; "
                 "use shorter sequences."
             )

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import data_shards, param_shardings
+from jaxhess.errors import InputError
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.decoder import Decoder
 from jaxhess.models.likelihood import draw_tokens, head_curvature
@@ -43,7 +44,7 @@ class NextTokenLoss:
 
     def __post_init__(self) -> None:
         if self.logit_chunk < 1:
-            raise ValueError(f"logit_chunk is {self.logit_chunk}; it must be at least 1.")
+            raise InputError(f"logit_chunk is {self.logit_chunk}; it must be at least 1.")
 
     def __call__(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         hidden, table = self.outputs(params, batch)
@@ -118,7 +119,7 @@ class LanguageModel:
         """
         unknown = sorted(fields.keys() - {"dtype", "remat", "query_chunk"})
         if unknown:
-            raise ValueError(f"{unknown[0]} is part of what the model is; it takes dtype, remat and query_chunk.")
+            raise InputError(f"{unknown[0]} is part of what the model is; it takes dtype, remat and query_chunk.")
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **fields))
 
     @property

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from jaxhess.errors import InputError
 from jaxhess.models.config import DecoderConfig, RopeConfig
 
 
@@ -55,7 +56,7 @@ def frequencies(rope: RopeConfig, dims: int, length: int, dtype: npt.DTypeLike =
     if rope.kind == "linear":
         return rates / rope.factor
     if rope.original_max_positions is None:
-        raise ValueError(f"RoPE scaling {rope.kind!r} needs original_max_positions, the trained context length.")
+        raise InputError(f"RoPE scaling {rope.kind!r} needs original_max_positions, the trained context length.")
     trained = rope.original_max_positions
     if rope.kind == "dynamic":
         stretch = rope.factor * max(length, trained) / trained - (rope.factor - 1)
@@ -73,7 +74,7 @@ def frequencies(rope: RopeConfig, dims: int, length: int, dtype: npt.DTypeLike =
         low, high = max(low, 0), min(high, dims - 1)
         kept = 1 - np.clip((np.arange(dims // 2).astype(dtype) - low) / ((high - low) or 1e-3), 0, 1)
         return 1 / (rope.factor * powers(rope.theta)) * (1 - kept) + rates * kept
-    raise ValueError(f"Unknown RoPE scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn.")
+    raise InputError(f"Unknown RoPE scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn.")
 
 
 def _dimension_of(turns: float, theta: float, dims: int, trained: int) -> float:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse.linalg
 
+from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
 from jaxhess.vectors import Vector, widen
 
@@ -48,11 +49,11 @@ def as_scipy(operator: LinearOperator, batch_size: int = 1) -> scipy.sparse.lina
         FloatingPointError: A product, when it is computed, is not finite.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
     leaves = jax.tree.leaves((operator, operator.shape_dtype))
     shardings = [leaf.sharding for leaf in leaves if getattr(leaf, "sharding", None) is not None]
     if not all(sharding.is_fully_addressable for sharding in shardings):
-        raise ValueError(
+        raise InputError(
             "SciPy works on vectors in one process, and the operator's lie on the devices of several: run one process, "
             "or take jaxhess.leading_eigenpairs or jaxhess.conjugate_gradients."
         )

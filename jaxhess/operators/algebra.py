@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator, check_structure
 from jaxhess.vectors import Vector, add_scaled, cast, scale, widen
 
@@ -161,7 +162,7 @@ def _check_scalar(what: str, value: Any) -> None:
     if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or np.iscomplexobj(value):
         raise TypeError(f"{what} a real number, not by {value!r}.")
     if np.shape(value) != ():
-        raise ValueError(f"{what} a scalar, not by an array of shape {np.shape(value)}.")
+        raise InputError(f"{what} a scalar, not by an array of shape {np.shape(value)}.")
 
 
 def added(a: LinearOperator, b: Any) -> SumOperator:

@@ -12,6 +12,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from jaxhess.distributed.memory import bytes_per_device
+from jaxhess.errors import InputError
 from jaxhess.vectors import Vector, checksum, widen
 
 
@@ -80,7 +81,7 @@ class LinearOperator(abc.ABC):
             ValueError: The matrix would have more than 2^30 entries.
         """
         if self.dim**2 > 2**30:
-            raise ValueError(f"A matrix of {self.dim:,} rows is for Lanczos, not for to_matrix, which stops at 32,768.")
+            raise InputError(f"A matrix of {self.dim:,} rows is for Lanczos, not for to_matrix, which stops at 32,768.")
         return _matrix(self, batch_size)
 
     @property
@@ -129,7 +130,7 @@ class MatrixOperator(LinearOperator):
     def __post_init__(self) -> None:
         shape = getattr(self.matrix, "shape", None)
         if shape is not None and (len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0):
-            raise ValueError(f"The matrix has shape {shape}; it must be square, with at least one row.")
+            raise InputError(f"The matrix has shape {shape}; it must be square, with at least one row.")
 
     def mv(self, v: Vector) -> Vector:
         wide = jnp.promote_types(jnp.promote_types(v.dtype, self.matrix.dtype), jnp.float32)
@@ -177,11 +178,11 @@ def check_structure(v: Vector, expected: Vector) -> None:
     """Raises ValueError where a vector is not like the expected one; names the first leaf that differs."""
     found, wanted_structure = str(jax.tree.structure(v)), str(jax.tree.structure(expected))
     if found != wanted_structure:
-        raise ValueError(f"The vector has structure {found}; it must be that of the parameters, {wanted_structure}.")
+        raise InputError(f"The vector has structure {found}; it must be that of the parameters, {wanted_structure}.")
     wanted, _ = jax.tree.flatten_with_path(expected)
     for (path, leaf), given in zip(wanted, jax.tree.leaves(v), strict=True):
         name = jax.tree_util.keystr(path)
         if not jnp.issubdtype(jnp.result_type(given), jnp.floating):
-            raise ValueError(f"The vector's leaf {name} has dtype {jnp.result_type(given)}; it must be floating point.")
+            raise InputError(f"The vector's leaf {name} has dtype {jnp.result_type(given)}; it must be floating point.")
         if jnp.shape(given) != leaf.shape:
-            raise ValueError(f"The vector's leaf {name} has shape {jnp.shape(given)}; it must be {leaf.shape}.")
+            raise InputError(f"The vector's leaf {name} has shape {jnp.shape(given)}; it must be {leaf.shape}.")

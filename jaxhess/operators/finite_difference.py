@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhess.errors import InputError
 from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import LossOperator, divided
 from jaxhess.operators.microbatches import Microbatches
@@ -67,13 +68,13 @@ class FiniteDifferenceHessian(LossOperator):
         if isinstance(self.step, str) and self.step == "auto":
             object.__setattr__(self, "step", None)  # no leaf: a step that is a number is data, and not compiled in
         if isinstance(self.step, bool | str) or (_is_number(self.step) and not 0 < float(self.step) < math.inf):
-            raise ValueError(f"The finite-difference step is {self.step}; it is a positive number, or 'auto'.")
+            raise InputError(f"The finite-difference step is {self.step}; it is a positive number, or 'auto'.")
         if self.shardings is not None:  # rebuilt from its leaves by JAX, which may be anything
             return
         if self.per not in ("coordinate", "unit"):
-            raise ValueError(f"The step is per {self.per!r}; it is per 'coordinate' or per 'unit' vector.")
+            raise InputError(f"The step is per {self.per!r}; it is per 'coordinate' or per 'unit' vector.")
         if self.shift not in ("realised", "float32"):
-            raise ValueError(f"Unknown shift {self.shift!r}; it is 'realised' or 'float32'.")
+            raise InputError(f"Unknown shift {self.shift!r}; it is 'realised' or 'float32'.")
         super().__post_init__()
 
     def mv(self, v: Vector) -> Vector:
@@ -147,7 +148,7 @@ class FiniteDifferenceHessian(LossOperator):
             shift["error"] = error = self._error(probe, length)
             if not error < UNTRUSTED:
                 stuck = max(vanished, key=lambda name: vanished[name])
-                raise ValueError(
+                raise InputError(
                     f"No finite-difference step serves in {' and '.join(self._shifted().dtypes)}: the best, of length "
                     f"{length:.3g}, gives a random vector's product with {100 * error:.0f}% of error. It is too short "
                     "for rounding where it is short enough not to leap over jumps of the gradient, as ReLU has, or for "

@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from jaxhess.errors import InputError
 from jaxhess.operators.loss import LossOperator
 from jaxhess.operators.microbatches import Microbatches
 from jaxhess.vectors import Vector
@@ -56,7 +57,7 @@ class GaussNewton(LossOperator):
     def __post_init__(self) -> None:
         if not isinstance(self.loss, LikelihoodLoss):
             name = getattr(self.loss, "__name__", type(self.loss).__name__)
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__} needs a loss that knows its outputs and its curvature in them, and {name} does "
                 "not: use LanguageModel.loss() or SoftmaxCrossEntropy(logits), or write a LikelihoodLoss."
             )
@@ -113,11 +114,11 @@ class MonteCarloFisher(GaussNewton):
                 `LikelihoodLoss`.
         """
         if str(jax.random.key_impl(key)) != "threefry2x32":
-            raise ValueError(
+            raise InputError(
                 f"The key's generator is {jax.random.key_impl(key)}: use jax.random.key(seed, impl='threefry2x32')."
             )
         if samples < 1:
-            raise ValueError(f"samples is {samples}; at least 1 target per prediction is needed.")
+            raise InputError(f"samples is {samples}; at least 1 target per prediction is needed.")
         operator = cls(loss, params, batches, **fields)
         drawn = []
         for k, group in enumerate(operator.batches):
@@ -127,7 +128,7 @@ class MonteCarloFisher(GaussNewton):
     @property
     def groups(self) -> tuple:
         if len(self.drawn) != len(self.batches):
-            raise ValueError("No targets were drawn: make this operator with MonteCarloFisher.draw(...).")
+            raise InputError("No targets were drawn: make this operator with MonteCarloFisher.draw(...).")
         pairs = zip(self.batches, self.drawn, strict=True)
         return tuple(Microbatches((batches.stacked, drawn.stacked)) for batches, drawn in pairs)
 

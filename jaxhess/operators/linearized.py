@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxhess.distributed.memory import available_bytes, bytes_per_device, temporary_bytes
+from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import divided
@@ -99,7 +100,7 @@ def linearized(
 ) -> LinearizedHessian:
     """See `Hessian.linearize`."""
     if budget is not None and not 0 < budget < math.inf:
-        raise ValueError(f"The budget is {budget}; it is a positive number of bytes per device.")
+        raise InputError(f"The budget is {budget}; it is a positive number of bytes per device.")
     programs = _programs(hessian)
     needed = sum(map(_output_bytes, programs))
     if announce is not None:
@@ -111,7 +112,7 @@ def linearized(
     else:
         allowed, words = budget, "allowed"
     if needed > allowed:
-        raise ValueError(
+        raise InputError(
             f"Linearising {sum(map(len, hessian.batches))} microbatches would keep {needed / 1e9:.3g} GB on each "
             f"device, and {allowed / 1e9:.3g} GB are {words}: take fewer or shorter sequences, more devices, or the "
             "exact operator, which keeps nothing."

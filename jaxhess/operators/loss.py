@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
 from jaxhess.operators.restriction import Restriction, restriction
@@ -59,14 +60,14 @@ class LossOperator(LinearOperator):
             return
         named = jax.tree.flatten_with_path(self.params)[0]
         if not named:
-            raise ValueError(f"params is {self.params!r}: there are no parameters in it.")
+            raise InputError(f"params is {self.params!r}: there are no parameters in it.")
         for path, leaf in named:
             if 0 in jnp.shape(leaf):
                 name, shape = jax.tree_util.keystr(path), jnp.shape(leaf)
-                raise ValueError(f"Parameter {name} has shape {shape}, no entries: leave it out of the parameters.")
+                raise InputError(f"Parameter {name} has shape {shape}, no entries: leave it out of the parameters.")
             if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
-                raise ValueError(f"Parameter {name} has dtype {dtype}; a Hessian needs floating-point parameters.")
+                raise InputError(f"Parameter {name} has dtype {dtype}; a Hessian needs floating-point parameters.")
         check_accumulation_dtype(self.accumulation_dtype)
         object.__setattr__(self, "batches", as_groups(self.batches))
         object.__setattr__(self, "shardings", tuple(map(named_sharding, jax.tree.leaves(self.params))))
@@ -137,7 +138,7 @@ class LossOperator(LinearOperator):
             ValueError: Nothing matches (the message lists the names); no such layer; restricted already.
         """
         if self.restriction is not None:
-            raise ValueError(f"Restricted to {self.restriction.description} already: restrict the whole operator.")
+            raise InputError(f"Restricted to {self.restriction.description} already: restrict the whole operator.")
         chosen = restriction(self.params, patterns, layers)
         shardings = tuple(chosen.shardings(self.params))
         return dataclasses.replace(self, restriction=chosen, shardings=shardings)
@@ -188,18 +189,18 @@ class LossOperator(LinearOperator):
                 )
             odd = np.flatnonzero(~((counts >= 0) & np.isfinite(counts)))
             if odd.size:
-                raise ValueError(
+                raise InputError(
                     f"The count of microbatch {seen + odd[0]} is {counts[odd[0]]}; it is a number of tokens or "
                     "examples, or a sum of weights: finite and not negative."
                 )
             if _count_depends(self, group):
-                raise ValueError(
+                raise InputError(
                     "The count of the loss changes with the parameters, and the sum is divided by it as if it did not: "
                     "return a count that only depends on the batch, or the quotient alone as a mean loss."
                 )
             total, count, seen = total + sums.sum(), count + counts.sum(), seen + len(group)
         if count == 0:
-            raise ValueError("The count of the loss is 0 over all batches: no token or example has weight.")
+            raise InputError("The count of the loss is 0 over all batches: no token or example has weight.")
         return {"loss": total / count, "count": count}
 
     def explain_non_finite(self, v: Vector) -> str:
@@ -253,7 +254,7 @@ def _sum_and_count(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, jax.
         isinstance(x, jax.Array | np.ndarray | np.generic | float | int) and jnp.shape(x) == () for x in (total, count)
     ):
         shapes = jax.tree.map(lambda x: jax.typeof(x) if isinstance(x, jax.Array) else type(x).__name__, value)
-        raise ValueError(f"The loss returned {shapes}; it must return (sum, count), two scalars, or one scalar mean.")
+        raise InputError(f"The loss returned {shapes}; it must return (sum, count), two scalars, or one scalar mean.")
     return total, jnp.asarray(count, jnp.promote_types(jnp.result_type(total), jnp.float32))
 
 

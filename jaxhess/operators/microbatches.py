@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhess.errors import InputError
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ def as_groups(batches: Any) -> tuple[Microbatches, ...]:
             shapes = [np.shape(x) for x in jax.tree.leaves(group.stacked)]
             lengths = {shape[:1] for shape in shapes}
             if len(lengths) != 1 or lengths <= {(), (0,)}:
-                raise ValueError(
+                raise InputError(
                     f"Microbatches are of shapes {', '.join(map(str, shapes)) or 'none at all'}: every array needs a "
                     "leading axis that runs over the microbatches, as long as that of the others and at least 1."
                 )
@@ -50,12 +52,12 @@ def as_groups(batches: Any) -> tuple[Microbatches, ...]:
             "or Microbatches(stacked) for arrays with a leading microbatch axis."
         )
     if not batches:
-        raise ValueError("batches is empty: the loss needs at least one batch.")
+        raise InputError("batches is empty: the loss needs at least one batch.")
     groups: dict[Any, list] = {}
     for k, batch in enumerate(batches):
         leaves, treedef = jax.tree.flatten(batch)
         if not leaves:
-            raise ValueError(f"Batch {k} is {batch!r}: there are no arrays in it.")
+            raise InputError(f"Batch {k} is {batch!r}: there are no arrays in it.")
         groups.setdefault((treedef, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)), []).append(batch)
     return tuple(Microbatches(jax.tree.map(lambda *x: jnp.stack(x), *group)) for group in groups.values())
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxhess.errors import InputError
 from jaxhess.vectors import named_sharding
 
 STACKED = "layers"
@@ -66,7 +67,7 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
     for pattern in patterns:
         if not any(_matches(name, pattern) for name, _ in named):
             names = ", ".join(name for name, _ in named)
-            raise ValueError(f"No parameter matches {pattern!r}; the names are {names}.")
+            raise InputError(f"No parameter matches {pattern!r}; the names are {names}.")
     wanted = [not patterns or any(_matches(name, pattern) for pattern in patterns) for name, _ in named]
     if layers is None:
         return Restriction(tuple(wanted), " ".join(patterns) or "*")
@@ -74,11 +75,11 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
     stacked = {name: leaf.shape[0] for name, leaf in named if STACKED in name.split("/") and name not in listed}
     for pattern in patterns or ("*",):
         if not any(_matches(name, pattern) for name in (*listed, *stacked)):
-            raise ValueError(f"Layers {list(layers)} of {pattern!r}: none of these is in a layer.")
+            raise InputError(f"Layers {list(layers)} of {pattern!r}: none of these is in a layer.")
     count = max([number + 1 for number in listed.values()] + list(stacked.values()))
     odd = next((name for name, layer_count in stacked.items() if layer_count != count), None)
     if odd is not None:
-        raise ValueError(f"{odd} has {stacked[odd]} rows and the model {count} layers: it is not a stack of them.")
+        raise InputError(f"{odd} has {stacked[odd]} rows and the model {count} layers: it is not a stack of them.")
     indices = _normalised(layers, count)
     selection = [
         keep and (indices if name in stacked else name in listed and listed[name] in indices)
@@ -86,7 +87,7 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
     ]
     for pattern in patterns or ("*",):
         if not any(kept and _matches(name, pattern) for (name, _), kept in zip(named, selection, strict=True)):
-            raise ValueError(f"Layers {list(indices)} of {pattern!r}: none of these is in one of those layers.")
+            raise InputError(f"Layers {list(indices)} of {pattern!r}: none of these is in one of those layers.")
     return Restriction(tuple(selection), f"{' '.join(patterns) or '*'} in layers {','.join(map(str, indices))}")
 
 
@@ -114,7 +115,7 @@ def _normalised(layers: Iterable[int], count: int) -> tuple[int, ...]:
     given = list(layers)
     bad = [k for k in given if not isinstance(k, int | np.integer) or not -count <= k < count]
     if bad or not given:
-        raise ValueError(f"Layers {given}: the model has layers 0 to {count - 1}; name at least one of them.")
+        raise InputError(f"Layers {given}: the model has layers 0 to {count - 1}; name at least one of them.")
     return tuple(sorted({int(k) % count for k in given}))
 
 

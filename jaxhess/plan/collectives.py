@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from jaxhess.errors import InputError
 from jaxhess.plan.hlo import Computation, Instruction, Program, arrays_of, bytes_of, callees, read_program
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -105,7 +106,7 @@ def replica_groups(instruction: Instruction) -> np.ndarray:
             kept = [i for i in range(len(names)) if i not in axes]
             members = int(np.prod([sizes[i] for i in axes]))
             return ids.reshape(sizes).transpose(*kept, *axes).reshape(-1, members)
-    raise ValueError(f"The groups of {instruction.name} cannot be read: {text[:200]}.")
+    raise InputError(f"The groups of {instruction.name} cannot be read: {text[:200]}.")
 
 
 def _arranged(shape: str, order: str | None) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxhess.distributed.mesh import make_mesh
+from jaxhess.errors import InputError
 from jaxhess.krylov.lanczos import compile_segment
 from jaxhess.operators.loss import LossOperator
 from jaxhess.plan.collectives import bytes_by_kind, collective_traffic
@@ -55,7 +56,7 @@ def compiled(job: Job, mesh: Mesh | None = None) -> Compiled:
     seconds = time.perf_counter() - began
     memory = program.memory_analysis()
     if memory is None:
-        raise ValueError("This backend does not say how much memory a compiled program takes.")
+        raise InputError("This backend does not say how much memory a compiled program takes.")
     text = read_program(program)
     return Compiled(
         memory.argument_size_in_bytes,

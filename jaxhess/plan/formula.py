@@ -23,7 +23,7 @@ ALIVE: dict[str, dict[str, float]] = {
 }
 """How many arrays of a kind are alive at the peak: of a layer's weights, its states in the feed-forward and outside it,
 and its attention scores; or of a slice's logits and rows. Fitted to programs compiled for CPUs in float32, see
-`tests/test_plan.py`; a tangent beside every array, and gradients that wait to be reduced, are among them."""
+`tests/plan/test_plan.py`; a tangent beside every array, and gradients that wait to be reduced, are among them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from jaxhess.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
@@ -87,7 +89,7 @@ class Program:
             elif instruction := _instruction(line):
                 lines[instruction.name] = instruction
         if entry is None:
-            raise ValueError("No ENTRY computation in the text: this is not an HLO module.")
+            raise InputError("No ENTRY computation in the text: this is not an HLO module.")
         return cls(computations, entry)
 
     def total(self, cost: Cost, *, inside_fusions: bool = True, unknown_trips: int | None = None) -> float:
@@ -121,7 +123,7 @@ class Program:
                 return once
             trips = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"')
             if trips is None and unknown_trips is None:
-                raise ValueError(
+                raise InputError(
                     f"Loop {instruction.name} has no known trip count, so what it costs cannot be counted: "
                     "its bounds must be constants when the program is compiled."
                 )
@@ -163,7 +165,7 @@ def read_program(compiled: jax.stages.Compiled | Program) -> Program:
         return compiled
     text = compiled.as_text()
     if text is None:
-        raise ValueError("This backend does not give the text of a compiled program.")
+        raise InputError("This backend does not give the text of a compiled program.")
     return Program.read(text)
 
 
@@ -235,13 +237,13 @@ def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
         contracted = math.prod(left[d] for d in instruction.dimensions("lhs_contracting_dims"))
         return 2.0 * math.prod(instruction.arrays[0][1]) * contracted
     if instruction.opcode in ("convolution", "ragged-dot", "scaled-dot"):
-        raise ValueError(f"{instruction.name} is a {instruction.opcode}; only plain matrix products are counted.")
+        raise InputError(f"{instruction.name} is a {instruction.opcode}; only plain matrix products are counted.")
     if instruction.opcode == "custom-call":
         target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
         if target.startswith(("__cublas$gemm", "__cublas$lt$matmul")):
             return _cublas_flops(instruction, computation)
         if re.search(r"matmul|gemm|conv|fmha|dot", target, re.IGNORECASE):
-            raise ValueError(f"{instruction.name} is a call of {target}, whose operations are not counted.")
+            raise InputError(f"{instruction.name} is a call of {target}, whose operations are not counted.")
     return 0.0
 
 

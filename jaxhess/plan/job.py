@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import MESH_AXES, batch_sharding, data_shards, param_shardings
+from jaxhess.errors import InputError
 from jaxhess.krylov.basis import BasisMemory
 from jaxhess.krylov.state import LanczosState, Reorthogonalize, abstract_lanczos, check_lanczos_options
 from jaxhess.models import DecoderConfig, Params, abstract_params, logical_axes
@@ -59,16 +60,16 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("seq_len", "sequences", "microbatch", "steps", "probes", "logit_chunk"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.hvp not in ("exact", "finite-difference"):
-            raise ValueError(f"There is no plan for products {self.hvp!r}; there is for exact and finite-difference.")
+            raise InputError(f"There is no plan for products {self.hvp!r}; there is for exact and finite-difference.")
         if self.hvp == "finite-difference" and self.step == "auto" and jnp.dtype(self.dtype).itemsize < 4:
-            raise ValueError(
+            raise InputError(
                 f"There is no plan for the step auto in {self.dtype}: it is measured on float32 copies. Give a number."
             )
         for axis, size in self.axes.items():
             if axis not in MESH_AXES or size < 1:
-                raise ValueError(f"Mesh axis {axis}={size}: the axes are {', '.join(MESH_AXES)}, of size 1 or more.")
+                raise InputError(f"Mesh axis {axis}={size}: the axes are {', '.join(MESH_AXES)}, of size 1 or more.")
         check_lanczos_options(
             self.steps, self.reorthogonalize, self.accumulation_dtype, self.basis_dtype, self.basis_memory
         )
@@ -77,7 +78,7 @@ class Job:
         tensor = self.axes.get("tensor", 1)
         for what in ("num_heads", "num_kv_heads", "mlp_dim"):
             if getattr(self.config, what) % tensor:
-                raise ValueError(
+                raise InputError(
                     f"There is no plan for tensor={tensor}, which does not divide {what}={getattr(self.config, what)}: "
                     "such weights are gathered on every device. Take a smaller tensor axis and a larger fsdp axis."
                 )

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxhess.errors import InputError
+
 
 class Power(NamedTuple):
     """y = factor * x^exponent, by least squares of the logarithms; `residual` is the largest of theirs, absolute."""
@@ -52,6 +54,6 @@ def runtime_law(gradient: Sequence[float], product: Sequence[float]) -> Affine:
 
 def _check(x: Sequence[float], y: Sequence[float]) -> None:
     if len(x) != len(y) or len(set(x)) < 2:
-        raise ValueError(f"A law is fitted to points at two or more places; there are {len(set(x))}.")
+        raise InputError(f"A law is fitted to points at two or more places; there are {len(set(x))}.")
     if min(*x, *y) <= 0:
-        raise ValueError("A law is fitted to positive numbers only.")
+        raise InputError("A law is fitted to positive numbers only.")

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxhess.distributed.mesh import data_shards
+from jaxhess.errors import InputError
 from jaxhess.plan import formula
 from jaxhess.plan.hardware import ACCELERATORS, Accelerator, peak_matmul_flops
 from jaxhess.plan.job import Job
@@ -54,7 +55,7 @@ def forecast(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Forecas
     device = accelerator(hardware)
     peak = peak_matmul_flops(device.kind, job.dtype)
     if peak is None:
-        raise ValueError(f"The peak rate of {hardware} in {job.dtype} is not in the table.")
+        raise InputError(f"The peak rate of {hardware} in {job.dtype} is not in the table.")
     memory = formula.memory(job)
     seconds = formula.flops(job) / (efficiency * peak) + _exchange_seconds(job, device)
     # A step reads and writes some ten vectors. A stored basis is read twice by every pass, of which there are two, or
@@ -108,7 +109,7 @@ def changes(job: Job, hardware: str) -> list[tuple[str, Job]]:
 def accelerator(name: str) -> Accelerator:
     """The hardware of that name; ValueError lists the known ones."""
     if name not in ACCELERATORS:
-        raise ValueError(f"Unknown hardware {name!r}; known are {', '.join(ACCELERATORS)}.")
+        raise InputError(f"Unknown hardware {name!r}; known are {', '.join(ACCELERATORS)}.")
     return ACCELERATORS[name]
 
 

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxhess.distributed import processes
+from jaxhess.errors import InputError
 from jaxhess.files.lock import LOCK, lock, unlock
 from jaxhess.files.orbax import quiet, reading
 from jaxhess.files.output import disk_full
@@ -68,7 +69,7 @@ class Checkpoint:
                 without an identity, or anything else.
         """
         if self.every < 1:
-            raise ValueError(f"A run is saved every {self.every} steps; it must be at least 1.")
+            raise InputError(f"A run is saved every {self.every} steps; it must be at least 1.")
         processes.on_first(lambda: self._check_folder(discard))
 
     def _check_folder(self, discard: bool) -> None:
@@ -180,7 +181,7 @@ class Saver:
         with self._reading(step):
             self._saved = self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
             if self._saved["sha256"] != _sha256(self._saved["record"]):
-                raise ValueError("the record is not the one that was saved")
+                raise InputError("the record is not the one that was saved")
         return self._saved["record"]
 
     def restore(self, like: Any) -> Any:
@@ -199,7 +200,7 @@ class Saver:
             found = self.manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
             state = [_typed(found[name], x) for name, x in item.items()]
             if bits(state) != self._saved["bits"]:
-                raise ValueError("its arrays are not those that were saved")
+                raise InputError("its arrays are not those that were saved")
         return jax.tree.unflatten(treedef, state)
 
     def save(self, step: int, record: dict[str, Any], state: Any = None) -> None:
@@ -307,7 +308,7 @@ def _identity_in(folder: Path) -> dict[str, Any] | None:
             return None
         found = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove {folder} and start again.") from None
+        raise InputError(f"{path} is damaged ({error}): remove {folder} and start again.") from None
     if not isinstance(found, dict) or not str(found.get("format")).startswith(FORMAT[:-1]):
         raise FileExistsError(f"{path} does not say of what run it is: move {folder}, or choose another folder.")
     return found
@@ -322,7 +323,7 @@ def _compare(known: dict[str, Any], identity: dict[str, Any], folder: Any) -> No
         if not _same(name, before.get(name), now.get(name), 1e-3 if narrow else 1e-5)
     ]
     if differences:
-        raise ValueError(f"{folder} holds the unfinished run of something else: {'; '.join(differences)}.")
+        raise InputError(f"{folder} holds the unfinished run of something else: {'; '.join(differences)}.")
 
 
 def _same(name: str, a: Any, b: Any, tolerance: float) -> bool:

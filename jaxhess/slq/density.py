@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
+from jaxhess.errors import InputError
 from jaxhess.krylov.errors import share_chance, share_interval
 
 Array = npt.NDArray[np.float64]
@@ -119,10 +120,10 @@ def smoothed(
         ValueError: An argument is out of range.
     """
     if points < 1 or axis not in ("symlog", "linear"):
-        raise ValueError(f"density needs points >= 1 and axis 'symlog' or 'linear', got {points} and {axis!r}")
+        raise InputError(f"density needs points >= 1 and axis 'symlog' or 'linear', got {points} and {axis!r}")
     for name, value in (("width", width), ("linthresh", linthresh)):
         if value is not None and not (np.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+            raise InputError(f"{name} must be positive and finite, got {value}")
     taken = np.isfinite(ritz_values)
     theta = ritz_values[taken]
     if axis == "linear":
@@ -137,7 +138,7 @@ def smoothed(
     with np.errstate(over="ignore"):
         edges = _from_axis(grid, linthresh)
     if not np.isfinite(edges).all():
-        raise ValueError(f"width {width} in asinh(x/linthresh) puts the ends of the grid beyond float64")
+        raise InputError(f"width {width} in asinh(x/linthresh) puts the ends of the grid beyond float64")
     cuts = np.concatenate([[0.0 if reflected else -np.inf], grid[1:-1], [np.inf]])
     kernel = _Kernel(cuts, grid, width, reflected)
     mass, bounds = np.empty((len(ritz_values), points)), np.zeros((2, points))

@@ -16,6 +16,7 @@ import numpy as np
 from jaxhess.distributed import processes
 from jaxhess.distributed import supervision as watch
 from jaxhess.distributed.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
+from jaxhess.errors import InputError
 from jaxhess.krylov.basis import BasisMemory
 from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonality_loss
 from jaxhess.krylov.state import (
@@ -106,12 +107,12 @@ def spectrum(
         Interrupted: SIGTERM came; the state is saved (only with `checkpoint`).
     """
     if probes < 1:
-        raise ValueError(f"probes is {probes}; at least 1 is needed.")
+        raise InputError(f"probes is {probes}; at least 1 is needed.")
     key = random_key(seed)
     like = vectors_like(operator, vector_dtype)
     check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
     if batch_size is not None and (batch_size < 1 or (basis_memory == "host" and batch_size > 1)):
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1, and 1 for a basis in the host's memory.")
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1, and 1 for a basis in the host's memory.")
     stored = None if basis_dtype is None else str(jnp.dtype(basis_dtype))
     options: dict[str, Any] = {
         "reorthogonalize": reorthogonalize,
@@ -129,7 +130,7 @@ def spectrum(
     }
     taken = sorted(set(info or {}) & {*described, *facts, "program", "seconds"})
     if taken:
-        raise ValueError(f"info has {', '.join(map(repr, taken))}, which the run records itself; choose other names.")
+        raise InputError(f"info has {', '.join(map(repr, taken))}, which the run records itself; choose other names.")
     saver = None
     if checkpoint is not None:
         saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": operator.checksum()})
@@ -397,7 +398,7 @@ def check_basis_fits(
             "A window" if isinstance(reorthogonalize, int) else f"{reorthogonalize.capitalize()} re-orthogonalisation"
         )
         place = "the host has" if on_host else "the devices here have"
-        raise ValueError(
+        raise InputError(
             f"{name} keeps {rows} vectors, {needed / 1e9:.1f} GB, and {place} {present / 1e9:.1f} GB in all: take "
             "fewer steps, a narrower basis dtype, basis_memory='host', a window, or reorthogonalize='none'."
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jaxhess.errors import InputError
 from jaxhess.files.foreign import read_spectrum, to_csv, to_json
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import ARRAYS, EXPORTS, RECORD, REPORT_FILES, json_ready, read_run, run_files
@@ -117,28 +118,28 @@ class Spectrum:
         alphas, betas = np.array(self.alphas, np.float64), np.array(self.betas, np.float64)
         sizes = np.array(self.sizes)
         if alphas.ndim != 2 or 0 in alphas.shape or betas.shape != alphas.shape or sizes.shape != alphas.shape[:1]:
-            raise ValueError(
+            raise InputError(
                 "alphas and betas must be [probes, steps] and sizes [probes], none empty, "
                 f"got {alphas.shape}, {betas.shape} and {sizes.shape}"
             )
         if sizes.dtype.kind not in "iu" or sizes.min() < 1 or sizes.max() > alphas.shape[1]:
-            raise ValueError(f"sizes must be integers from 1 to the number of steps {alphas.shape[1]}, got {sizes}")
+            raise InputError(f"sizes must be integers from 1 to the number of steps {alphas.shape[1]}, got {sizes}")
         if int(self.dim) != self.dim or self.dim < 1:
-            raise ValueError(f"dim must be a positive number of parameters, got {self.dim}")
+            raise InputError(f"dim must be a positive number of parameters, got {self.dim}")
         beyond = np.arange(alphas.shape[1]) >= sizes[:, None]
         alphas[beyond] = betas[beyond] = np.nan
         unknown = np.isnan(betas) & (np.arange(alphas.shape[1]) == sizes[:, None] - 1)
         bad = ~beyond & ~(np.isfinite(alphas) & (unknown | (np.isfinite(betas) & (betas >= 0))))
         if bad.any():
             probe, step = np.argwhere(bad)[0]
-            raise ValueError(
+            raise InputError(
                 f"probe {probe} step {step} has alpha {alphas[probe, step]} and beta {betas[probe, step]}: "
                 "both must be finite and beta not negative"
             )
         relative_tolerance(1, self.rounding)
         errors = np.array(self.step_errors, np.float64) if np.size(self.step_errors) else np.zeros_like(alphas)
         if errors.shape != alphas.shape or not (beyond | (np.isfinite(errors) & (errors >= 0))).all():
-            raise ValueError(f"step_errors must be [probes, steps], finite and not negative, got {errors}")
+            raise InputError(f"step_errors must be [probes, steps], finite and not negative, got {errors}")
         errors[beyond] = np.nan
         cleaned = {"alphas": alphas, "betas": betas, "sizes": sizes.astype(np.int64), "dim": int(self.dim)}
         cleaned |= {"info": json_ready(self.info), "rounding": float(self.rounding), "step_errors": errors}
@@ -245,10 +246,10 @@ class Spectrum:
             ValueError: k is not an integer >= 0, or is above `exact_degree`.
         """
         if int(k) != k or k < 0:
-            raise ValueError(f"moment k must be an integer >= 0, got {k}")
+            raise InputError(f"moment k must be an integer >= 0, got {k}")
         limit = self.exact_degree
         if limit is not None and k > limit:
-            raise ValueError(
+            raise InputError(
                 f"moment {k} is beyond degree {limit}, the last that {limit // 2} Lanczos steps know; "
                 f"run at least {(int(k) + 1) // 2} steps"
             )
@@ -304,10 +305,10 @@ class Spectrum:
         with np.errstate(all="ignore"):
             found = np.asarray(f(theta.copy()), np.float64)
         if found.shape != theta.shape:
-            raise ValueError(f"f must be vectorised: for Ritz values of shape {theta.shape} it gave {found.shape}")
+            raise InputError(f"f must be vectorised: for Ritz values of shape {theta.shape} it gave {found.shape}")
         if not np.isfinite(found).all():
             worst = int(np.argmin(np.isfinite(found)))
-            raise ValueError(f"f is {found[worst]} at the Ritz value {theta[worst]}: it must be finite at all of them")
+            raise InputError(f"f is {found[worst]} at the Ritz value {theta[worst]}: it must be finite at all of them")
         nodes = np.zeros(self.alphas.shape)
         nodes[taken] = found
         values = (self.weights * nodes).sum(1)
@@ -329,7 +330,7 @@ class Spectrum:
         """
         smallest = self.extreme().smallest
         if not smallest.value + shift > 0:
-            raise ValueError(
+            raise InputError(
                 f"H + shift I has no logarithm with shift {shift}: the smallest Ritz value is {smallest.value}, and an "
                 f"eigenvalue lies within {smallest.residual_bound:.3g} of it; take a shift above "
                 f"{smallest.residual_bound - smallest.value}"
@@ -350,7 +351,7 @@ class Spectrum:
         """
         x = np.asarray(x, np.float64)
         if x.ndim != 1:
-            raise ValueError(f"x must be one-dimensional, got shape {x.shape}")
+            raise InputError(f"x must be one-dimensional, got shape {x.shape}")
         bounds = np.empty((2, self.num_probes, x.size))
         for probe, (nodes, broke) in enumerate(zip(self._quadratures, self.broke_down, strict=True)):
             bounds[:, probe] = distribution_bounds(
@@ -470,7 +471,7 @@ class Spectrum:
         try:
             run = RunRecord.read(record["run"]) if "run" in record else RunRecord.of_old_info(info)
         except ValueError as error:
-            raise ValueError(f"{Path(folder) / RECORD} is not a spectrum record: {error}") from None
+            raise InputError(f"{Path(folder) / RECORD} is not a spectrum record: {error}") from None
         try:
             alphas, betas, sizes, rows = (arrays[name] for name in _STORED)
             rounding = float(arrays.get("rounding", FLOAT32_ROUNDING))
@@ -486,7 +487,7 @@ class Spectrum:
                 )
             return cls(alphas, betas, sizes, int(rows), info, run=run, rounding=rounding, step_errors=errors)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise ValueError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from None
+            raise InputError(f"{Path(folder) / ARRAYS} is corrupt or not a spectrum: {error}") from None
 
     def to_json(self) -> str:
         """The spectrum as a JSON object that any tool reads: see `jaxhess.files.foreign`."""

@@ -9,6 +9,7 @@ import pytest
 from scipy.linalg import hessenberg
 from scipy.stats import norm
 from scipy.stats import t as student
+from small_models import diagonal_lanczos
 
 from jaxhess import MatrixOperator
 from jaxhess import spectrum as run_spectrum
@@ -358,27 +359,10 @@ def test_coefficients_cannot_be_changed_under_the_cached_quadrature():
         _spectrum(1, 2).alphas[0, 0] = 3.0
 
 
-def _diagonal_lanczos(eigenvalues, start, steps, dtype=np.float64, orthogonal=True):
-    """alphas and betas, each [runs, steps], of the diagonal matrix from each row of `start` [runs, n]."""
-    diagonal, q = eigenvalues.astype(dtype), start.astype(dtype)
-    q = q / np.linalg.norm(q, axis=1, keepdims=True)
-    basis, beta, alphas, betas = [q], np.zeros(len(q), dtype), [], []
-    for _ in range(steps):
-        w = diagonal * basis[-1] - (beta[:, None] * basis[-2] if len(basis) > 1 else 0)
-        alphas.append((w * basis[-1]).sum(1))
-        w -= alphas[-1][:, None] * basis[-1]
-        for b in 2 * basis if orthogonal else ():
-            w -= (w * b).sum(1)[:, None] * b
-        beta = np.linalg.norm(w, axis=1)
-        betas.append(beta)
-        basis.append(w / beta[:, None])
-    return np.array(alphas, float).T, np.array(betas, float).T
-
-
 def _ghostly(probes=2, steps=80, **facts):
     eigenvalues = np.concatenate([np.random.default_rng(5).normal(size=300) * 1e-2, [-1.0, 2.0, 5.0, 10.0]])
     start = np.random.default_rng(0).normal(size=(probes, eigenvalues.size))
-    coefficients = _diagonal_lanczos(eigenvalues, start, steps, np.float32, orthogonal=False)
+    coefficients = diagonal_lanczos(eigenvalues, start, steps, np.float32, orthogonal=False)
     return Spectrum(*coefficients, np.full(probes, steps), eigenvalues.size, **facts)
 
 
@@ -418,7 +402,7 @@ def test_vectors_that_are_known_to_be_independent_leave_no_ghosts(run, flagged):
 def test_full_reorthogonalisation_counts_close_eigenvalues_that_rounding_alone_would_merge():
     eigenvalues = np.concatenate([np.linspace(0, 1e-6, 20), [1.0]])
     start = np.random.default_rng(0).normal(size=(1, 21))
-    coefficients = _diagonal_lanczos(eigenvalues, start, 21)
+    coefficients = diagonal_lanczos(eigenvalues, start, 21)
     plain = Spectrum(*coefficients, [21], 21)
     full = Spectrum(*coefficients, [21], 21, run=RunRecord(reorthogonalize="full"))
     assert plain.clusters(0).copies.tolist() == [20, 1]
@@ -435,7 +419,7 @@ def test_distribution_bounds_contain_each_probe_and_narrow_with_steps():
     true = np.array([[m[EIGENVALUES[order] <= y].sum() for y in x] for m in masses])
     widths = []
     for steps in (2, 8, 30):
-        coefficients = _diagonal_lanczos(EIGENVALUES, start, steps)
+        coefficients = diagonal_lanczos(EIGENVALUES, start, steps)
         spectrum = Spectrum(*coefficients, [steps] * 3, n, rounding=2.0**-52)
         lower, upper = spectrum.distribution_bounds(x)
         assert lower.shape == upper.shape == (3, x.size)
@@ -444,7 +428,7 @@ def test_distribution_bounds_contain_each_probe_and_narrow_with_steps():
         widths.append((upper - lower).mean())
     assert widths[0] > widths[1] > widths[2]
     # Nothing is left to bound where the Krylov space was exhausted: away from eigenvalues both are the measure.
-    alphas, betas = _diagonal_lanczos(EIGENVALUES, start, n)
+    alphas, betas = diagonal_lanczos(EIGENVALUES, start, n)
     betas[:, -1] = 0
     clear = np.abs(x[:, None] - EIGENVALUES).min(1) > 1e-10
     for bound in Spectrum(alphas, betas, [n] * 3, n, rounding=2.0**-52).distribution_bounds(x[clear]):
@@ -469,7 +453,7 @@ def test_trace_functions_are_exact_where_the_krylov_space_is_exhausted():
     # Over all starts e_i, i = 1..n, the mean of the probes is the exact trace divided by n.
     n = EIGENVALUES.size
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(n, n)))[0]
-    alphas, betas = _diagonal_lanczos(EIGENVALUES, rotation, n)
+    alphas, betas = diagonal_lanczos(EIGENVALUES, rotation, n)
     betas[:, -1] = 0
     spectrum = Spectrum(alphas, betas, np.full(n, n), n)
     assert spectrum.trace_function(np.cos).value == pytest.approx(np.cos(EIGENVALUES).sum(), rel=1e-12)
@@ -497,7 +481,7 @@ def test_error_has_as_many_degrees_of_freedom_as_probes_where_one_eigenvalue_dom
     rng = np.random.default_rng(0)
     bulk, alone = rng.normal(size=400) + 1, np.append(rng.normal(size=399) * 1e-3, 50.0)
     for eigenvalues, least, most in ((bulk, 200, np.inf), (alone, 4, 20)):
-        spectrum = Spectrum(*_diagonal_lanczos(eigenvalues, rng.normal(size=(4, 400)), 10), [10] * 4, 400)
+        spectrum = Spectrum(*diagonal_lanczos(eigenvalues, rng.normal(size=(4, 400)), 10), [10] * 4, 400)
         variance = spectrum.moment(2).value - spectrum.moment(1).value ** 2
         plain = 400 * np.sqrt(2 * variance / (402 * 4 - 2))
         trace = spectrum.trace()
@@ -510,7 +494,7 @@ def test_error_has_as_many_degrees_of_freedom_as_probes_where_one_eigenvalue_dom
 def test_random_signs_on_a_diagonal_matrix_have_no_error_and_say_so():
     n = EIGENVALUES.size
     start = np.random.default_rng(0).choice([-1.0, 1.0], (4, n))
-    coefficients = _diagonal_lanczos(EIGENVALUES, start, 10)
+    coefficients = diagonal_lanczos(EIGENVALUES, start, 10)
     signs = Spectrum(*coefficients, [10] * 4, n, run=RunRecord(distribution="rademacher"))
     assert signs.trace().standard_error < 1e-10
     assert signs.trace().value == pytest.approx(EIGENVALUES.sum(), abs=1e-10)
@@ -531,7 +515,7 @@ def _llm_like(dim=10**8, seed=1):
 def test_interval_of_a_trace_function_holds_the_truth_that_few_steps_do_not_see():
     values, multiplicities = _llm_like()
     mass = _masses(values, multiplicities, 4)
-    coefficients = _diagonal_lanczos(values, np.sqrt(mass), 20)
+    coefficients = diagonal_lanczos(values, np.sqrt(mass), 20)
     spectrum = Spectrum(*coefficients, [20] * 4, int(multiplicities.sum()), rounding=2.0**-52)
     found, truth = spectrum.trace_function(np.abs), multiplicities @ np.abs(values)
     assert abs(found.value - truth) > 4 * found.standard_error  # the sampling error alone would not do
@@ -554,7 +538,7 @@ def test_bounds_of_trace_functions_hold_for_each_probe_and_narrow_with_steps(f, 
     values = EIGENVALUES.size * (masses / masses.sum(1, keepdims=True)) @ f(EIGENVALUES)
 
     def bounds(count):
-        coefficients = _diagonal_lanczos(EIGENVALUES, np.sqrt(masses), count)
+        coefficients = diagonal_lanczos(EIGENVALUES, np.sqrt(masses), count)
         return [
             # The ends are certain once the extremes have converged; before, they are given.
             _with_ends(Spectrum(a[None], b[None], [count], EIGENVALUES.size, rounding=2.0**-52))
@@ -595,7 +579,7 @@ def test_bands_of_distribution_and_density_hold_the_operator_s_own(kind, steps):
     share = multiplicities / multiplicities.sum()
     inside, narrower = [], []
     for seed in range(10):
-        coefficients = _diagonal_lanczos(values, np.sqrt(_masses(values, multiplicities, 2, seed)), steps)
+        coefficients = diagonal_lanczos(values, np.sqrt(_masses(values, multiplicities, 2, seed)), steps)
         spectrum = Spectrum(*coefficients, [steps] * 2, int(multiplicities.sum()))
         density = spectrum.density(points=100)
         assert density.reflected == (kind == "semi-definite")
@@ -623,7 +607,7 @@ def _forward(x, density):
 
 def test_half_of_a_semidefinite_spectrum_is_not_drawn_below_zero():
     values = np.append(np.zeros(90), np.linspace(0.1, 5, 10))
-    coefficients = _diagonal_lanczos(values, np.random.default_rng(0).normal(size=(3, 100)), 8)
+    coefficients = diagonal_lanczos(values, np.random.default_rng(0).normal(size=(3, 100)), 8)
     density = Spectrum(*coefficients, [8] * 3, 100).density()
     assert density.edges[0] == 0
     np.testing.assert_allclose(density.mass.sum(1), 1, atol=1e-14)

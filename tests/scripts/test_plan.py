@@ -13,7 +13,7 @@ from scripts import plan as script
 from scripts.plans import make
 from scripts.spectrum import TINY
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "scripts" / "plans" / "configs" / "llama-3.1-8b.json")
 
 

@@ -6,7 +6,7 @@ the matrix is dense; that the library computes the same numbers from its product
 
 import numpy as np
 import pytest
-from test_spectra import _diagonal_lanczos
+from small_models import diagonal_lanczos
 
 from jaxhess.krylov.errors import Estimate, across_probes, of_forms, of_squares, student_factor
 from jaxhess.krylov.sketch import _covariance, _leave_one_out, _Sketch
@@ -110,7 +110,7 @@ def spectra(name, k, runs, steps=STEPS):
     """Spectra of normal probes, drawn as the mass that each has on every different eigenvalue."""
     values, multiplicities = SPECTRA[name]
     mass = np.random.default_rng(k).chisquare(multiplicities, (runs * k, values.size))
-    coefficients = _diagonal_lanczos(values, np.sqrt(mass), steps)
+    coefficients = diagonal_lanczos(values, np.sqrt(mass), steps)
     for alphas, betas in zip(*(np.split(c, runs) for c in coefficients), strict=True):
         yield Spectrum(alphas, betas, np.full(k, steps), int(multiplicities.sum()))
 
@@ -119,7 +119,7 @@ def spectra_of_signs(name, k, runs, steps=STEPS):
     """Of random signs, in a dense basis."""
     values, rng = spread_out(name), np.random.default_rng(k)
     q = np.linalg.qr(rng.normal(size=(values.size, values.size)))[0]
-    coefficients = _diagonal_lanczos(values, rng.choice([-1.0, 1.0], (runs * k, values.size)) @ q, steps)
+    coefficients = diagonal_lanczos(values, rng.choice([-1.0, 1.0], (runs * k, values.size)) @ q, steps)
     record = RunRecord(distribution="rademacher")
     for alphas, betas in zip(*(np.split(c, runs) for c in coefficients), strict=True):
         yield Spectrum(alphas, betas, np.full(k, steps), values.size, run=record)

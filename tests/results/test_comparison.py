@@ -13,7 +13,7 @@ from jaxhess import Spectrum
 from jaxhess.results.comparison import distance, row, wasserstein
 from scripts import compare as script
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BULK = np.random.default_rng(0).normal(size=300)
 OUTLIERS = np.append(BULK[:-2], [20.0, 35.0])
 

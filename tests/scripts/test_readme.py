@@ -7,7 +7,7 @@ import numpy as np
 
 import jaxhess
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ELSEWHERE = {"foreign_results.md"}
 """Pages whose examples need results of other tools: see test_interchange.py."""
 

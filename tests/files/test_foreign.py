@@ -90,7 +90,7 @@ def results_of_others() -> dict[str, dict]:
 
 
 def test_the_snippets_of_the_docs_write_what_is_read(tmp_path, monkeypatch):
-    text = (Path(__file__).parent.parent / "docs" / "foreign_results.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "foreign_results.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     model = SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: 600), SimpleNamespace(numel=lambda: 400)])
     monkeypatch.chdir(tmp_path)

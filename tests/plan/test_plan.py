@@ -20,7 +20,7 @@ from jaxhess.plan import USABLE, Job, changes, compiled, flops, forecast, memory
 from jaxhess.plan.hardware import ACCELERATORS
 from jaxhess.vectors import _drawer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "plans" / "configs"
 
 

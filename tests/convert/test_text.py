@@ -12,7 +12,7 @@ import convert
 from convert.text import hub_documents, load_blocks
 from jaxhess.data import ENCODED_AT_ONCE, pack
 
-TINY = Path(__file__).parent.parent / "scripts" / "tiny"
+TINY = Path(__file__).parents[2] / "scripts" / "tiny"
 TEXTS = ["def f(x):\n    return x\n", "import os\n", "class A:\n    pass\n"]
 
 

@@ -24,7 +24,7 @@ from jaxhess.files.output import Output, OutputFile, disk_full
 from jaxhess.files.run_folder import ARRAYS, EIGENVECTORS, EXPORTS, RECORD, REPORT_FILES, RUN_FILES
 from jaxhess.results.page import FIGURES, write_report
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = ("a.json", "a.png")
 FILES = {"a.png": b"png", "a.json": b"{}"}
 RNG = np.random.default_rng(0)

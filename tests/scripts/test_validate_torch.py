@@ -19,7 +19,7 @@ from jaxhess.models import RopeConfig
 from scripts import torch_reference
 from scripts import validate_torch as script
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHAPES = {
     "llama": {"num_hidden_layers": 3, "num_key_value_heads": 1, "vocab_size": 37},
     "mistral": {"sliding_window": 5, "hidden_size": 24},
