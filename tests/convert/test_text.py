@@ -10,7 +10,8 @@ import pytest
 
 import convert
 from convert.text import hub_documents, load_blocks
-from jaxhess.data import ENCODED_AT_ONCE, pack
+from jaxhess.data import pack
+from jaxhess.data.reading import ENCODED_AT_ONCE
 
 TINY = Path(__file__).parents[2] / "scripts" / "tiny"
 TEXTS = ["def f(x):\n    return x\n", "import os\n", "class A:\n    pass\n"]
@@ -105,7 +106,7 @@ def test_cutting_a_long_text_does_not_change_its_tokens(name, monkeypatch):
 
     whole = tokenizer.encode(PROSE).ids
     for size in (200, 277, 1000):
-        monkeypatch.setattr("jaxhess.data.ENCODED_AT_ONCE", size)
+        monkeypatch.setattr("jaxhess.data.reading.ENCODED_AT_ONCE", size)
         cut = pack([PROSE], encode, seq_len=1, vocab_size=900).tokens.ravel()
         np.testing.assert_array_equal(cut, whole[: cut.size])
         assert len(whole) - cut.size < 2

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from jaxhess.data import (
-    ENCODED_AT_ONCE,
     TokenBlocks,
     label_weights,
     pack,
@@ -24,6 +23,7 @@ from jaxhess.data import (
     read_blocks,
     read_documents,
 )
+from jaxhess.data.reading import ENCODED_AT_ONCE
 from jaxhess.distributed.mesh import make_mesh
 
 
@@ -76,7 +76,7 @@ def test_no_document_is_read_beyond_the_sequences_asked_for() -> None:
     ],
 )
 def test_long_documents_are_tokenised_in_parts_cut_where_it_harms_least(monkeypatch, text, expected) -> None:
-    monkeypatch.setattr("jaxhess.data.ENCODED_AT_ONCE", 8)
+    monkeypatch.setattr("jaxhess.data.reading.ENCODED_AT_ONCE", 8)
     parts: list[str] = []
 
     def recording(part: str) -> list[int]:
