@@ -35,7 +35,7 @@ from jaxhess.krylov.quadrature import quadrature
 from jaxhess.models import LOGIT_CHUNK, abstract_params
 from jaxhess.operators.audit import audit
 from jaxhess.operators.restriction import restriction
-from jaxhess.results.page import LOST_WARNING, report_files
+from jaxhess.results.report import LOST_WARNING, report_files
 from jaxhess.slq.run import check_basis_fits, vectors_like
 from jaxhess.vectors import check_seed, random_key
 

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     import interruptible  # noqa: F401
 
 import dataclasses
-import html
 import importlib.metadata
 import json
 import math
@@ -47,8 +46,9 @@ from jaxhess.errors import InputError  # noqa: E402
 from jaxhess.files.output import Output  # noqa: E402
 from jaxhess.files.run_folder import json_ready  # noqa: E402
 from jaxhess.models import DecoderConfig, LanguageModel  # noqa: E402
+from jaxhess.results.page import Section  # noqa: E402
+from jaxhess.results.page import Table as PageTable  # noqa: E402
 from jaxhess.results.page import page as page_of  # noqa: E402
-from jaxhess.results.page import table  # noqa: E402
 from jaxhess.vectors import cast  # noqa: E402
 
 TINY = Path(__file__).parent / "tiny"
@@ -314,21 +314,19 @@ def sentences(verdict: Verdict) -> Iterator[str]:
 
 def page(options: Options, verdict: Verdict, record: dict[str, Any]) -> str:
     """The HTML page: the table, the Lanczos coefficients step by step, and how to read them."""
-    notes = [*record["not_exercised"], *record["padding"]]
-    parts = [
-        f'<p class="note">{html.escape(options.model)}, {record["parameters"]:,} parameters in {record["dtype"]}, '
-        f"{options.sequences} sequences of {options.seq_len} tokens.</p>",
-        *(f"<p>{html.escape(text)}</p>" for text in [*notes, *sentences(verdict)]),
-        table(HEAD, rows(verdict)),
-        f'<p class="note">{html.escape(HOW_TO_READ.format(wider=record["wider"] or "a wider dtype"))}</p>',
-    ]
+    facts = (
+        f"{options.model}, {record['parameters']:,} parameters in {record['dtype']}, {options.sequences} sequences of "
+        f"{options.seq_len} tokens."
+    )
+    how_to_read = HOW_TO_READ.format(wider=record["wider"] or "a wider dtype")
+    sections = [Section("Every quantity", [PageTable(HEAD, list(rows(verdict))), how_to_read])]
     for mode, steps in verdict.lanczos.items():
-        parts.append(f"<h2>{WORDS[mode]}, step by step</h2>")
         columns = [f"{side} {name}" for name in ("alpha", "beta") for side in ("our", "their")]
         numbers = zip(*zip(*steps["alphas"], strict=True), *zip(*steps["betas"], strict=True), strict=True)
         body = [[str(j), *(f"{x:.7g}" for x in row)] for j, row in enumerate(numbers, 1)]
-        parts.append(table(["step", *columns], body))
-    return page_of(f"{TITLES[verdict.agrees]} with PyTorch", parts)
+        sections.append(Section(f"{WORDS[mode]}, step by step", [PageTable(["step", *columns], body)]))
+    notes = [facts, *record["not_exercised"], *record["padding"], *sentences(verdict)]
+    return page_of(f"{TITLES[verdict.agrees]} with PyTorch", sections, notes)
 
 
 def main() -> None:

@@ -1,372 +1,67 @@
-"""A self-contained HTML report of a spectrum, for readers who have not met one before."""
+"""One self-contained HTML page for every report: sections of paragraphs, tables and embedded figures."""
 
 from __future__ import annotations
 
 import base64
-import html
-import json
-import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from jaxhess.files.output import Output
-from jaxhess.files.run_folder import REPORT_FILES
-from jaxhess.krylov.ghosts import relative_tolerance
-from jaxhess.results.figures import CENTRAL_MASS, density_figure, distribution_figure, png, stem_figure
-from jaxhess.slq.spectrum import Estimate, Extreme, Spectrum
-
-STYLE = """
-body{font:16px/1.55 system-ui,sans-serif;color:#1b2a41;max-width:60rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.7rem;margin-bottom:.2rem} h2{margin-top:2.4rem;border-bottom:1px solid #d8dee8} h3{margin-bottom:.3rem}
-table{border-collapse:collapse;margin:.5rem 0;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .9rem .25rem 0;border-bottom:1px solid #e6eaf0;text-align:left;vertical-align:top;
-overflow-wrap:anywhere}
-td:nth-child(2){min-width:7rem}
-thead th{color:#5b6b82;font-weight:600} .wide{overflow-x:auto}
-.warning{border-left:4px solid #c8553d;padding-left:.8rem;font-weight:600}
-figure{margin:1rem 0} img{max-width:100%} figcaption,.note{color:#46566c;font-size:.92rem}
-"""
-
-DISTRIBUTION_CAPTION = """How to read it: the curve is the share of all eigenvalues of the {matrix} at or below a
-value, as the random probes see it; where it is steep there are many eigenvalues, where it is flat few or none. Each
-eigenvalue is the curvature of the loss along one direction in parameter space: large positive ones are steep walls,
-values near zero flat directions, negative ones directions in which the loss curves down. The vertical axis is stretched
-towards 0 and 1, so that a share of a few eigenvalues shows at either end: at 0.999 one eigenvalue in a thousand is
-larger. The horizontal axis is linear near zero and logarithmic in both directions away from it. The inner band holds
-what these same probes would show after any number of further Lanczos steps, for a matrix that differs from the operator
-by no more than the rounding of the run; more steps narrow it. The outer band also covers the chance in the probes: at
-each place it holds the share of the operator's own eigenvalues with 95%; more probes narrow it. Where a band is narrow,
-the share is known; where it spans the figure, nothing is known about how eigenvalues are spread in there."""
-
-DENSITY_CAPTION = """How to read it: the curve is the weights of the Ritz values (estimates of eigenvalues), smoothed by
-a Gaussian whose standard deviation is {width} of the axis' length. With few Lanczos steps its bumps are the shape of
-that Gaussian around single Ritz values, and the dips between them are gaps of the method rather than of the spectrum.
-The band holds with 95% what the operator's own eigenvalues would give, equally smoothed: both what the steps taken
-leave open and the chance in the probes. Where it reaches the bottom, the curve's shape there says nothing; the
-distribution above says how many eigenvalues there are. {zero} Red ticks mark the Ritz values outside the central 99% of
-the mass."""
-
-REFLECTED = (
-    """No Ritz value is negative beyond rounding, so the Gaussian is reflected at zero: nothing is drawn below."""
-)
-
-NOT_REFLECTED = """Smoothing keeps the total mass and moves it to both sides: what lies at zero is drawn half above and
-half below it, so mass near zero does not say how many eigenvalues are negative."""
-
-STEM_CAPTION = """How to read it: each dot is one Ritz value of one probe; its height estimates the share of all
-eigenvalues near it. The dashed line is the share of a single eigenvalue, 1/dim. A dot near the line, at the same
-place for every probe, is a single isolated eigenvalue: its height scatters by the chance overlap of the probe with
-its direction. Dots far above the line stand for many eigenvalues; dots far below it carry less than one eigenvalue's
-share and deserve no interpretation, except as a probe that happened to miss an eigenvalue other probes see. Hollow
-dots are ghosts: copies of an eigenvalue that has its dot already, or values that belong to no eigenvalue."""
-
-GHOSTS_NOTE = """Rounding makes Lanczos without re-orthogonalisation find the same eigenvalue again (a copy), on the way
-to which a value can appear where no eigenvalue is (spurious). Copies count once: of values within {tolerance} of their
-neighbour, or within what storage may have moved them, the one of largest weight is left. Eigenvalues that close to each
-other cannot be told from copies; a bulk can be closer. The weights of copies add up, so that densities and traces are
-not touched by any of this."""
-
-LOST_WARNING = """the Lanczos vectors of probe {probes} did not stay orthogonal, although they were orthogonalised. Its
-Ritz values, weights and bounds may be wrong. Take full re-orthogonalisation, or wider vectors."""
-
-NO_GHOSTS_NOTE = """No Ritz value is taken for a copy of another or for spurious."""
-
-MOST_OUTLIERS = 40
-"""Rows of the table of outliers."""
-
-FIGURES: dict[str, Callable[[Spectrum], Figure]] = {
-    "distribution": distribution_figure,
-    "density": density_figure,
-    "stem": stem_figure,
-}
+import jinja2
 
 
-def write_report(folder: str | os.PathLike[str], spectrum: Spectrum, overwrite: bool = False) -> None:
-    """Writes `report.html` (nothing external: plots are embedded) and the three figures as PNG into the folder.
+class Link(NamedTuple):
+    """A table's cell that links to another page."""
 
-    Raises:
-        FileExistsError: There is a report and `overwrite` is False, or a file that the library did not write.
-        OSError: The folder cannot be written. What could be saved elsewhere is, and the message says where.
+    text: str
+    address: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of cells under a heading."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Link]]
+    title: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure, and how to read it."""
+
+    name: str
+    png: bytes
+    caption: str = ""
+
+    @property
+    def base64(self) -> str:
+        """The image as text, as a page embeds it."""
+        return base64.b64encode(self.png).decode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading and what follows it, in order; a string is a paragraph."""
+
+    title: str
+    parts: Sequence[str | Table | Picture]
+
+
+def page(title: str, sections: Iterable[Section], notes: Iterable[str] = (), warnings: Iterable[str] = ()) -> str:
+    """The HTML of a page: title, notes, warnings, sections. It needs no other file, and all text is escaped.
+
+    >>> html = page("Two < three", [Section("Numbers", [Table(("n", "n²"), [("2", "4"), ("3", "9")])])])
+    >>> "<title>Two &lt; three</title>" in html, "<td>9</td>" in html
+    (True, True)
     """
-    with Output(folder, REPORT_FILES, overwrite) as output:
-        output.write(report_files(spectrum))
+    return _template().render(title=title, sections=sections, notes=notes, warnings=warnings)
 
 
-def report_files(spectrum: Spectrum) -> dict[str, bytes]:
-    """The contents of the files that `write_report` writes."""
-    images = {name: png(draw(spectrum)) for name, draw in FIGURES.items()}
-    return {f"{name}.png": image for name, image in images.items()} | {"report.html": _page(spectrum, images).encode()}
-
-
-def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
-    sections = [
-        f'<p class="note">{_subtitle(spectrum)}</p>',
-        *_warning(spectrum),
-        "<h2>In short</h2>",
-        table(("quantity", "value", "how sure"), _headline(spectrum)),
-        "<h2>Distribution of eigenvalues</h2>",
-        _image(
-            images["distribution"],
-            "Distribution of eigenvalues",
-            DISTRIBUTION_CAPTION.format(matrix=spectrum.matrix_name),
-        ),
-        "<h2>Density of eigenvalues, smoothed</h2>",
-        _image(images["density"], "Density of eigenvalues", _density_caption(spectrum)),
-        "<h2>Ritz values and weights</h2>",
-        _image(images["stem"], "Ritz values and their weights", STEM_CAPTION),
-        "<h2>Every probe</h2>",
-        table(
-            ("probe", "steps", "smallest", "residual bound", "largest", "residual bound", "trace"), _probes(spectrum)
-        ),
-        "<h2>Ghosts</h2>",
-        *_ghosts(spectrum),
-        *_eigenpairs(spectrum.info.get("eigenpairs")),
-        "<h2>Checks</h2>",
-        table(("identity", "largest violation over probes"), _checks(spectrum)),
-        '<p class="note">Identities that hold exactly without rounding; violations far above 1e-6 mean that something '
-        "is broken.</p>",
-        *_noise(spectrum.info.get("noise")),
-        "<h2>How it was made</h2>",
-        *_info(spectrum.info),
-    ]
-    return page(f"Spectrum of the {spectrum.matrix_name}", sections)
-
-
-def page(title: str, sections: Iterable[str]) -> str:
-    """A page of HTML; the title is plain text, the sections are HTML."""
-    title = html.escape(title)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
-        + "\n".join(sections)
-        + "\n</body></html>\n"
+@functools.cache
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("jaxhess.results")
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
+        "page.html"
     )
-
-
-def _warning(spectrum: Spectrum) -> Iterator[str]:
-    if spectrum.orthogonality_lost.any():
-        lost = ", ".join(str(probe + 1) for probe in np.flatnonzero(spectrum.orthogonality_lost))
-        yield f'<p class="warning">Not reliable: {LOST_WARNING.format(probes=lost)}</p>'
-
-
-def _subtitle(spectrum: Spectrum) -> str:
-    text = (
-        f"{spectrum.num_probes} random probe{'s' * (spectrum.num_probes > 1)}, {spectrum.num_steps} Lanczos "
-        f"step{'s' * (spectrum.num_steps > 1)} each, {spectrum.dim:,} parameters."
-    )
-    broken = int(spectrum.broke_down.sum())
-    if broken:
-        text += (
-            f" {broken} broke down: the Krylov space was exhausted, and the spectrum is known up to the rounding of "
-            "the run. Eigenvalues closer together than that were not told apart."
-        )
-    return text
-
-
-def _headline(spectrum: Spectrum) -> Iterator[Sequence[str]]:
-    loss = _find_number(spectrum.info, "loss")
-    if loss is not None:
-        yield "loss", _number(loss, 6), "as recorded with the run"
-    smallest, largest = spectrum.extreme()
-    yield "largest Ritz value", _number(largest.value, 6), _extreme_words(largest)
-    yield "smallest Ritz value", _number(smallest.value, 6), _extreme_words(smallest)
-    yield "trace", *_estimate_words(spectrum.trace())
-    mean = spectrum.moment(1)
-    yield "mean eigenvalue (trace / dim)", *_estimate_words(mean)
-    yield "Frobenius norm", *_estimate_words(spectrum.frobenius_norm())
-
-
-def _extreme_words(extreme: Extreme) -> str:
-    bound = f"residual bound {_number(extreme.residual_bound, 2)}: an eigenvalue lies that close, or within rounding"
-    if math.isnan(extreme.residual_bound):
-        bound = "residual bound unknown: the norm after the last step is not there"
-    if math.isnan(extreme.spread):
-        return bound + "; one probe, so no spread to judge rounding by"
-    return bound + f"; the probes' own values scatter by {_number(extreme.spread, 2)} (standard deviation)"
-
-
-def _density_caption(spectrum: Spectrum) -> str:
-    density = spectrum.density()
-    low, high = density.along(2) if density.linthresh is None else np.arcsinh(density.along(2) / density.linthresh)
-    zero = REFLECTED if density.reflected else NOT_REFLECTED
-    return DENSITY_CAPTION.format(width=f"{density.width / (high - low):.1%}", zero=zero)
-
-
-def _estimate_words(estimate: Estimate) -> tuple[str, str]:
-    low, high = estimate.interval()
-    if math.isnan(low):
-        return _number(estimate.value, 4), "error not known: too few probes or steps"
-    return _number(estimate.value, 4), f"95%: {_number(low, 4)} to {_number(high, 4)}"
-
-
-def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:
-    rows = zip(
-        spectrum.ritz_values,
-        spectrum.residual_bounds,
-        spectrum.sizes,
-        spectrum.broke_down,
-        spectrum.alphas,
-        strict=True,
-    )
-    for probe, (theta, bounds, size, broke, alphas) in enumerate(rows):
-        steps = f"{size} (broke down)" if broke else str(size)
-        smallest, largest = ((_number(theta[i], 6), _number(bounds[i], 2)) for i in (0, size - 1))
-        yield str(probe + 1), steps, *smallest, *largest, _number(spectrum.dim * alphas[0], 4)
-
-
-def _ghosts(spectrum: Spectrum) -> Iterator[str]:
-    found = spectrum.ghosts.any()
-    measured = spectrum.run.orthogonality or ()
-    lost = [_number(np.nan if x is None else x, 2).replace("unknown", "not measured") for x in measured]
-    lost = lost if len(lost) == spectrum.num_probes else []
-    head = ["probe", "Ritz values", "copies", "spurious", "left"]
-    yield table(
-        head + ["loss of orthogonality, largest |Q'Q − I|"] * bool(lost),
-        [row + lost[i : i + 1] for i, row in enumerate(_ghost_counts(spectrum))],
-    )
-    theta = spectrum.ritz_values[np.isfinite(spectrum.ritz_values)]
-    tolerance = 2 * relative_tolerance(spectrum.num_steps, spectrum.rounding) * float(np.abs(theta).max())
-    note = GHOSTS_NOTE.format(tolerance=_number(tolerance, 2)) if found else NO_GHOSTS_NOTE
-    yield f'<p class="note">{html.escape(note)}</p>'
-    if found:
-        yield "<h3>Outliers with their copies merged</h3>"
-        rows = sorted(_outliers(spectrum), key=lambda row: (-float(f"{abs(row[1]):.4g}"), row[0]))
-        yield table(
-            ("probe", "value", "Ritz values merged", "residual bound", "weight × parameters"),
-            [(str(p), _number(v, 6), str(n), _number(b, 2), _number(w, 2)) for p, v, n, b, w in rows[:MOST_OUTLIERS]],
-        )
-        left = len(rows) - MOST_OUTLIERS
-        yield (
-            f'<p class="note">Outside the central {CENTRAL_MASS:.0%} of a probe\'s mass{_more(left)}. The last column '
-            "is of order one for a lone eigenvalue: chi-squared with one degree of freedom.</p>"
-        )
-
-
-def _ghost_counts(spectrum: Spectrum) -> Iterator[list[str]]:
-    for probe, size in enumerate(spectrum.sizes):
-        flagged, spurious = int(spectrum.ghosts[probe].sum()), int(spectrum.clusters(probe).spurious.sum())
-        yield [str(n) for n in (probe + 1, size, flagged - spurious, spurious, size - flagged)]
-
-
-def _outliers(spectrum: Spectrum) -> Iterator[tuple[int, float, int, float, float]]:
-    """Probe, value, copies, residual bound and dim times weight of every cluster that is an outlier of its probe."""
-    for probe in range(spectrum.num_probes):
-        clusters = spectrum.clusters(probe)
-        upto = np.cumsum(clusters.weights)
-        tail = (1 - CENTRAL_MASS) / 2
-        outside = ((upto < tail) | (upto - clusters.weights > 1 - tail)) & ~clusters.spurious
-        for i in np.flatnonzero(outside):
-            value, weight, copies, bound, _ = (field[i] for field in clusters)
-            yield probe + 1, float(value), int(copies), float(bound), float(spectrum.dim * weight)
-
-
-def _more(left: int) -> str:
-    return f"; the {MOST_OUTLIERS} farthest from zero, {left} more are not shown" if left > 0 else ""
-
-
-def _eigenpairs(pairs: Any) -> Iterator[str]:
-    """Values and residuals of eigenvectors that the run computed, if it did."""
-    if not isinstance(pairs, dict) or not all(isinstance(pairs.get(n), list) for n in ("values", "residuals")):
-        return
-    yield "<h2>Eigenvectors</h2>"
-    rows = zip(pairs["values"], pairs["residuals"], strict=False)
-    yield table(
-        ("", "eigenvalue", "residual |Hv − value v| / |v|"),
-        [
-            (str(i), *("–" if x is None else _number(x, d) for x, d in zip(row, (6, 2), strict=True)))
-            for i, row in enumerate(rows, 1)
-        ],
-    )
-    yield '<p class="note">An eigenvalue lies within the residual of each value.</p>'
-
-
-def _checks(spectrum: Spectrum) -> Iterator[Sequence[str]]:
-    names = {
-        "sum_weights": "the weights sum to one",
-        "first_moment": "the mean Ritz value is alpha₁ (relative to the root mean square)",
-        "second_moment": "the mean squared Ritz value is alpha₁² + beta₁² (relative)",
-    }
-    for name, violation in spectrum.checks().items():
-        yield names[name], f"{violation:.1e}"
-
-
-def _noise(noise: Any) -> Iterator[str]:
-    """The noise audit of `jaxhess.operators.audit.audit`, if the run has one."""
-    if not isinstance(noise, dict):
-        return
-    yield "<h2>Noise of the products</h2>"
-    rows = [("reference", str(noise.get("reference", "none")))]
-    words = {
-        "asymmetry": "asymmetry, |u'Hv − v'Hu| / |Hv|",
-        "nonlinearity": "non-linearity, relative",
-        "relative_error": "relative error, {}",
-        "floor": "floor, |error of Hx| / |x|, {}",
-    }
-    directions = {"random": "random direction", "leading": "direction of large curvature"}
-    for name, text in words.items():
-        value = noise.get(name)
-        for key, number in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
-            rows.append((text.format(directions.get(key, key)), _number(number, 2)))
-    yield table(("measured on the operator of this run", "value"), rows)
-    yield (
-        '<p class="note">The floor is in units of eigenvalues. The error of the products acts like a matrix added to '
-        "the true one; the random floor estimates the root mean square of its singular values, so Ritz values nearer "
-        "to zero than it cannot be told from noise. The other floor is the error where curvature is large.</p>"
-    )
-
-
-def _info(info: dict[str, Any]) -> Iterator[str]:
-    plain = {key: value for key, value in info.items() if not isinstance(value, dict)}
-    groups = ({"run": plain} if plain else {}) | {key: value for key, value in info.items() if isinstance(value, dict)}
-    for title, values in groups.items():
-        yield f"<h3>{html.escape(title)}</h3>"
-        yield table(("name", "value"), _flat(values))
-    if not groups:
-        yield "<p>Nothing was recorded.</p>"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[Sequence[str]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _find_number(info: dict[str, Any], name: str) -> float | None:
-    """The first number called `name`, at the top level or in a nested table."""
-    value = info.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    found = (_find_number(nested, name) for nested in info.values() if isinstance(nested, dict))
-    return next((number for number in found if number is not None), None)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table of plain text."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-def _image(png: bytes, alt: str, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    caption = html.escape(caption)
-    return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _number(x: float, digits: int) -> str:
-    """Rounded to so many digits, plain where that is readable: 120, 0.00058, 3.2e−13; "unknown" for NaN."""
-    if math.isnan(x):
-        return "unknown"
-    rounded = float(f"{x:.{digits}g}")
-    text = f"{rounded:.0f}" if 10**digits <= abs(rounded) < 1e6 else f"{x:.{digits}g}"
-    return text.replace("-", "\N{MINUS SIGN}")

@@ -14,7 +14,7 @@ from scipy.linalg import eigh_tridiagonal
 
 from jaxhess import Spectrum
 from jaxhess.files.foreign import coefficients
-from jaxhess.results.page import FIGURES, _page, write_report
+from jaxhess.results.report import FIGURES, _page, write_report
 
 RNG = np.random.default_rng(0)
 ALPHAS, BETAS = RNG.normal(size=(3, 8)), RNG.uniform(0.5, 2, size=(3, 8))

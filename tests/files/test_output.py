@@ -22,7 +22,7 @@ from jaxhess.files.lock import LOCK
 from jaxhess.files.manifest import MANIFEST, foreign, write_manifest
 from jaxhess.files.output import Output, OutputFile, disk_full
 from jaxhess.files.run_folder import ARRAYS, EIGENVECTORS, EXPORTS, RECORD, REPORT_FILES, RUN_FILES
-from jaxhess.results.page import FIGURES, write_report
+from jaxhess.results.report import FIGURES, write_report
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("a.json", "a.png")
