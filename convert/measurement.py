@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -18,6 +17,7 @@ from jaxhess.data import TokenBlocks
 from jaxhess.krylov.lanczos import lanczos_segment
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.krylov.state import start_lanczos
+from jaxhess.krylov.storage import Storage
 from jaxhess.models import LOGIT_CHUNK, DecoderConfig, LanguageModel, Params, model_graph
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
 from jaxhess.vectors import Vector, cast, random_key, random_probe, widen
@@ -90,8 +90,7 @@ def measure(
 
 def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Mode) -> Coefficients:
     """Step by step, every vector kept on the host."""
-    accumulation = str(jnp.promote_types(jax.tree.leaves(probe)[0].dtype, "float32"))
-    state = start_lanczos(probe, steps, mode, accumulation_dtype=accumulation)
+    state = start_lanczos(probe, steps, Storage(mode))
     vectors, orthogonality, worst = [], [], 0.0
     for j in range(steps):
         vectors.append(np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(state.current)]))

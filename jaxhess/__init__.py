@@ -10,6 +10,7 @@ from jaxhess.krylov.lanczos import lanczos_segment
 from jaxhess.krylov.sketch import hutch_plus_plus, xtrace
 from jaxhess.krylov.solve import conjugate_gradients
 from jaxhess.krylov.state import LanczosState, start_lanczos
+from jaxhess.krylov.storage import Storage
 from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig
 from jaxhess.models.likelihood import SoftmaxCrossEntropy
 from jaxhess.operators import (
@@ -56,6 +57,7 @@ __all__ = [
     "RopeConfig",
     "SoftmaxCrossEntropy",
     "Spectrum",
+    "Storage",
     "TokenBlocks",
     "as_lineax",
     "as_scipy",

@@ -219,17 +219,6 @@ def check_accumulation_dtype(dtype: str) -> None:
         raise InputError("accumulation_dtype float64 needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
 
 
-def check_vector_dtype(name: str, dtype: Any) -> None:
-    """Raises ValueError for a dtype that vectors cannot be stored in, or that JAX would narrow; None is the default."""
-    if dtype is None:
-        return
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"{name} is {dtype}; Lanczos vectors are floating point.")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise InputError(f"{name} {dtype} needs JAX in 64-bit mode: set JAX_ENABLE_X64=1 before starting.")
-
-
 def named_sharding(leaf: Any) -> NamedSharding | None:
     """The `NamedSharding` of an array or abstract array; None for one without (a single device, a tracer)."""
     if isinstance(leaf, jax.core.Tracer):

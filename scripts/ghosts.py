@@ -34,11 +34,11 @@ from jaxhess.files.run_folder import json_ready
 from jaxhess.krylov import compile_segment, lanczos_segment, orthogonality_loss, start_lanczos
 from jaxhess.krylov.ghosts import classify, independent, unflagged
 from jaxhess.krylov.quadrature import Quadrature, quadrature
-from jaxhess.krylov.state import Reorthogonalize
+from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import unit_roundoff
 from jaxhess.record import RunRecord
 from jaxhess.results.figures import png
-from jaxhess.vectors import cast, random_key
+from jaxhess.vectors import random_key
 
 TINY = Path(__file__).parent / "tiny"
 RECORD, PLOT = "ghosts.json", "ghosts.png"
@@ -77,22 +77,20 @@ class Variant:
     """One way to store and re-orthogonalise."""
 
     name: str
-    reorthogonalize: Reorthogonalize
-    vector_dtype: str = "float32"
-    basis_dtype: str | None = None
+    storage: Storage
 
 
 def variants(options: Options) -> list[Variant]:
     """What is compared, the reference first."""
     return [
-        Variant("reference", "full", "float64"),
-        Variant("none", "none"),
-        *(Variant(f"window {r}", r) for r in options.windows),
-        Variant("full", "full"),
-        Variant("full, bf16 basis", "full", basis_dtype="bfloat16"),
-        Variant("none, bf16 vectors", "none", "bfloat16"),
-        *(Variant(f"{r}, bf16 vectors", r, "bfloat16") for r in options.windows[-1:]),
-        Variant("full, bf16 vectors", "full", "bfloat16"),
+        Variant("reference", Storage(vector_dtype="float64", scalar_dtype="float64")),
+        Variant("none", Storage("none")),
+        *(Variant(f"window {r}", Storage(r)) for r in options.windows),
+        Variant("full", Storage()),
+        Variant("full, bf16 basis", Storage(basis_dtype="bfloat16")),
+        Variant("none, bf16 vectors", Storage("none", "bfloat16")),
+        *(Variant(f"{r}, bf16 vectors", Storage(r, "bfloat16")) for r in options.windows[-1:]),
+        Variant("full, bf16 vectors", Storage(vector_dtype="bfloat16")),
     ]
 
 
@@ -145,9 +143,8 @@ def study(options: Options, output: Output) -> dict[str, Any]:
 
 def measure(variant: Variant, operator: jaxhess.LinearOperator, steps: int, seed: int) -> dict[str, Any]:
     """One run: its tridiagonal, loss of orthogonality, time and memory."""
-    probe = cast(jaxhess.random_probe(random_key(seed), operator.shape_dtype), variant.vector_dtype)
-    wide = "float64" if variant.vector_dtype == "float64" else "float32"
-    state = start_lanczos(probe, steps, variant.reorthogonalize, wide, variant.basis_dtype)
+    probe = jaxhess.random_probe(random_key(seed), operator.shape_dtype)
+    state = start_lanczos(probe, steps, variant.storage)
     memory = compile_segment(operator, state).memory_analysis()
     kept = {"vectors": (state.previous, state.current), "basis": state.basis}
     held = {name: bytes_per_device(jax.tree.leaves(x)) for name, x in kept.items()}
@@ -158,7 +155,8 @@ def measure(variant: Variant, operator: jaxhess.LinearOperator, steps: int, seed
     seconds = (time.perf_counter() - began) / max(steps - 1, 1)
     rows = int(state.size)
     return {
-        **dataclasses.asdict(variant),
+        "name": variant.name,
+        **dataclasses.asdict(variant.storage),
         "alphas": np.asarray(state.alphas, np.float64)[:rows],
         "betas": np.asarray(state.betas, np.float64)[:rows],
         "step_errors": np.asarray(state.step_errors, np.float64)[:rows],

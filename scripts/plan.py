@@ -12,6 +12,7 @@ import dataclasses
 import math
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,11 @@ def job_of(options: Options) -> planning.Job:
 def command(options: Options) -> str:
     """The command that makes this plan: every option that is not the default."""
     words = ["python", "scripts/plan.py"]
-    for field in dataclasses.fields(options):
-        value, default = getattr(options, field.name), field.default
-        if value == default or field.name == "json":
+    defaults = dict(_flat(Options()))
+    for name, value in _flat(options):
+        if value == defaults[name] or name == "json":
             continue
-        flag = "--" + field.name.replace("_", "-")
+        flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, tuple):
@@ -136,6 +137,16 @@ def command(options: Options) -> str:
         else:
             words += [flag, str(value)]
     return shlex.join(words)
+
+
+def _flat(options: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of the options as they are on the command line."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat(value)
+        else:
+            yield field.name, value
 
 
 def show(console: Console, facts: dict[str, Any]) -> None:
@@ -201,7 +212,7 @@ def _on(job: planning.Job, hardware: str, efficiency: float) -> dict[str, Any]:
 
 def _is_sound(fact: str, job: planning.Job) -> bool:
     """Whether a CPU's compiler gives this fact for other devices too: not where it widens narrow types."""
-    dtypes = (job.dtype, job.vector_dtype or job.config.dtype, job.basis_dtype or "float32")
+    dtypes = (job.dtype, job.vector_dtype, job.basis_dtype)
     return all(d in ("float32", "float64") for d in dtypes) or fact not in ("temporaries", "traffic")
 
 

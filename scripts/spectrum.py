@@ -15,7 +15,7 @@ import platform
 import re
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -32,11 +32,12 @@ from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import EIGENVECTORS, EXPORTS, RUN_FILES
 from jaxhess.krylov.quadrature import quadrature
+from jaxhess.krylov.storage import Storage
 from jaxhess.models import LOGIT_CHUNK, abstract_params
 from jaxhess.operators.audit import audit
 from jaxhess.operators.restriction import restriction
 from jaxhess.results.report import LOST_WARNING, report_files
-from jaxhess.slq.run import check_basis_fits, vectors_like
+from jaxhess.slq.run import check_basis_fits
 from jaxhess.vectors import check_seed, random_key
 
 TINY = Path(__file__).parent / "tiny"
@@ -91,13 +92,7 @@ class Options:
     """Lanczos steps per probe: one product each."""
     probes: int = 4
     """Random probes; two or more give standard errors."""
-    reorthogonalize: Literal["full", "none"] | int = "full"
-    """`full` keeps all Lanczos vectors (steps x parameters of memory) and has no ghosts; `none` keeps two; a number,
-    such as 8, keeps that many of the last vectors."""
-    basis_dtype: Literal["float32", "bfloat16", "float64"] | None = None
-    """Storage of the vectors kept for re-orthogonalisation; by default as --vector-dtype. bfloat16 halves them."""
-    basis_memory: Literal["device", "host"] = "device"
-    """`host` keeps them in the host's pinned memory; probes then advance one at a time."""
+    storage: Annotated[Storage, tyro.conf.arg(name="")] = Storage()
     batch_size: int | None = None
     """Probes that advance together and share primal passes; by default as many as fit into memory."""
     eigenpairs: int = 0
@@ -112,10 +107,8 @@ class Options:
     compute_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """Of matrix products and activations; by default that of the weights. Norms, softmax and loss are in float32 or
     wider, and float32 is float32 on a GPU too (no TF32)."""
-    vector_dtype: Literal["float32", "bfloat16", "float64"] | None = None
-    """Storage of the Lanczos vectors; by default that of the weights."""
     accumulation_dtype: Literal["float32", "float64"] = "float32"
-    """Of sums over microbatches, inner products, norms, alphas and betas."""
+    """Of the operator's sums over microbatches."""
     audit: bool = True
     """Measure the noise of the products (asymmetry, non-linearity, distance from a wider dtype) for the record: seven
     products and two compilations."""
@@ -165,7 +158,8 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
     if options.restrict or layers is not None:
         restriction(abstract_params(config), options.restrict, layers)
     config.check_length(options.seq_len)
-    if "float64" in (config.dtype, options.compute_dtype, options.vector_dtype, options.accumulation_dtype):
+    kept = dataclasses.asdict(options.storage).values()
+    if "float64" in (config.dtype, options.compute_dtype, options.accumulation_dtype, *kept):
         jax.config.update("jax_enable_x64", True)
     mesh = jaxhess.make_mesh(options.mesh)
     console = terminal(quiet=processes.index() > 0)
@@ -201,7 +195,7 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
 
     operator = build_operator(options, model, batches)
     most_steps = max(options.steps, options.eigenpair_steps if options.eigenpairs else 0)
-    check_basis_fits(vectors_like(operator, options.vector_dtype), most_steps, **_stored(options))
+    check_basis_fits(operator, most_steps, options.storage)
     if options.eigenpairs > operator.dim:
         raise InputError(f"--eigenpairs {options.eigenpairs} are more than the {operator.dim:,} rows of the operator.")
     clock["operator"] = time.perf_counter()
@@ -240,8 +234,7 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
             steps=options.steps,
             probes=options.probes,
             seed=options.seed,
-            vector_dtype=options.vector_dtype,
-            **_stored(options),
+            storage=options.storage,
             batch_size=options.batch_size,
             distribution=options.probe_distribution,
             checkpoint=checkpoint if options.checkpoint_every else None,
@@ -274,8 +267,7 @@ def with_eigenpairs(
         tolerance=options.eigenpair_tolerance,
         steps=options.eigenpair_steps,
         seed=options.seed,
-        vector_dtype=options.vector_dtype,
-        **_stored(options),
+        storage=options.storage,
     )
     for value, residual, converged in zip(pairs.values, pairs.residuals, pairs.converged, strict=True):
         console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{'' if converged else ', not converged'})")
@@ -283,12 +275,6 @@ def with_eigenpairs(
     record = {name: getattr(pairs, name).tolist() for name in ("values", "residuals", "converged")}
     found = {**record, "steps": pairs.steps, "vectors": EIGENVECTORS}
     return dataclasses.replace(result, info={**result.info, "eigenpairs": found})
-
-
-def _stored(options: Options) -> dict[str, Any]:
-    """How Lanczos vectors are kept and made orthogonal, for all that runs Lanczos."""
-    names = ("reorthogonalize", "accumulation_dtype", "basis_dtype", "basis_memory")
-    return {name: getattr(options, name) for name in names}
 
 
 def _identity(options: Options, model: jaxhess.LanguageModel, data: str) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def ritz_study(
     probe = random_probe(random_key(options.seed), exact.in_dtype("float32").shape_dtype)
 
     def extremes(operator: jaxhess.LinearOperator, dtype: str = "float32") -> np.ndarray:
-        state = jaxhess.start_lanczos(cast(probe, dtype), options.ritz_steps, "full")
+        state = jaxhess.start_lanczos(cast(probe, dtype), options.ritz_steps)
         state = jaxhess.lanczos_segment(operator, state, options.ritz_steps)
         rows = int(state.size)
         alphas, betas = (np.asarray(x, np.float64)[:rows] for x in (state.alphas, state.betas))
@@ -229,7 +229,7 @@ def vectors(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> dic
     like = exact.shape_dtype
     found = {"random": random_probe(random_key(options.seed), like)}
     if options.lanczos:
-        state = jaxhess.start_lanczos(found["random"], max(options.lanczos), "none")
+        state = jaxhess.start_lanczos(found["random"], max(options.lanczos), jaxhess.Storage("none"))
         for k in sorted(options.lanczos):
             state = jaxhess.lanczos_segment(exact, state, k - 1)
             found[f"Lanczos {k}"] = jax.tree.map(jnp.copy, state.current)  # the next segment takes its buffers

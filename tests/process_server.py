@@ -57,13 +57,12 @@ def diagonal(out: str, checkpoint: str | None, slow: float, pairs: str | None = 
             steps=40,
             probes=8,
             batch_size=2,
-            reorthogonalize="full",
             checkpoint=None if checkpoint is None else jaxhess.Checkpoint(checkpoint, every=5, resume=True),
             callback=lambda _: time.sleep(slow),
         )
         processes.on_first(lambda: np.savez(out, alphas=found.alphas, betas=found.betas))
         if pairs is not None:
-            jaxhess.leading_eigenpairs(operator, 2, reorthogonalize="full").save(pairs)
+            jaxhess.leading_eigenpairs(operator, 2).save(pairs)
 
 
 def start(job: dict, process: int) -> tuple[int, subprocess.Popen]:

@@ -9,10 +9,10 @@ in T. Its size is measured in every step (`LanczosState.step_errors`), and every
 (`Quadrature.error_bounds`). Selective orthogonalisation (Parlett and Scott 1979) was tried and left out: it keeps the
 whole basis, was best in no case, and went on past the end of the Krylov space.
 
-Sums. alphas and betas are accumulated in float32 or, by `accumulation_dtype`, in float64. In float32 the squared length
-of a vector of 1e8 entries is right to 6e-8, for XLA adds in a tree, and an inner product to 2e-11 of the lengths:
-float64 is for float64 vectors. A matrix product does not add in a tree on a CPU: it was off by 7e-4 at 1e7 entries, and
-full re-orthogonalisation by it was worse than none; `jaxhess.vectors.basis_dot` is a sum of products for that reason
+Sums. alphas and betas are accumulated in `Storage.scalar_dtype`, float32 or float64. In float32 the squared length of a
+vector of 1e8 entries is right to 6e-8, for XLA adds in a tree, and an inner product to 2e-11 of the lengths: float64 is
+for float64 vectors. A matrix product does not add in a tree on a CPU: it was off by 7e-4 at 1e7 entries, and full
+re-orthogonalisation by it was worse than none; `jaxhess.vectors.basis_dot` is a sum of products for that reason
 (`pytest -m study -k hundred_million -s` prints these figures).
 
 Breakdown is tested relative to |alpha| + beta; betas are recorded after re-orthogonalisation, so that T is the
@@ -29,12 +29,14 @@ from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.sketch import hutch_plus_plus, xtrace
 from jaxhess.krylov.solve import Solution, conjugate_gradients
 from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_batch, start_lanczos
+from jaxhess.krylov.storage import Storage
 
 __all__ = [
     "Eigenpairs",
     "LanczosState",
     "Quadrature",
     "Solution",
+    "Storage",
     "abstract_lanczos",
     "compile_segment",
     "conjugate_gradients",

@@ -7,7 +7,7 @@ after the last step is written and never read.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, dot, norm
 
-BasisMemory = Literal["device", "host"]
 HOST = "pinned_host"
 
 

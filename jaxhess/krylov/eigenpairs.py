@@ -20,14 +20,15 @@ from jaxhess.errors import InputError
 from jaxhess.files.orbax import reading
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import read_arrays
-from jaxhess.krylov.basis import BasisMemory, stacked_sharding
+from jaxhess.krylov.basis import stacked_sharding
 from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import lanczos_segment, lanczos_vectors
 from jaxhess.krylov.quadrature import Quadrature, quadrature
-from jaxhess.krylov.state import LanczosState, Reorthogonalize, check_lanczos_options, start_lanczos
+from jaxhess.krylov.state import LanczosState, start_lanczos
+from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.vectors import Vector, add_scaled, cast, check_vector_dtype, norm, random_key, random_probe, scale
+from jaxhess.vectors import Vector, add_scaled, norm, random_key, random_probe, scale
 
 Which = Literal["magnitude", "largest", "smallest"]
 
@@ -123,11 +124,7 @@ def leading_eigenpairs(
     tolerance: float = 1e-3,
     steps: int = 100,
     seed: int = 0,
-    reorthogonalize: Reorthogonalize = "full",
-    vector_dtype: Any = None,
-    accumulation_dtype: str = "float32",
-    basis_dtype: Any = None,
-    basis_memory: BasisMemory = "device",
+    storage: Storage = Storage(),
     callback: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
 ) -> Eigenpairs:
     """The leading eigenpairs by Lanczos (Paige 1971; Parlett 1998, chapter 13), stopped when they have converged.
@@ -147,7 +144,7 @@ def leading_eigenpairs(
         steps: The most to take. Pairs that have not converged by then are returned too, and `converged` says so.
         seed: Of the starting vector, other than those of `spectrum`. A vector finds one direction of each eigenspace:
             of a multiple eigenvalue one eigenvector.
-        reorthogonalize: As for `spectrum`; so are `vector_dtype`, `accumulation_dtype`, `basis_dtype`, `basis_memory`.
+        storage: What is kept of the Lanczos vectors, and how.
         callback: Called on the host with the step, the wanted Ritz values so far, and their residual bounds.
 
     Returns:
@@ -159,17 +156,13 @@ def leading_eigenpairs(
         FloatingPointError: A product is not finite.
     """
     _check(operator, count, which, tolerance, steps)
-    check_vector_dtype("vector_dtype", vector_dtype)
-    check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+    storage.check_available()
     key = jax.random.fold_in(random_key(seed), 0xE16E)
     operator.validate()
     probe = random_probe(key, operator.shape_dtype)
-    if vector_dtype is not None:
-        probe = cast(probe, vector_dtype)
-    keeps_all = reorthogonalize == "full"
-    options = (reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
-    state = start_lanczos(probe, steps, *options)
-    rounding = unit_roundoff(operator, probe)
+    keeps_all = storage.reorthogonalize == "full"
+    state = start_lanczos(probe, steps, storage)
+    rounding = unit_roundoff(operator, state.current)
     if keeps_all:
         del probe
     done, ended = 0, False
@@ -202,7 +195,7 @@ def leading_eigenpairs(
         del state
     else:
         del state
-        vectors = _second_pass(operator, start_lanczos(probe, steps, *options), coefficients)
+        vectors = _second_pass(operator, start_lanczos(probe, steps, storage), coefficients)
     vectors, residuals = _measured(operator, vectors, values)
     return Eigenpairs(values, vectors, residuals, residuals <= limit, size)
 

@@ -5,23 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.errors import InputError
-from jaxhess.krylov.basis import BasisMemory, on_memory, stacked_sharding, write_row, zeros
-from jaxhess.vectors import Vector, check_accumulation_dtype, check_vector_dtype, named_sharding, norm, scale
-
-Reorthogonalize = Literal["none", "full"] | int
-"""Against what every new vector is orthogonalised, beyond the last two:
-
-- "none": nothing.
-- an integer r of at least 2: the last r vectors, the window of arXiv 2602.00816; those two are among them.
-- "full": all vectors.
-"""
+from jaxhess.krylov.basis import on_memory, stacked_sharding, write_row, zeros
+from jaxhess.krylov.storage import Reorthogonalize, Storage
+from jaxhess.vectors import Vector, named_sharding, norm, scale
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +29,7 @@ class LanczosState:
         step: int32 scalar, products done.
         size: int32 scalar, rows of T that are valid; smaller than `step` only after a breakdown.
         broken: bool scalar, whether the Krylov space was exhausted.
-        alphas: [m] diagonal of T, in the accumulation dtype (float32 or wider).
+        alphas: [m] diagonal of T, in the scalar dtype (float32 or wider).
         betas: [m]; betas[j] is the norm left after step j: the off-diagonal, and the last one bounds the residuals.
         previous, current: Vectors q_{j-1} and q_j, in the storage dtype.
         step_errors: [m] upper bounds of |f_j|, what step j left out of A Q = Q T + beta_m q_{m+1} e_m' + F, f_j the
@@ -44,7 +37,7 @@ class LanczosState:
             vectors are stored narrower than they are computed. The rounding of the products is not in them.
         basis: Lanczos vectors stacked along a leading axis, zero where not yet computed: all m of them ("full"), or the
             last r in a ring where q_j has row j mod r. None for "none".
-        reorthogonalize: See `Reorthogonalize`. Static.
+        reorthogonalize: As in `Storage`. Static.
     """
 
     step: jax.Array
@@ -64,123 +57,78 @@ class LanczosState:
         return self.alphas.ndim == 2
 
 
-def start_lanczos(
-    probe: Vector,
-    steps: int,
-    reorthogonalize: Reorthogonalize = "none",
-    accumulation_dtype: str = "float32",
-    basis_dtype: Any = None,
-    basis_memory: BasisMemory = "device",
-) -> LanczosState:
-    """The state before the first step, from any nonzero probe; vectors are stored in the probe's dtypes and shardings.
+def start_lanczos(probe: Vector, steps: int, storage: Storage = Storage()) -> LanczosState:
+    """The state before the first step, from any nonzero probe; vectors are stored in its shardings.
 
     Args:
-        probe: Where the Krylov space starts.
+        probe: Where the Krylov space starts; of floating point.
         steps: What the state has room for.
-        reorthogonalize: See `Reorthogonalize`; `docs/numerics.md` says what each costs.
-        accumulation_dtype: Of alphas and betas, and the inner products and norms that they are: "float32" or "float64"
-            (which needs JAX in 64-bit mode); never narrower than the vectors.
-        basis_dtype: Of the stored basis; None: that of the vectors.
-        basis_memory: "device", or "host": pinned memory of the host, from which vectors come one at a time.
+        storage: What is kept, and how.
 
     Raises:
-        ValueError: `steps` below 1, an unknown re-orthogonalisation, dtype or memory.
+        InputError: `steps` is below 1; the probe is not of floating point; a dtype needs JAX in 64-bit mode.
     """
-    options = (steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
-    probe = _checked(probe, *options)
-    return _started(probe, abstract_lanczos(probe, *options))
+    storage.check_available()
+    probe = _arrays(probe, storage.vector_dtype)
+    return _started(probe, abstract_lanczos(probe, steps, storage))
 
 
-def start_batch(
-    probes: Iterable[Vector],
-    steps: int,
-    reorthogonalize: Reorthogonalize = "none",
-    accumulation_dtype: str = "float32",
-    basis_dtype: Any = None,
-    basis_memory: BasisMemory = "device",
-) -> LanczosState:
+def start_batch(probes: Iterable[Vector], steps: int, storage: Storage = Storage()) -> LanczosState:
     """The state of several runs that advance together: their products share the primal pass and weight gathers.
 
     Args:
         probes: A probe for each run, let go of when they are stacked; the others are those of `start_lanczos`.
 
     Raises:
-        ValueError: No probe; a basis in the host's memory; or as `start_lanczos`.
+        InputError: No probe; a basis in the host's memory; or as `start_lanczos`.
     """
-    if basis_memory == "host":
+    if storage.basis_memory == "host":
         raise InputError("A basis in the host's memory is that of one run: start_lanczos, one probe after the other.")
-    options = (steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
-    checked = [_checked(probe, *options) for probe in probes]
-    if not checked:
+    storage.check_available()
+    drawn = [_arrays(probe, storage.vector_dtype) for probe in probes]
+    if not drawn:
         raise InputError("start_batch needs at least one probe.")
-    abstract = abstract_lanczos(checked[0], *options, runs=len(checked))
-    stacked = [_stack(checked)]
-    del checked
+    abstract = abstract_lanczos(drawn[0], steps, storage, runs=len(drawn))
+    stacked = [_stack(drawn)]
+    del drawn
     return _started(stacked.pop(), abstract)
 
 
-def check_lanczos_options(
-    steps: int,
-    reorthogonalize: Reorthogonalize,
-    accumulation_dtype: str = "float32",
-    basis_dtype: Any = None,
-    basis_memory: BasisMemory = "device",
-) -> None:
-    """Raises ValueError where an option of `start_lanczos` makes no sense."""
-    check_accumulation_dtype(accumulation_dtype)
+def abstract_lanczos(like: Vector, steps: int, storage: Storage = Storage(), runs: int | None = None) -> LanczosState:
+    """A state as `jax.ShapeDtypeStruct`s with shardings, for vectors like these: of one run, or of `runs` together.
+
+    Raises:
+        InputError: `steps` is below 1; a dtype needs JAX in 64-bit mode.
+    """
     if steps < 1:
         raise InputError(f"steps is {steps}; a Lanczos run takes at least 1.")
-    known = reorthogonalize in ("none", "full")
-    if isinstance(reorthogonalize, bool) or not (known or (isinstance(reorthogonalize, int) and reorthogonalize >= 2)):
-        raise InputError(
-            f"Unknown re-orthogonalisation {reorthogonalize!r}; it is 'none', 'full' or a window, the number of last "
-            "vectors, at least 2."
-        )
-    if basis_memory not in ("device", "host"):
-        raise InputError(f"basis_memory is {basis_memory!r}; it is 'device' or 'host'.")
-    check_vector_dtype("basis_dtype", basis_dtype)
-
-
-def abstract_lanczos(
-    like: Vector,
-    steps: int,
-    reorthogonalize: Reorthogonalize = "none",
-    accumulation_dtype: str = "float32",
-    basis_dtype: Any = None,
-    basis_memory: BasisMemory = "device",
-    runs: int | None = None,
-) -> LanczosState:
-    """A state as `jax.ShapeDtypeStruct`s with shardings, for vectors like these: of one run, or of `runs` together."""
+    storage.check_available()
     axis = 0 if runs is None else 1
     batch = () if runs is None else (runs,)
     leaves, treedef = jax.tree.flatten(like)
+    dtypes = [jnp.dtype(storage.vector_dtype or x.dtype) for x in leaves]
     shardings = [stacked_sharding(s) if axis else s for s in (named_sharding(x) or _placement(x) for x in leaves)]
+    rowed = [stacked_sharding(s, axis) for s in shardings]
     first = shardings[0]
     scalar = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
-    wide = jnp.promote_types(accumulation_dtype, functools.reduce(jnp.promote_types, [x.dtype for x in leaves]))
+    wide = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(storage.scalar_dtype))
 
     def scalars(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=scalar)
 
-    def stacked(rows: int, dtype: Any = None, on_host: bool = False) -> Vector:
+    def vectors(rows: tuple[int, ...], dtype: Any = None, on_host: bool = False) -> Vector:
         structs = [
-            jax.ShapeDtypeStruct(
-                (*batch, rows + on_host, *x.shape),
-                jnp.dtype(x.dtype if dtype is None else dtype),
-                sharding=on_memory(stacked_sharding(s, axis), on_host),
-            )
-            for x, s in zip(leaves, shardings, strict=True)
+            jax.ShapeDtypeStruct((*batch, *rows, *x.shape), jnp.dtype(dtype or own), sharding=on_memory(s, on_host))
+            for x, own, s in zip(leaves, dtypes, shardings if not rows else rowed, strict=True)
         ]
         return jax.tree.unflatten(treedef, structs)
 
-    vector = jax.tree.unflatten(
-        treedef,
-        [jax.ShapeDtypeStruct((*batch, *x.shape), x.dtype, sharding=s) for x, s in zip(leaves, shardings, strict=True)],
-    )
+    vector = vectors(())
     basis = None
-    if reorthogonalize != "none":
-        rows = reorthogonalize if isinstance(reorthogonalize, int) else steps
-        basis = stacked(rows, basis_dtype, basis_memory == "host")
+    if storage.reorthogonalize != "none":
+        rows = steps if storage.reorthogonalize == "full" else storage.reorthogonalize
+        on_host = storage.basis_memory == "host"
+        basis = vectors((rows + on_host,), storage.basis_dtype, on_host)
     return LanczosState(
         step=scalars((), "int32"),
         size=scalars(batch, "int32"),
@@ -191,25 +139,17 @@ def abstract_lanczos(
         previous=vector,
         current=vector,
         basis=basis,
-        reorthogonalize=reorthogonalize,
+        reorthogonalize=storage.reorthogonalize,
     )
 
 
-def _checked(
-    probe: Vector,
-    steps: int,
-    reorthogonalize: Reorthogonalize,
-    accumulation_dtype: str,
-    basis_dtype: Any,
-    basis_memory: BasisMemory,
-) -> Vector:
-    """The probe as arrays; raises where an option makes no sense."""
-    check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+def _arrays(probe: Vector, dtype: str | None) -> Vector:
+    """The probe as arrays in this dtype (None: its own); raises where it is not of floating point."""
     for path, leaf in jax.tree.flatten_with_path(probe)[0]:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
-            raise InputError(f"The probe's leaf {name} has dtype {dtype}; Lanczos vectors are floating point.")
-    return jax.tree.map(jnp.asarray, probe)
+            name, found = jax.tree_util.keystr(path), jnp.result_type(leaf)
+            raise InputError(f"The probe's leaf {name} has dtype {found}; Lanczos vectors are floating point.")
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), probe)
 
 
 def _placement(leaf: Any) -> Any:

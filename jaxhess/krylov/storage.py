@@ -18,23 +18,23 @@ ScalarDtype = Literal["float32", "float64"]
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """What a Lanczos run keeps. `docs/numerics.md` says what each choice costs.
+    """What a Lanczos run keeps, with defaults for whoever has the memory; `docs/numerics.md` says what each costs.
 
     >>> Storage(reorthogonalize=8, basis_dtype="bfloat16").reorthogonalize
     8
 
     Attributes:
-        reorthogonalize: Against what every new vector is orthogonalised, beyond the last two. "none": nothing.
-            "full": all vectors. An integer r of at least 2: the last r vectors, the window of arXiv 2602.00816; those
-            two are among them.
-        vector_dtype: Of the last two Lanczos vectors; None: the operator's own.
-        basis_dtype: Of the vectors kept for re-orthogonalisation; None: that of the last two.
-        basis_memory: Where these are: on the "device", or in pinned memory of the "host"; then one run advances at a
+        reorthogonalize: Which vectors are kept, beside the last two, to make every new one orthogonal to. "full": all
+            of them (steps x parameters of memory); there are no ghosts. "none": none. A number r, at least 2: the last
+            r, the window of arXiv 2602.00816.
+        vector_dtype: Storage of the last two Lanczos vectors; None: as the operator's vectors.
+        basis_dtype: Storage of the vectors kept for re-orthogonalisation; None: as the last two. bfloat16 halves them.
+        basis_memory: Where these are: on the "device", or in pinned memory of the "host"; then probes advance one at a
             time.
-        scalar_dtype: Of alphas and betas, and of the inner products and norms that they are; never narrower than the
+        scalar_dtype: Of alphas and betas, and of the inner products and norms that they are. Never narrower than the
             vectors.
 
-    Dtypes may be given as anything that `jax.numpy.dtype` takes; they are kept by name.
+    Dtypes may be given as anything that `jax.numpy.dtype` takes; names are kept.
 
     Raises:
         InputError: An attribute has none of these values.

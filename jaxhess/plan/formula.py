@@ -80,9 +80,9 @@ def memory(job: Job) -> Memory:
     theta = bytes_per_device(params)
     vector = bytes_per_device(jax.tree.leaves(state.current))
     stored = bytes_per_device(jax.tree.leaves(state.basis))
-    basis, host = (0, stored) if job.basis_memory == "host" else (stored, 0)
+    basis, host = (0, stored) if job.storage.basis_memory == "host" else (stored, 0)
     batch = 4 * job.microbatches * job.sequences_per_device * (2 * job.seq_len + 1)
-    wide = max(4, jnp.dtype(job.vector_dtype or job.config.dtype).itemsize, jnp.dtype(job.accumulation_dtype).itemsize)
+    wide = max(4, jnp.dtype(job.vector_dtype).itemsize, jnp.dtype(job.accumulation_dtype).itemsize)
     summed = theta // jnp.dtype(job.config.dtype).itemsize * wide
     if job.hvp == "exact":
         result = summed if job.microbatches == 1 and wide == sizes.bytes else theta + summed * (job.microbatches > 1)

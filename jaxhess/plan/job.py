@@ -14,12 +14,11 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import MESH_AXES, batch_sharding, data_shards, param_shardings
 from jaxhess.errors import InputError
-from jaxhess.krylov.basis import BasisMemory
-from jaxhess.krylov.state import LanczosState, Reorthogonalize, abstract_lanczos, check_lanczos_options
+from jaxhess.krylov.state import LanczosState, abstract_lanczos
+from jaxhess.krylov.storage import Storage
 from jaxhess.models import DecoderConfig, Params, abstract_params, logical_axes
 from jaxhess.models.language_model import LOGIT_CHUNK, NextTokenLoss
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
-from jaxhess.vectors import check_vector_dtype
 
 Product = Literal["exact", "finite-difference"]
 
@@ -33,7 +32,7 @@ class Job:
         axes: Sizes of the mesh axes; those left out are 1.
         microbatch: Sequences whose activations exist at once on all devices together; at least one on each of the
             parts that a batch is cut into.
-        compute_dtype, vector_dtype: None: that of the weights.
+        compute_dtype: None: that of the weights.
 
     Raises:
         ValueError: A number is not positive, an unknown choice, or an axis that no mesh has.
@@ -48,11 +47,8 @@ class Job:
     step: float | Literal["auto"] = 1e-3
     steps: int = 30
     probes: int = 4
-    reorthogonalize: Reorthogonalize = "none"
-    basis_dtype: str | None = None
-    basis_memory: BasisMemory = "device"
+    storage: Storage = Storage()
     compute_dtype: str | None = None
-    vector_dtype: str | None = None
     accumulation_dtype: str = "float32"
     logit_chunk: int = LOGIT_CHUNK
     audit: bool = False
@@ -70,10 +66,7 @@ class Job:
         for axis, size in self.axes.items():
             if axis not in MESH_AXES or size < 1:
                 raise InputError(f"Mesh axis {axis}={size}: the axes are {', '.join(MESH_AXES)}, of size 1 or more.")
-        check_lanczos_options(
-            self.steps, self.reorthogonalize, self.accumulation_dtype, self.basis_dtype, self.basis_memory
-        )
-        check_vector_dtype("vector_dtype", self.vector_dtype)
+        self.storage.check_available()
         self.config.check_length(self.seq_len)
         tensor = self.axes.get("tensor", 1)
         for what in ("num_heads", "num_kv_heads", "mlp_dim"):
@@ -98,6 +91,16 @@ class Job:
     def dtype(self) -> str:
         """What products are computed in."""
         return self.compute_dtype or self.config.dtype
+
+    @property
+    def vector_dtype(self) -> str:
+        """What Lanczos vectors are stored in."""
+        return self.storage.vector_dtype or self.config.dtype
+
+    @property
+    def basis_dtype(self) -> str:
+        """What the vectors kept for re-orthogonalisation are stored in."""
+        return self.storage.basis_dtype or self.vector_dtype
 
     @property
     def sequences_per_device(self) -> int:
@@ -140,11 +143,7 @@ class Job:
 
     def state(self, mesh: Any) -> LanczosState:
         """The abstract state of a Lanczos run."""
-        dtype = jnp.dtype(self.vector_dtype or self.config.dtype)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), self.params(mesh))
-        return abstract_lanczos(
-            like, self.steps, self.reorthogonalize, self.accumulation_dtype, self.basis_dtype, self.basis_memory
-        )
+        return abstract_lanczos(self.params(mesh), self.steps, self.storage)
 
 
 @functools.cache

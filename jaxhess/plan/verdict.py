@@ -60,9 +60,9 @@ def forecast(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Forecas
     seconds = formula.flops(job) / (efficiency * peak) + _exchange_seconds(job, device)
     # A step reads and writes some ten vectors. A stored basis is read twice by every pass, of which there are two, or
     # three for rows in 16 bits. A window goes row by row: each row reads the new vector twice and writes it once.
-    narrow = jnp.dtype(job.basis_dtype or job.vector_dtype or job.config.dtype).itemsize < 4
-    passes = 0 if job.reorthogonalize == "none" else 3 if narrow else 2
-    rows = job.reorthogonalize if isinstance(job.reorthogonalize, int) else 0
+    kept = job.storage.reorthogonalize
+    passes = 0 if kept == "none" else 3 if jnp.dtype(job.basis_dtype).itemsize < 4 else 2
+    rows = kept if isinstance(kept, int) else 0
     vectors = 10 + 3 * rows * passes
     stored = 2 * passes
     seconds += (vectors * memory.vector + stored * memory.basis) / device.bandwidth
@@ -162,20 +162,20 @@ def _logit_chunk(job: Job) -> Iterator[tuple[str, Job]]:
 
 
 def _host(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.reorthogonalize != "none" and job.basis_memory == "device":
-        yield _changed(job, "--basis-memory", basis_memory="host")
+    if job.storage.reorthogonalize != "none" and job.storage.basis_memory == "device":
+        yield _stored(job, "--basis-memory", basis_memory="host")
 
 
 def _basis_dtype(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.reorthogonalize != "none" and (job.basis_dtype or job.vector_dtype or job.config.dtype) != "bfloat16":
-        yield _changed(job, "--basis-dtype", basis_dtype="bfloat16")
+    if job.storage.reorthogonalize != "none" and job.basis_dtype != "bfloat16":
+        yield _stored(job, "--basis-dtype", basis_dtype="bfloat16")
 
 
 def _window(job: Job) -> Iterator[tuple[str, Job]]:
-    if job.reorthogonalize == "full" and job.steps > 8:
-        yield _changed(job, "--reorthogonalize", reorthogonalize=8)
-    if job.reorthogonalize != "none":
-        yield _changed(job, "--reorthogonalize", reorthogonalize="none")
+    if job.storage.reorthogonalize == "full" and job.steps > 8:
+        yield _stored(job, "--reorthogonalize", reorthogonalize=8)
+    if job.storage.reorthogonalize != "none":
+        yield _stored(job, "--reorthogonalize", reorthogonalize="none")
 
 
 def _dtype(job: Job) -> Iterator[tuple[str, Job]]:
@@ -199,6 +199,11 @@ def _devices(job: Job) -> Iterator[tuple[str, Job]]:
 def _changed(job: Job, option: str, **field: Any) -> tuple[str, Job]:
     (value,) = field.values()
     return f"{option} {value}", dataclasses.replace(job, **field)
+
+
+def _stored(job: Job, option: str, **field: Any) -> tuple[str, Job]:
+    (value,) = field.values()
+    return f"{option} {value}", dataclasses.replace(job, storage=dataclasses.replace(job.storage, **field))
 
 
 def _configured(job: Job, **fields: Any) -> Job:

@@ -29,7 +29,7 @@ from jaxhess.files.run_folder import read_json
 from jaxhess.krylov.basis import HOST
 from jaxhess.vectors import checksum
 
-FORMAT = "jaxhess-unfinished-2"
+FORMAT = "jaxhess-unfinished-3"
 IDENTITY, STEPS = "identity.json", "steps"
 SAVE = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
 """Names of saves, whole and begun, in the folder of steps."""
@@ -86,7 +86,8 @@ class Checkpoint:
                 "(--overwrite, or remove the folder), or choose another."
             )
         if known is not None and not discard:
-            _compare({k: v for k, v in known.items() if k in self.identity}, self.identity, self.folder)
+            same = {"format": FORMAT, **self.identity}
+            _compare({k: v for k, v in known.items() if k in same}, same, self.folder)
 
     def unfinished(self) -> bool:
         """Whether the folder holds a run. All processes must call this."""
@@ -315,6 +316,11 @@ def _identity_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _compare(known: dict[str, Any], identity: dict[str, Any], folder: Any) -> None:
+    if known.get("format", FORMAT) != FORMAT:
+        raise InputError(
+            f"{folder} holds an unfinished run of an earlier version of jaxhess, which only that version can resume: "
+            "finish it there, or start again with --overwrite, or in another folder."
+        )
     before, now = dict(_flat(known)), dict(_flat(json.loads(json.dumps(identity))))
     narrow = any(name.startswith("operator") and "16" in str(value) for name, value in before.items())
     differences = [

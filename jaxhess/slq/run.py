@@ -10,28 +10,20 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxhess.distributed import processes
 from jaxhess.distributed import supervision as watch
 from jaxhess.distributed.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.errors import InputError
-from jaxhess.krylov.basis import BasisMemory
 from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonality_loss
-from jaxhess.krylov.state import (
-    LanczosState,
-    Reorthogonalize,
-    abstract_lanczos,
-    check_lanczos_options,
-    start_batch,
-    start_lanczos,
-)
+from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_batch, start_lanczos
+from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator, unit_roundoff
 from jaxhess.record import RunRecord
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
 from jaxhess.slq.spectrum import Spectrum
-from jaxhess.vectors import Distribution, Vector, cast, check_vector_dtype, random_key, random_probe
+from jaxhess.vectors import Distribution, Vector, random_key, random_probe
 
 COEFFICIENTS = ("alphas", "betas", "step_errors")
 SEGMENT_SECONDS = 1.0
@@ -66,11 +58,7 @@ def spectrum(
     steps: int = 40,
     probes: int = 4,
     seed: int = 0,
-    reorthogonalize: Reorthogonalize = "full",
-    vector_dtype: Any = None,
-    accumulation_dtype: str = "float32",
-    basis_dtype: Any = None,
-    basis_memory: BasisMemory = "device",
+    storage: Storage = Storage(),
     batch_size: int | None = None,
     distribution: Distribution = "normal",
     checkpoint: Checkpoint | None = None,
@@ -85,12 +73,7 @@ def spectrum(
             2 steps - 1.
         probes: Independent random probes; two or more give standard errors across them.
         seed: Of the probes. The same seed gives the same probes bit for bit on any mesh.
-        reorthogonalize: "none", "full", or a window of so many vectors; see `docs/numerics.md`.
-        vector_dtype: Storage of the Lanczos vectors; None: the operator's own.
-        accumulation_dtype: Of alphas and betas, and the inner products and norms that they are: "float32" or "float64",
-            never narrower than the vectors.
-        basis_dtype: Storage of the vectors kept for re-orthogonalisation; None: as `vector_dtype`.
-        basis_memory: Where these are: "device", or "host", in pinned memory; then one probe advances at a time.
+        storage: What is kept of the Lanczos vectors, and how.
         batch_size: The most probes that advance together, sharing primal passes and weight gathers; batches are of
             equal size. None: as many as fit into what memory is left; one where the operator has nothing to share. A
             resumed run keeps its own size with None; with another one, the probes under way still stay together.
@@ -109,24 +92,15 @@ def spectrum(
     if probes < 1:
         raise InputError(f"probes is {probes}; at least 1 is needed.")
     key = random_key(seed)
-    like = vectors_like(operator, vector_dtype)
-    check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
-    if batch_size is not None and (batch_size < 1 or (basis_memory == "host" and batch_size > 1)):
+    if batch_size is not None and (batch_size < 1 or (storage.basis_memory == "host" and batch_size > 1)):
         raise InputError(f"batch_size is {batch_size}; it must be at least 1, and 1 for a basis in the host's memory.")
-    stored = None if basis_dtype is None else str(jnp.dtype(basis_dtype))
-    options: dict[str, Any] = {
-        "reorthogonalize": reorthogonalize,
-        "accumulation_dtype": accumulation_dtype,
-        "basis_dtype": None if stored == _dtypes(like) else stored,
-        "basis_memory": basis_memory,
-    }
-    check_basis_fits(like, steps, **options)
+    check_basis_fits(operator, steps, storage)
     if checkpoint is not None:
         checkpoint.check()
     facts = {"operator": operator.describe(), **operator.validate()}
     described: dict[str, Any] = {
         "probes": {"count": probes, "distribution": distribution, "seed": seed},
-        "lanczos": {"steps": steps, "vector_dtype": _dtypes(like), **options},
+        "lanczos": {"steps": steps, **dataclasses.asdict(storage)},
     }
     taken = sorted(set(info or {}) & {*described, *facts, "program", "seconds"})
     if taken:
@@ -136,17 +110,18 @@ def spectrum(
         saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": operator.checksum()})
 
     def draw(p: int) -> Vector:
-        probe = random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
-        return probe if vector_dtype is None else cast(probe, vector_dtype)
+        return random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
 
-    run = _Run(operator, like, steps, probes, draw, options, callback)
+    run = _Run(operator, steps, probes, draw, storage, callback)
     if saver is None:
         run.advance(batch_size)
     else:
         with contextlib.closing(saver), termination() as asked_to_stop:
             run.advance(batch_size, saver, asked_to_stop.is_set)
+    kept = run.template(None)
     described["lanczos"] |= {
-        "accumulation_dtype": str(run.template(None).alphas.dtype),
+        "vector_dtype": _dtypes(kept.current),
+        "scalar_dtype": str(kept.alphas.dtype),
         "batch_size": run.batch_size,
     }
     return Spectrum(
@@ -155,8 +130,8 @@ def spectrum(
         step_errors=run.step_errors,
         sizes=run.sizes,
         dim=operator.dim,
-        run=RunRecord(distribution, reorthogonalize, tuple(run.orthogonality.tolist())),
-        rounding=unit_roundoff(operator, like),
+        run=RunRecord(distribution, storage.reorthogonalize, tuple(run.orthogonality.tolist())),
+        rounding=unit_roundoff(operator, kept.current),
         info={**described, **facts, "program": run.program, "seconds": run.seconds, **(info or {})},
     )
 
@@ -166,11 +141,10 @@ class _Run:
     """The probes of one call of `spectrum`, a batch of them after the other."""
 
     operator: LinearOperator
-    like: Vector
     steps: int
     probes: int
     draw: Callable[[int], Vector]
-    options: dict[str, Any]
+    storage: Storage
     callback: Callable[[Progress], None] | None
 
     def __post_init__(self) -> None:
@@ -184,7 +158,7 @@ class _Run:
 
     def template(self, runs: int | None) -> LanczosState:
         """The abstract state of so many probes together."""
-        return abstract_lanczos(self.like, self.steps, runs=runs, **self.options)
+        return abstract_lanczos(self.operator.shape_dtype, self.steps, self.storage, runs)
 
     def advance(
         self, batch_size: int | None, saver: Saver | None = None, stop: Callable[[], bool] = lambda: False
@@ -237,7 +211,7 @@ class _Run:
 
         Compiles the program for as many as are tried: usually the one that then runs.
         """
-        if not self.operator.shares_work or self.options["basis_memory"] == "host":
+        if not self.operator.shares_work or self.storage.basis_memory == "host":
             return 1
         size = self.probes
         while size > 1:
@@ -275,9 +249,9 @@ class _Run:
     def _start(self, first: int) -> LanczosState:
         """The probes that follow; the last one repeats where there are fewer, for another size would compile again."""
         if self.batch_size == 1:  # no axis over runs
-            return start_lanczos(self.draw(first), self.steps, **self.options)
+            return start_lanczos(self.draw(first), self.steps, self.storage)
         numbers = [min(first + k, self.probes - 1) for k in range(self.batch_size)]
-        return start_batch((self.draw(p) for p in numbers), self.steps, **self.options)
+        return start_batch((self.draw(p) for p in numbers), self.steps, self.storage)
 
     def _segments(self, state: LanczosState, every: int | None) -> Iterator[LanczosState]:
         """The state after each segment, which end at multiples of `every` too; a second or so each."""
@@ -362,41 +336,19 @@ def _remark(probe: int, step: int) -> None:
     watch.remark(f"the last save is of step {step} of probe {probe + 1}; go on with --resume")
 
 
-def vectors_like(operator: LinearOperator, vector_dtype: Any = None) -> Vector:
-    """`jax.ShapeDtypeStruct`s of the operator's vectors as they are stored in this dtype; None: its own.
-
-    Raises:
-        ValueError: It is no floating-point dtype, or one that JAX would narrow.
-    """
-    if vector_dtype is None:
-        return operator.shape_dtype
-    check_vector_dtype("vector_dtype", vector_dtype)
-    dtype = jnp.dtype(vector_dtype)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), operator.shape_dtype)
-
-
-def check_basis_fits(
-    like: Vector,
-    steps: int,
-    reorthogonalize: Reorthogonalize = "full",
-    accumulation_dtype: str = "float32",
-    basis_dtype: Any = None,
-    basis_memory: BasisMemory = "device",
-) -> None:
-    """Raises ValueError when the basis cannot fit the memory that it is to be in, before any of it is made."""
-    state = abstract_lanczos(like, steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
+def check_basis_fits(operator: LinearOperator, steps: int, storage: Storage = Storage()) -> None:
+    """Raises InputError when the basis cannot fit the memory that it is to be in, before any of it is made."""
+    state = abstract_lanczos(operator.shape_dtype, steps, storage)
     if state.basis is None:
         return
     leaves = jax.tree.leaves(state.basis)
     devices = devices_of(leaves)
     needed = bytes_per_device(leaves) * len(devices)
-    on_host = basis_memory == "host"
+    on_host, kept = storage.basis_memory == "host", storage.reorthogonalize
     present = host_bytes() if on_host else total_bytes(devices) * len(devices)
     if needed > present:
         rows = leaves[0].shape[0] - on_host
-        name = (
-            "A window" if isinstance(reorthogonalize, int) else f"{reorthogonalize.capitalize()} re-orthogonalisation"
-        )
+        name = "A window" if isinstance(kept, int) else f"{kept.capitalize()} re-orthogonalisation"
         place = "the host has" if on_host else "the devices here have"
         raise InputError(
             f"{name} keeps {rows} vectors, {needed / 1e9:.1f} GB, and {place} {present / 1e9:.1f} GB in all: take "

@@ -1,5 +1,7 @@
 """Re-orthogonalisation by windows, Ritz vectors or in full; where its basis lies; runs that advance together."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal, language_operator
 
-from jaxhess import lanczos_segment, make_mesh, random_probe, spectrum, start_lanczos
+from jaxhess import Storage, lanczos_segment, make_mesh, random_probe, spectrum, start_lanczos
 from jaxhess.krylov import compile_segment, orthogonality_loss, start_batch
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.plan.collectives import collective_traffic
@@ -40,10 +42,10 @@ SPECTRA = {
 }
 
 
-def run(eigenvalues: np.ndarray, steps: int, reorthogonalize, dtype: str = "float64", **options):
+def run(eigenvalues: np.ndarray, steps: int, storage: Storage, dtype: str = "float64"):
     operator = Diagonal(jnp.asarray(eigenvalues, dtype))
     probe = random_probe(jax.random.key(0), operator.shape_dtype)
-    state = start_lanczos(probe, steps, reorthogonalize, dtype, **options)
+    state = start_lanczos(probe, steps, dataclasses.replace(storage, scalar_dtype=dtype))
     return lanczos_segment(operator, state, steps)
 
 
@@ -56,7 +58,7 @@ def ritz_values(state) -> np.ndarray:
 @pytest.mark.parametrize("name", SPECTRA)
 def test_full_keeps_a_basis_orthogonal_and_finds_the_extremes(name):
     eigenvalues = SPECTRA[name]
-    state = run(eigenvalues, 300, "full")
+    state = run(eigenvalues, 300, Storage())
     scale = np.abs(eigenvalues).max()
     theta = ritz_values(state)
     assert orthogonality_loss(state) < 1e-12
@@ -68,7 +70,9 @@ def test_full_keeps_a_basis_orthogonal_and_finds_the_extremes(name):
 def test_the_last_two_vectors_are_always_orthogonal(reorthogonalize):
     eigenvalues = SPECTRA["six decades"]
     operator = Diagonal(jnp.asarray(eigenvalues))
-    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 60, reorthogonalize, "float64")
+    state = start_lanczos(
+        random_probe(jax.random.key(0), operator.shape_dtype), 60, Storage(reorthogonalize, scalar_dtype="float64")
+    )
     for end in range(1, 60):
         state = lanczos_segment(operator, state, end)
         previous, current = np.asarray(state.previous), np.asarray(state.current)
@@ -79,7 +83,7 @@ def test_the_last_two_vectors_are_always_orthogonal(reorthogonalize):
 @pytest.mark.usefixtures("float64")
 def test_a_window_keeps_the_last_vectors_orthogonal_and_no_others():
     operator = Diagonal(jnp.asarray(SPECTRA["indefinite"]))
-    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 60, 5, "float64")
+    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 60, Storage(5, scalar_dtype="float64"))
     vectors = []
     for end in range(1, 60):
         vectors.append(np.asarray(state.current))
@@ -99,11 +103,11 @@ def test_a_basis_on_the_host_or_in_bfloat16_gives_the_same_spectrum(reorthogonal
     mesh = make_mesh("fsdp=8")
     entries = jax.device_put(jnp.asarray(eigenvalues), NamedSharding(mesh, PartitionSpec("fsdp")))
     operator = Diagonal({"a": entries[:1000].reshape(8, 125), "b": entries[1000:]})
-    expected = run(eigenvalues, 30, "full", "float32")
+    expected = run(eigenvalues, 30, Storage(), "float32")
     probe = random_probe(jax.random.key(0), Diagonal(entries).shape_dtype)
     probe = {"a": probe[:1000].reshape(8, 125), "b": probe[1000:]}
     for basis_dtype, tolerance in ((None, 1e-5), ("bfloat16", 2e-3)):
-        state = start_lanczos(probe, 30, reorthogonalize, basis_dtype=basis_dtype, basis_memory=basis_memory)
+        state = start_lanczos(probe, 30, Storage(reorthogonalize, basis_dtype=basis_dtype, basis_memory=basis_memory))
         kind = jax.tree.leaves(state.basis)[0].sharding.memory_kind
         assert kind == ("pinned_host" if basis_memory == "host" else "device")
         state = lanczos_segment(operator, state, 30)
@@ -117,7 +121,7 @@ def test_a_basis_on_the_host_or_in_bfloat16_gives_the_same_spectrum(reorthogonal
 def test_steps_reduce_as_many_scalars_as_they_say(reorthogonalize, scalars):
     sharding = NamedSharding(make_mesh("fsdp=8"), PartitionSpec("fsdp"))
     operator = Diagonal(jax.device_put(jnp.linspace(-1, 1, 64), sharding))
-    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 12, reorthogonalize)
+    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 12, Storage(reorthogonalize))
     traffic = collective_traffic(compile_segment(operator, state), unknown_trips=1)
     assert {t.kind for t in traffic} == {"all-reduce"}
     received = sum(t.received for t in traffic) / (2 * 7 / 8 * 4)  # of a float32 by every device, in a ring of eight
@@ -128,7 +132,7 @@ def test_steps_reduce_as_many_scalars_as_they_say(reorthogonalize, scalars):
 @pytest.mark.parametrize(("reorthogonalize", "rows"), [("none", 0), (5, 5), ("full", 12)])
 def test_the_state_holds_as_many_vectors_as_it_says(reorthogonalize, rows):
     operator = Diagonal(jnp.linspace(-1, 1, 1000))
-    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 12, reorthogonalize)
+    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 12, Storage(reorthogonalize))
     assert sum(x.size for x in jax.tree.leaves(state) if x.size >= 1000) == (2 + rows) * 1000
     memory = compile_segment(operator, state).memory_analysis()
     assert memory.temp_size_in_bytes < 3 * 4000 + 20_000  # the product and what it becomes; a pass copies no basis
@@ -140,10 +144,10 @@ def test_runs_together_are_those_one_by_one(reorthogonalize):
     if reorthogonalize == "language model":
         operator, reorthogonalize = language_operator(), "full"
     probes = [random_probe(jax.random.key(k), operator.shape_dtype) for k in range(3)]
-    together = lanczos_segment(operator, start_batch(probes, 8, reorthogonalize), 8)
+    together = lanczos_segment(operator, start_batch(probes, 8, Storage(reorthogonalize)), 8)
     losses = orthogonality_loss(together)
     for k, probe in enumerate(probes):
-        alone = lanczos_segment(operator, start_lanczos(probe, 8, reorthogonalize), 8)
+        alone = lanczos_segment(operator, start_lanczos(probe, 8, Storage(reorthogonalize)), 8)
         scale = np.abs(ritz_values(alone)).max()
         np.testing.assert_allclose(together.alphas[k], alone.alphas, rtol=0, atol=1e-5 * scale)
         np.testing.assert_allclose(together.betas[k], alone.betas, rtol=0, atol=1e-5 * scale)
@@ -158,7 +162,7 @@ def test_eight_runs_together_share_the_primal_pass(remat):
     probes = [random_probe(jax.random.key(k), operator.shape_dtype) for k in range(8)]
     alone, together = (
         matmul_flops(read_program(compile_segment(operator, state)), unknown_trips=4)
-        for state in (start_lanczos(probes[0], 4), start_batch(probes, 4))
+        for state in (start_lanczos(probes[0], 4, Storage("none")), start_batch(probes, 4, Storage("none")))
     )
     assert together <= 0.85 * 8 * alone
 
@@ -169,7 +173,7 @@ def test_runs_together_break_down_each_on_its_own():
     probes = [
         jnp.zeros(200).at[jnp.array(places)].set(1.0) for places in ([3, 150], [0, 50, 100, 150, 199], range(200))
     ]
-    state = lanczos_segment(Diagonal(entries), start_batch(probes, 12, "full"), 12)
+    state = lanczos_segment(Diagonal(entries), start_batch(probes, 12), 12)
     assert list(np.asarray(state.size)) == [2, 5, 12]
     assert list(np.asarray(state.broken)) == [True, True, False]
     found = quadrature(np.asarray(state.alphas)[1, :5], np.asarray(state.betas)[1, :5]).ritz_values
@@ -182,7 +186,7 @@ def test_runs_together_break_down_each_on_its_own():
 def test_low_rank_ends_cleanly_with_exact_eigenvalues(reorthogonalize, rank):
     eigenvalues = np.concatenate([np.arange(1, rank + 1), np.zeros(300)])
     operator = Diagonal(jnp.asarray(eigenvalues))
-    result = spectrum(operator, steps=40, probes=2, reorthogonalize=reorthogonalize, accumulation_dtype="float64")
+    result = spectrum(operator, steps=40, probes=2, storage=Storage(reorthogonalize, scalar_dtype="float64"))
     if rank == 1 or reorthogonalize == "full":  # otherwise rounding may go on, with ghosts
         assert (result.sizes <= rank + 2).all()  # rank distinct values and zero
     for p in range(2):
@@ -200,7 +204,7 @@ def test_an_outlier_that_leaks_back_is_no_breakdown(reorthogonalize, dtype, outl
     rng = np.random.default_rng(0)
     entries = np.append(1e-2 * rng.standard_normal(size) * outlier / 100, outlier).astype(np.float32)
     result = spectrum(
-        Diagonal(jnp.asarray(entries)), steps=40, probes=2, reorthogonalize=reorthogonalize, vector_dtype=dtype
+        Diagonal(jnp.asarray(entries)), steps=40, probes=2, storage=Storage(reorthogonalize, vector_dtype=dtype)
     )
     assert (result.sizes == 40).all()
     assert not result.broke_down.any()
@@ -222,14 +226,11 @@ def test_batches_are_chosen_from_memory(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"reorthogonalize": 1}, "the number of last vectors, at least 2"),
-        ({"reorthogonalize": True}, "Unknown re-orthogonalisation True"),
-        ({"basis_memory": "disk"}, "'device' or 'host'"),
-        ({"basis_dtype": "int8"}, "basis_dtype is int8"),
-        ({"basis_dtype": "float64"}, "JAX_ENABLE_X64"),
+        ({"storage": Storage(basis_dtype="float64")}, "basis_dtype float64 needs .* JAX_ENABLE_X64"),
+        ({"storage": Storage(scalar_dtype="float64")}, "scalar_dtype float64 needs .* JAX_ENABLE_X64"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 2, "basis_memory": "host"}, "1 for a basis in the host"),
-        ({"reorthogonalize": 2**50}, "A window keeps"),
+        ({"batch_size": 2, "storage": Storage(basis_memory="host")}, "1 for a basis in the host"),
+        ({"storage": Storage(2**50)}, "A window keeps"),
     ],
 )
 def test_bad_options_are_refused_before_any_product(options, sentence):
@@ -239,6 +240,6 @@ def test_bad_options_are_refused_before_any_product(options, sentence):
 
 def test_a_batch_needs_probes_and_its_basis_on_the_device():
     with pytest.raises(ValueError, match="at least one probe"):
-        start_batch([], 3)
+        start_batch([], 3, Storage("none"))
     with pytest.raises(ValueError, match="one probe after the other"):
-        start_batch([jnp.ones(3)], 3, "full", basis_memory="host")
+        start_batch([jnp.ones(3)], 3, Storage(basis_memory="host"))

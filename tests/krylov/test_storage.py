@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from small_models import Diagonal
 
-from jaxhess import LinearOperator, MatrixOperator, lanczos_segment, leading_eigenpairs, random_probe, spectrum
+from jaxhess import LinearOperator, MatrixOperator, Storage, lanczos_segment, leading_eigenpairs, random_probe, spectrum
+from jaxhess.errors import InputError
 from jaxhess.krylov import abstract_lanczos, start_lanczos
 from jaxhess.krylov.ghosts import tolerances
 from jaxhess.krylov.lanczos import _rounding_error, _segment_program
@@ -63,37 +64,57 @@ def check_bounds(found, entries):
 
 
 STORAGE = [
-    ("none", {}),
-    ("none", {"vector_dtype": "bfloat16"}),
+    Storage("none"),
+    Storage("none", "bfloat16"),
     *(
-        (kept, storage)
+        Storage(kept, **dtype)
         for kept in (8, 16, "full")
-        for storage in ({}, {"vector_dtype": "bfloat16"}, {"basis_dtype": "bfloat16"})
+        for dtype in ({}, {"vector_dtype": "bfloat16"}, {"basis_dtype": "bfloat16"})
     ),
 ]
 
 
-@pytest.mark.parametrize(("reorthogonalize", "storage"), STORAGE)
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"reorthogonalize": "some"}, "'none', 'full' or a window"),
+        ({"reorthogonalize": 1}, "the number of last vectors, at least 2"),
+        ({"reorthogonalize": True}, "Unknown re-orthogonalisation True"),
+        ({"basis_memory": "disk"}, "'device' or 'host'"),
+        ({"basis_dtype": "int8"}, "basis_dtype is int8; it is one of float32, bfloat16"),
+        ({"vector_dtype": "wide"}, "vector_dtype is 'wide'"),
+        ({"scalar_dtype": "float16"}, "scalar_dtype is float16; it is one of float32, float64"),
+        ({"scalar_dtype": None}, "scalar_dtype is None"),
+    ],
+)
+def test_storage_that_there_is_not_is_refused(options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Storage(**options)
+
+
+def test_dtypes_are_kept_by_name():
+    assert Storage(vector_dtype=jnp.bfloat16, basis_dtype=np.float32) == Storage("full", "bfloat16", "float32")
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
 @pytest.mark.parametrize("spread", [False, True], ids=["localised", "spread"])
 @pytest.mark.parametrize("outliers", [[1e3], [1e6], [3e2, 5e2, 1e3]], ids=["1e3", "1e6", "three"])
-def test_unflagged_values_lie_within_their_bounds(reorthogonalize, storage, spread, outliers):
+def test_unflagged_values_lie_within_their_bounds(storage, spread, outliers):
     entries = bulk_and_outliers(1000, outliers)
-    found = spectrum(
-        operator_of(entries, spread), steps=40, probes=2, seed=2, reorthogonalize=reorthogonalize, **storage
-    )
+    found = spectrum(operator_of(entries, spread), steps=40, probes=2, seed=2, storage=storage)
     check_bounds(found, entries)
 
 
 @pytest.mark.study
-@pytest.mark.parametrize(("reorthogonalize", "storage"), STORAGE)
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
 @pytest.mark.parametrize("spread", [False, True], ids=["localised", "spread"])
 @pytest.mark.parametrize(("n", "steps"), [(200, 10), (200, 200), (10_000, 200), (1_000_000, 40)])
 @pytest.mark.parametrize("ratio", [1e3, 1e4, 1e6])
-def test_unflagged_values_lie_within_their_bounds_whatever_the_size(reorthogonalize, storage, spread, n, steps, ratio):
+def test_unflagged_values_lie_within_their_bounds_whatever_the_size(storage, spread, n, steps, ratio):
     for outliers in ([ratio], ratio * np.linspace(0.1, 1, 10)):
         entries = bulk_and_outliers(n, outliers)
         operator = operator_of(entries, spread)
-        found = spectrum(operator, steps=steps, probes=2, seed=2, reorthogonalize=reorthogonalize, **storage)
+        found = spectrum(operator, steps=steps, probes=2, seed=2, storage=storage)
         check_bounds(found, entries)
 
 
@@ -103,7 +124,7 @@ def test_unflagged_values_lie_within_their_bounds_whatever_the_size(reorthogonal
 def test_a_window_of_narrow_vectors_does_not_diverge(window, storage, seed):
     entries = np.append(np.linspace(0, 1, 999), 1e3).astype(np.float32)
     operator = MatrixOperator(jnp.diag(jnp.asarray(entries)))
-    found = spectrum(operator, steps=60, probes=1, seed=seed, reorthogonalize=window, **storage)
+    found = spectrum(operator, steps=60, probes=1, seed=seed, storage=Storage(window, **storage))
     largest = found.extreme().largest
     # It was 1.9e20 for bfloat16 vectors, 1.1 and 35 times too large for a bfloat16 basis.
     assert abs(largest.value - 1e3) <= largest.residual_bound < 2
@@ -117,7 +138,7 @@ def test_a_window_of_narrow_vectors_does_not_diverge(window, storage, seed):
 def test_ten_outliers_on_single_coordinates_are_found_once_each(reorthogonalize):
     entries = np.concatenate([np.linspace(0, 1e-3, 199_990), np.arange(1, 11)]).astype(np.float32)
     found = spectrum(
-        Diagonal(jnp.asarray(entries)), steps=40, probes=1, vector_dtype="bfloat16", reorthogonalize=reorthogonalize
+        Diagonal(jnp.asarray(entries)), steps=40, probes=1, storage=Storage(reorthogonalize, vector_dtype="bfloat16")
     )
     check_bounds(found, entries)
     left = ~found.ghosts[0]
@@ -131,8 +152,7 @@ def test_errors_of_the_steps_are_those_of_the_recurrence(storage):
     """|A Q - Q T - beta_m q_{m+1} e_m'|, column by column in float64, from the vectors that the run stored."""
     entries = bulk_and_outliers(300, [30.0, 1e3])
     operator, steps = operator_of(entries, spread=True), 10  # of twelve that exhaust the space
-    probe = random_probe(jax.random.key(1), operator.shape_dtype).astype(storage.get("vector_dtype", "float32"))
-    state = start_lanczos(probe, steps, "full", basis_dtype=storage.get("basis_dtype"))
+    state = start_lanczos(random_probe(jax.random.key(1), operator.shape_dtype), steps, Storage(**storage))
     vectors = []
     for step in range(steps):
         vectors.append(np.asarray(state.current, np.float64))
@@ -159,7 +179,7 @@ def test_products_in_the_dtype_of_narrower_vectors_round_as_it_does():
         eigenvalues = np.concatenate([np.linspace(1, 2, 99), [300.0]])
         basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(100, 100)))
         operator = MatrixOperator(jnp.asarray(basis @ np.diag(eigenvalues) @ basis.T, "float64"))
-        found = spectrum(operator, steps=60, probes=2, vector_dtype="float32")
+        found = spectrum(operator, steps=60, probes=2, storage=Storage(vector_dtype="float32"))
         assert found.rounding == 2.0**-23
         x = np.linspace(0.9, 310, 4001)
         lower, upper = found.distribution_bounds(x)
@@ -178,7 +198,7 @@ def test_products_in_the_dtype_of_narrower_vectors_round_as_it_does():
 def test_large_entries_do_not_overflow(reorthogonalize):
     ones = np.linspace(1, 2, 100)
     found, scaled = (
-        spectrum(Diagonal(jnp.asarray(f * ones, jnp.float32)), steps=20, probes=1, reorthogonalize=reorthogonalize)
+        spectrum(Diagonal(jnp.asarray(f * ones, jnp.float32)), steps=20, probes=1, storage=Storage(reorthogonalize))
         for f in (1.0, 2.0**86)  # 7.7e25, whose squares are infinite in float32
     )
     assert scaled.sizes.tolist() == [20]
@@ -186,7 +206,7 @@ def test_large_entries_do_not_overflow(reorthogonalize):
 
 
 def test_narrow_vectors_count_by_their_lengths():
-    found = spectrum(Diagonal(jnp.ones(1000)), steps=3, probes=8, vector_dtype="bfloat16")
+    found = spectrum(Diagonal(jnp.ones(1000)), steps=3, probes=8, storage=Storage(vector_dtype="bfloat16"))
     # All Rayleigh quotients are one, but for the rounding of sums in float32; those of vectors taken for unit vectors
     # were off by the rounding of storage, 2^-9.
     np.testing.assert_allclose(found.alphas[:, 0], 1, rtol=8 * 2.0**-24)
@@ -194,7 +214,7 @@ def test_narrow_vectors_count_by_their_lengths():
 
 def test_the_last_batch_of_probes_runs_the_program_of_the_others():
     operator = Diagonal(jnp.linspace(1, 2, 77))
-    programs = [_segment_program(abstract_lanczos(operator.shape_dtype, 11, "full", runs=r)) for r in (2, 1, None)]
+    programs = [_segment_program(abstract_lanczos(operator.shape_dtype, 11, Storage(), runs=r)) for r in (2, 1, None)]
     compiled = [program._cache_size() for program in programs]
     found = spectrum(operator, steps=11, probes=5, batch_size=2)
     assert [program._cache_size() - n for program, n in zip(programs, compiled, strict=True)] == [1, 1, 0]
@@ -216,7 +236,9 @@ def test_the_time_of_compilation_is_recorded_where_memory_was_looked_at_first():
 
 
 def test_bounds_of_earlier_runs_of_narrow_vectors_are_warned_about(tmp_path):
-    spectrum(Diagonal(jnp.linspace(1, 2, 20)), steps=3, probes=1, vector_dtype="bfloat16").save(tmp_path)
+    spectrum(Diagonal(jnp.linspace(1, 2, 20)), steps=3, probes=1, storage=Storage(vector_dtype="bfloat16")).save(
+        tmp_path
+    )
     with warnings.catch_warnings(action="error"):
         loaded = Spectrum.load(tmp_path)
     assert loaded.step_errors.min() > 0
@@ -246,7 +268,7 @@ def test_lost_orthogonality_is_marked():
 def test_converged_eigenpairs_have_residuals_within_the_tolerance(reorthogonalize, storage):
     """Past exhaustion too: 21 distinct eigenvalues, 60 steps."""
     operator = Diagonal(jnp.asarray(np.append(np.arange(1, 21), np.zeros(480)), jnp.float32))
-    found = leading_eigenpairs(operator, 8, steps=60, tolerance=1e-3, reorthogonalize=reorthogonalize, **storage)
+    found = leading_eigenpairs(operator, 8, steps=60, tolerance=1e-3, storage=Storage(reorthogonalize, **storage))
     eigenvalues = np.arange(20, 12, -1)
     assert (found.residuals[found.converged] <= 1e-3 * 20 * (1 + 1e-6)).all()
     good = found.converged
@@ -268,5 +290,5 @@ def test_rounding_of_stored_vectors_is_measured_down_to_subnormal_numbers(dtype)
 def test_an_outlier_does_not_exhaust_the_space_of_a_narrow_basis(storage):
     """An outlier a million times the bulk; sizes of eight probes were 8, 21, 50, 50, 7, 50, 50, 50."""
     entries = jnp.append(jnp.linspace(0, 1, 800), 1e6)
-    found = spectrum(Diagonal(entries), steps=50, probes=8, **storage)
+    found = spectrum(Diagonal(entries), steps=50, probes=8, storage=Storage(**storage))
     assert found.sizes.tolist() == [50] * 8

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from small_models import SMALL, TINY, batch_of, language_operator, relative, scaled_up, tokens
 
-from jaxhess import Hessian, MatrixOperator, Microbatches, make_mesh, random_probe, spectrum, start_lanczos
+from jaxhess import Hessian, MatrixOperator, Microbatches, Storage, make_mesh, random_probe, spectrum, start_lanczos
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.krylov import compile_segment
@@ -63,7 +63,7 @@ def test_spectrum_matches_the_dense_hessian(change):
     eigenvalues = np.linalg.eigvalsh(matrix)
 
     # Every distinct eigenvalue is found, and nothing else.
-    full = spectrum(operator, steps=operator.dim, probes=1, reorthogonalize="full")
+    full = spectrum(operator, steps=operator.dim, probes=1)
     found = full.ritz_values[0][: full.sizes[0]]
     distance = np.abs(eigenvalues[:, None] - found[None, :])
     assert distance.min(axis=1).max() < 1e-8 * np.abs(eigenvalues).max()
@@ -320,7 +320,7 @@ def test_compiled_program_holds_its_share_and_gathers_a_layer_at_a_time(axes, sh
     batch = TokenBatch(jnp.asarray(tokens(16, 8, 1001).reshape(2, 8, 9)), jnp.ones((2, 8, 8)))
     batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
     operator = Hessian(model.loss(4096), model.params, Microbatches(batch))
-    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 6, "full")
+    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 6)
     compiled = compile_segment(operator, state)
     memory = compiled.memory_analysis()
     inputs, outputs = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in ((operator, state), state))
@@ -351,7 +351,7 @@ def test_temporaries_are_the_product_and_one_accumulator(axes, reorthogonalize):
         if mesh is not None:
             batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
         operator = Hessian(model.loss(4096), model.params, Microbatches(batch))
-        state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 4, reorthogonalize)
+        state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 4, Storage(reorthogonalize))
         held = sum(x.nbytes for x in jax.tree.leaves(model.params)) / (1 if mesh is None else mesh.size)
         sizes.append((held, compile_segment(operator, state).memory_analysis().temp_size_in_bytes))
     (held, temporary), (held_deep, temporary_deep) = sizes

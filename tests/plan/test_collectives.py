@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_models import SMALL, Diagonal
 
-from jaxhess import Hessian, Microbatches, make_mesh
+from jaxhess import Hessian, Microbatches, Storage, make_mesh
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.krylov import abstract_lanczos, compile_segment
@@ -155,7 +155,7 @@ def test_lanczos_steps_exchange_scalars_only(reorthogonalize):
         ),
         "gain": jax.ShapeDtypeStruct((64,), jnp.float32, sharding=NamedSharding(mesh, P())),
     }
-    state = abstract_lanczos(entries, 5, reorthogonalize)
+    state = abstract_lanczos(entries, 5, Storage(reorthogonalize))
     traffic = collective_traffic(compile_segment(Diagonal(entries), state), unknown_trips=1)
     assert traffic
     assert max(t.largest for t in traffic) <= 5

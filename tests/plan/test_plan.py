@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import convert
-from jaxhess import make_mesh
+from jaxhess import Storage, make_mesh
 from jaxhess.distributed.mesh import data_shards
 from jaxhess.plan import USABLE, Job, changes, compiled, flops, forecast, memory, traffic
 from jaxhess.plan.hardware import ACCELERATORS
@@ -25,6 +25,7 @@ CONFIGS = ROOT / "scripts" / "plans" / "configs"
 
 
 def job(model: str, axes: dict[str, int], dtype: str = "float32", each: int = 1, **options) -> Job:
+    options = {"storage": Storage("none"), **options}
     config = convert.read_config(CONFIGS / f"{model}.json", dtype)
     layers = options.pop("num_layers", config.num_layers)
     made = Job(dataclasses.replace(config, num_layers=layers), axes, **{"sequences": 4096, **options})
@@ -131,11 +132,11 @@ def test_temporaries_shrink_with_microbatch_and_chunks():
 @pytest.mark.parametrize(
     ("model", "axes", "options"),
     [
-        ("llama-3.1-8b", {"fsdp": 1}, {"reorthogonalize": "full"}),
+        ("llama-3.1-8b", {"fsdp": 1}, {"storage": Storage()}),
         ("deepseek-r1-distill-llama-70b", {"fsdp": 1}, {}),
-        ("deepseek-r1-distill-llama-70b", {"fsdp": 8}, {"reorthogonalize": "full"}),
+        ("deepseek-r1-distill-llama-70b", {"fsdp": 8}, {"storage": Storage()}),
         ("llama-shaped-109b", {"fsdp": 8, "tensor": 8}, {"each": 64, "seq_len": 8192}),
-        ("llama-3.1-8b", {"fsdp": 1}, {"hvp": "finite-difference", "step": "auto", "reorthogonalize": "full"}),
+        ("llama-3.1-8b", {"fsdp": 1}, {"hvp": "finite-difference", "step": "auto", "storage": Storage()}),
     ],
 )
 def test_what_is_advised_fits(hardware, model, axes, options):
@@ -165,7 +166,7 @@ def test_the_audit_counts_and_is_the_first_to_go():
 
 
 def test_a_basis_on_the_host_fits_the_servers_memory():
-    planned = job("deepseek-r1-distill-llama-70b", {"fsdp": 8}, dtype="bfloat16", reorthogonalize="full", steps=30)
+    planned = job("deepseek-r1-distill-llama-70b", {"fsdp": 8}, dtype="bfloat16", storage=Storage(), steps=30)
     assert memory(planned).basis * 8 > 2e12  # so it is no way out
     assert not any("host" in words for words, _ in changes(planned, "H200"))
 
@@ -183,7 +184,7 @@ def test_two_steps_take_the_time_of_two():
         ({"hvp": "linearized"}, "no plan for products 'linearized'"),
         ({"axes": {"rows": 2}}, "Mesh axis rows=2"),
         ({"hvp": "finite-difference", "step": "auto", "compute_dtype": "bfloat16"}, "no plan for the step auto in bf"),
-        ({"reorthogonalize": "some"}, "Unknown re-orthogonalisation"),
+        ({"storage": Storage(scalar_dtype="float64")}, "needs JAX in 64-bit mode"),
         ({"axes": {"tensor": 8}}, "no plan for tensor=8, which does not divide num_heads=12"),
     ],
 )
@@ -219,13 +220,13 @@ def test_random_probes_of_a_huge_leaf_are_drawn_shard_by_shard():
 def test_passes_over_a_window_are_charged_row_by_row():
     """A pass over a stored row reads it twice and the new vector twice, and writes that once; two passes, or three."""
     kinds = {
-        "none": {"reorthogonalize": "none"},
-        "window": {"reorthogonalize": 8},
-        "window, bf16": {"reorthogonalize": 8, "basis_dtype": "bfloat16"},
+        "none": Storage("none"),
+        "window": Storage(8),
+        "window, bf16": Storage(8, basis_dtype="bfloat16"),
     }
     seconds, vector = {}, 0.0
     for name, kind in kinds.items():
-        planned = job("llama-3.1-8b", {"fsdp": 8}, dtype="float32", steps=10, **kind)
+        planned = job("llama-3.1-8b", {"fsdp": 8}, dtype="float32", steps=10, storage=kind)
         seconds[name] = forecast(planned, "H200").seconds_per_product
         vector = memory(planned).vector / ACCELERATORS["H200"].bandwidth
     passes = {name: (x - seconds["none"]) / vector for name, x in seconds.items()}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_models import Diagonal, run_command
 
+from jaxhess import Storage
 from jaxhess.files.manifest import write_manifest
 from scripts import ghosts as script
 
@@ -16,9 +17,9 @@ STEPS = (5, 30)
 def test_ghosts_appear_without_reorthogonalisation_only():
     entries = np.concatenate([np.linspace(-1, 1, 500), [20.0, 50.0, -30.0]]).astype(np.float32)
     variants = [
-        script.Variant("reference", "full"),
-        script.Variant("none", "none"),
-        script.Variant("window 4", 4),
+        script.Variant("reference", Storage()),
+        script.Variant("none", Storage("none")),
+        script.Variant("window 4", Storage(4)),
     ]
     runs = [script.measure(v, Diagonal(jnp.asarray(entries)), max(STEPS), seed=0) for v in variants]
     found = {run["name"]: script.compared(run, runs[0], STEPS) for run in runs}

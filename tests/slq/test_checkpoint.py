@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal
 
-from jaxhess import Checkpoint, Interrupted, MatrixOperator, make_mesh, spectrum
+from jaxhess import Checkpoint, Interrupted, MatrixOperator, Storage, make_mesh, spectrum
 from jaxhess.files.lock import LOCK, MARK
 from jaxhess.slq import checkpoint as checkpoint_module
 from jaxhess.slq.checkpoint import termination
@@ -44,7 +44,7 @@ def stopped_at(operator, folder, probe: int, step: int, **options) -> None:
 
 @pytest.mark.parametrize("reorthogonalize", ["none", 4, "full"])
 def test_a_run_taken_up_ends_in_the_same_bits(tmp_path, reorthogonalize):
-    options = RUN | {"reorthogonalize": reorthogonalize}
+    options = RUN | {"storage": Storage(reorthogonalize)}
     whole = spectrum(OPERATOR, **options)
     stopped_at(OPERATOR, tmp_path, 2, 7, **options)
     seen = []
@@ -61,7 +61,7 @@ def test_a_run_taken_up_ends_in_the_same_bits(tmp_path, reorthogonalize):
 
 
 def test_a_basis_on_the_host_is_saved_too(tmp_path):
-    options = {"steps": 12, "probes": 2, "basis_memory": "host", "basis_dtype": "bfloat16"}
+    options = {"steps": 12, "probes": 2, "storage": Storage(basis_memory="host", basis_dtype="bfloat16")}
     whole = spectrum(OPERATOR, **options)
     stopped_at(OPERATOR, tmp_path, 1, 5, **options)
     rest = spectrum(OPERATOR, **options, checkpoint=Checkpoint(tmp_path, every=3, resume=True))
@@ -87,8 +87,8 @@ def test_another_mesh_takes_a_run_up(tmp_path):
         ({"seed": 1}, "probes.seed is 1 here and 0 there"),
         ({"probes": 6}, "probes.count is 6 here and 5 there"),
         ({"steps": 13}, "lanczos.steps is 13 here and 12 there"),
-        ({"reorthogonalize": "none"}, "lanczos.reorthogonalize is none here and full there"),
-        ({"basis_dtype": "bfloat16"}, "lanczos.basis_dtype is bfloat16 here and None there"),
+        ({"storage": Storage("none")}, "lanczos.reorthogonalize is none here and full there"),
+        ({"storage": Storage(basis_dtype="bfloat16")}, "lanczos.basis_dtype is bfloat16 here and None there"),
         ({"operator": Diagonal(OPERATOR.entries.at[7].add(1e-6))}, "parameters is"),
         ({"operator": MatrixOperator(jnp.diag(OPERATOR.entries))}, "operator.kind is MatrixOperator here"),
         ({"data": "other tokens"}, "data is other tokens here and tokens there"),
@@ -108,6 +108,14 @@ def test_another_run_is_refused_and_the_difference_named(tmp_path, change, sente
     with pytest.raises(ValueError, match=sentence):
         spectrum(operator, **(RUN | change), checkpoint=checkpoint(data, resume=True))
     assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_an_unfinished_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path):
+    stopped_at(OPERATOR, tmp_path, 0, 7, **RUN)
+    path = tmp_path / "identity.json"
+    path.write_text(path.read_text().replace("unfinished-3", "unfinished-2"))
+    with pytest.raises(ValueError, match="of an earlier version of jaxhess"):
+        spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, resume=True))
 
 
 def test_an_unfinished_run_is_not_overwritten(tmp_path):
@@ -301,7 +309,7 @@ def job(folder, out):
     entries = jnp.concatenate([jnp.linspace(-1, 1, 20_000), jnp.array([3.0, 7.0, 30.0])])
     checkpoint = jaxhess.Checkpoint(folder, every=2, resume=True) if folder != "-" else None
     slow = lambda _: __import__("time").sleep(0.03)  # kills should meet steps and saves, not the compiler only
-    found = jaxhess.spectrum(Diagonal(entries), steps=40, probes=4, batch_size=2, reorthogonalize="full",
+    found = jaxhess.spectrum(Diagonal(entries), steps=40, probes=4, batch_size=2,
                              checkpoint=checkpoint, callback=slow)
     with open(out, "wb") as file:
         np.savez(file, alphas=found.alphas, betas=found.betas)
