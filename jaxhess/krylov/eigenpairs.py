@@ -25,7 +25,9 @@ from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import lanczos_segment, lanczos_vectors
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.state import LanczosState, Reorthogonalize, check_lanczos_options, start_lanczos
-from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
+from jaxhess.operators.base import LinearOperator, compiled_mv
+from jaxhess.operators.facts import non_finite, validate
+from jaxhess.operators.precision import unit_roundoff
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.vectors import Vector, add_scaled, cast, check_vector_dtype, norm, random_key, random_probe, scale
 
@@ -162,7 +164,7 @@ def leading_eigenpairs(
     check_vector_dtype("vector_dtype", vector_dtype)
     check_lanczos_options(steps, reorthogonalize, accumulation_dtype, basis_dtype, basis_memory)
     key = jax.random.fold_in(random_key(seed), 0xE16E)
-    operator.validate()
+    validate(operator)
     probe = random_probe(key, operator.shape_dtype)
     if vector_dtype is not None:
         probe = cast(probe, vector_dtype)
@@ -180,8 +182,7 @@ def leading_eigenpairs(
         tridiagonal = (state.alphas, state.betas, state.step_errors)
         alphas, betas, errors = (np.asarray(x, np.float64)[:size] for x in tridiagonal)
         if not np.isfinite(alphas + betas).all():
-            where = operator.explain_non_finite(state.previous)
-            raise FloatingPointError(f"A product within {size} steps is not finite{f': {where}' if where else ''}.")
+            raise non_finite(f"A product within {size} steps", operator, state.previous)
         nodes = quadrature(alphas, betas, errors)
         chosen = _chosen(nodes, count, which, None if keeps_all else rounding)
         bounds = nodes.residual_bounds[chosen]

@@ -27,7 +27,9 @@ from jaxhess.krylov.state import (
     start_batch,
     start_lanczos,
 )
-from jaxhess.operators.base import LinearOperator, unit_roundoff
+from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validate
+from jaxhess.operators.precision import unit_roundoff
 from jaxhess.record import RunRecord
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
 from jaxhess.slq.spectrum import Spectrum
@@ -123,7 +125,7 @@ def spectrum(
     check_basis_fits(like, steps, **options)
     if checkpoint is not None:
         checkpoint.check()
-    facts = {"operator": operator.describe(), **operator.validate()}
+    facts = {"operator": describe(operator), **validate(operator)}
     described: dict[str, Any] = {
         "probes": {"count": probes, "distribution": distribution, "seed": seed},
         "lanczos": {"steps": steps, "vector_dtype": _dtypes(like), **options},
@@ -133,7 +135,7 @@ def spectrum(
         raise InputError(f"info has {', '.join(map(repr, taken))}, which the run records itself; choose other names.")
     saver = None
     if checkpoint is not None:
-        saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": operator.checksum()})
+        saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": checksum(operator)})
 
     def draw(p: int) -> Vector:
         probe = random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
@@ -237,7 +239,7 @@ class _Run:
 
         Compiles the program for as many as are tried: usually the one that then runs.
         """
-        if not self.operator.shares_work or self.options["basis_memory"] == "host":
+        if not shares_work(self.operator) or self.options["basis_memory"] == "host":
             return 1
         size = self.probes
         while size > 1:
@@ -306,9 +308,8 @@ class _Run:
         if bad.any():
             probe, step = np.argwhere(bad)[0]
             vector = state.previous if not state.is_batch else jax.tree.map(lambda x: x[probe], state.previous)
-            where = self.operator.explain_non_finite(vector)
-            message = f"The product at step {step + 1} of probe {chosen.start + probe + 1} is not finite"
-            raise FloatingPointError(f"{message}: {where}." if where else f"{message}.")
+            what = f"The product at step {step + 1} of probe {chosen.start + probe + 1}"
+            raise non_finite(what, self.operator, vector)
 
     def _finish(self, state: LanczosState, chosen: slice) -> None:
         if np.isnan(self.orthogonality[chosen]).all():
