@@ -67,7 +67,7 @@ def save_directions(
     if _shapes(pairs.vectors, 1) != _shapes(expected):
         raise InputError(
             "The eigenvectors are not like the parameters of the model"
-            + (": they may be those of a block of it." if block is None else f" in the block {block.description}.")
+            + (": they may be those of a block of it." if block is None else f" in the block {block}.")
         )
     dtype = jax.tree.leaves(pairs.vectors)[0].dtype
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)

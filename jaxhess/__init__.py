@@ -24,6 +24,7 @@ from jaxhess.operators import (
     MatrixOperator,
     Microbatches,
     MonteCarloFisher,
+    linearize,
     residual_bytes,
 )
 from jaxhess.operators.adapters import as_lineax, as_scipy
@@ -69,6 +70,7 @@ __all__ = [
     "hutchinson",
     "lanczos_segment",
     "leading_eigenpairs",
+    "linearize",
     "make_mesh",
     "plan",
     "random_probe",

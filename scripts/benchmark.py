@@ -226,7 +226,7 @@ def _rows(
     options: Options, model: LanguageModel, hessian: Any, lanczos: Any, vector: Vector, references: dict[str, Any]
 ) -> list[Row]:
     no_remat = model.configured(remat=False).loss()
-    stored, lanczos_stored = (dataclasses.replace(h, loss=no_remat).linearize() for h in (hessian, lanczos))
+    stored, lanczos_stored = (jaxhess.linearize(dataclasses.replace(h, loss=no_remat)) for h in (hessian, lanczos))
     loss, params, batches = hessian.loss, hessian.params, hessian.batches
     difference = jaxhess.FiniteDifferenceHessian(loss, params, batches, step=options.fd_step, per="coordinate")
     four = jax.tree.map(lambda x: jnp.stack([x, -x, 2 * x, 0.5 * x]), vector)

@@ -18,7 +18,7 @@ from jaxhess.files.output import Content, Output
 from jaxhess.files.run_folder import EIGENVECTORS, EXPORTED_VECTORS, EXPORTS
 from jaxhess.krylov.eigenpairs import Eigenpairs
 from jaxhess.models import DecoderConfig, abstract_params
-from jaxhess.operators.restriction import Restriction, restriction
+from jaxhess.operators.restriction import Restriction, recorded_restriction
 from jaxhess.slq.spectrum import Spectrum
 
 
@@ -70,12 +70,9 @@ def _config(info: dict[str, Any], run: Path) -> DecoderConfig:
 
 
 def _block(info: dict[str, Any], config: DecoderConfig) -> Restriction | None:
-    """The block that the run was restricted to, from its description in the record."""
-    described = info.get("operator", {}).get("restriction")
-    if described is None:
-        return None
-    patterns, _, layers = described.partition(" in layers ")
-    return restriction(abstract_params(config), patterns.split(), map(int, layers.split(",")) if layers else None)
+    """The block that the run was restricted to, from the record."""
+    recorded = info.get("operator", {}).get("restriction")
+    return None if recorded is None else recorded_restriction(abstract_params(config), recorded)
 
 
 def main() -> None:

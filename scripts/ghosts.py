@@ -35,7 +35,8 @@ from jaxhess.krylov import compile_segment, lanczos_segment, orthogonality_loss,
 from jaxhess.krylov.ghosts import classify, independent, unflagged
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.storage import Storage
-from jaxhess.operators.base import unit_roundoff
+from jaxhess.operators.facts import validate
+from jaxhess.operators.precision import unit_roundoff
 from jaxhess.record import RunRecord
 from jaxhess.results.figures import png
 from jaxhess.vectors import random_key
@@ -121,7 +122,7 @@ def study(options: Options, output: Output) -> dict[str, Any]:
     model = convert.load(options.model, mesh=mesh, dtype="float32")
     batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
     hessian = jaxhess.Hessian(model.loss(), model.params, batches)
-    hessian.validate()
+    validate(hessian)
     results = []
     for variant in variants(options):
         found = measure(variant, hessian, max(options.steps), options.seed)

@@ -318,7 +318,7 @@ def build_operator(options: Options, model: jaxhess.LanguageModel, batches: Any)
             if processes.index() == 0:
                 print(f"Linearising keeps {kept / 1e9:.3g} GB on each device.")
 
-        return operator.linearize(budget, announce)
+        return jaxhess.linearize(operator, budget, announce)
     return operator
 
 

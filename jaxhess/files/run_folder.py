@@ -103,7 +103,9 @@ NOISE = ("asymmetry", "nonlinearity", "relative_error", "floor")
 TYPES: dict[str, type | tuple[type, ...]] = {
     "operator": dict,
     "operator.kind": str,
-    "operator.restriction": str,
+    "operator.restriction": (dict, str),
+    "operator.restriction.patterns": list,
+    "operator.restriction.layers": list,
     "noise": dict,
     "model": dict,
     "model.config": dict,

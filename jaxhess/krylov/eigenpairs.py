@@ -26,7 +26,9 @@ from jaxhess.krylov.lanczos import lanczos_segment, lanczos_vectors
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.state import LanczosState, start_lanczos
 from jaxhess.krylov.storage import Storage
-from jaxhess.operators.base import LinearOperator, compiled_mv, unit_roundoff
+from jaxhess.operators.base import LinearOperator, compiled_mv
+from jaxhess.operators.facts import non_finite, validate
+from jaxhess.operators.precision import unit_roundoff
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.vectors import Vector, add_scaled, norm, random_key, random_probe, scale
 
@@ -158,7 +160,7 @@ def leading_eigenpairs(
     _check(operator, count, which, tolerance, steps)
     storage.check_available()
     key = jax.random.fold_in(random_key(seed), 0xE16E)
-    operator.validate()
+    validate(operator)
     probe = random_probe(key, operator.shape_dtype)
     keeps_all = storage.reorthogonalize == "full"
     state = start_lanczos(probe, steps, storage)
@@ -173,8 +175,7 @@ def leading_eigenpairs(
         tridiagonal = (state.alphas, state.betas, state.step_errors)
         alphas, betas, errors = (np.asarray(x, np.float64)[:size] for x in tridiagonal)
         if not np.isfinite(alphas + betas).all():
-            where = operator.explain_non_finite(state.previous)
-            raise FloatingPointError(f"A product within {size} steps is not finite{f': {where}' if where else ''}.")
+            raise non_finite(f"A product within {size} steps", operator, state.previous)
         nodes = quadrature(alphas, betas, errors)
         chosen = _chosen(nodes, count, which, None if keeps_all else rounding)
         bounds = nodes.residual_bounds[chosen]

@@ -98,7 +98,8 @@ def find_ghosts(alphas: npt.ArrayLike, betas: npt.ArrayLike, rounding: float = F
         alphas: [m] diagonal of T.
         betas: [m] norms after each step: betas[:-1] is the off-diagonal, betas[-1] bounds the residuals.
         rounding: How far rounding moves eigenvalues in one step, relative to the largest: the eps of products, 2^-23
-            for float32 (the default), 2^-52 for float64, 2^-7 for bfloat16; see `jaxhess.operators.base.unit_roundoff`.
+            for float32 (the default), 2^-52 for float64, 2^-7 for bfloat16; see `unit_roundoff` in
+            `jaxhess.operators.precision`.
 
     Raises:
         ValueError: Bad coefficients (see `quadrature`), or `rounding` not between 0 and 1.

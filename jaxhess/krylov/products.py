@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.facts import non_finite, validate
 from jaxhess.vectors import Distribution, Vector, dot, named_sharding, norm, random_probe, widen
 
 Array = npt.NDArray[np.float64]
@@ -58,9 +59,7 @@ def collected(
         found = np.asarray(values(numbers, block, products_with(operator, block)), np.float64)[: count - numbers[0]]
         bad = np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(axis=1))
         if bad.size:
-            where = operator.explain_non_finite(row(block, int(bad[0])))
-            message = f"The product with {kind} {numbers[bad[0]] + 1} is not finite"
-            raise FloatingPointError(f"{message}: {where}." if where else f"{message}.")
+            raise non_finite(f"The product with {kind} {numbers[bad[0]] + 1}", operator, row(block, int(bad[0])))
         parts.append(found)
         del block  # or it would be there beside the next one
     return np.concatenate(parts)
@@ -86,7 +85,7 @@ def check_count(name: str, value: int, least: int, why: str) -> None:
 def check_operator(operator: LinearOperator, batch_size: int) -> None:
     """Raises ValueError for a batch size below 1 and for an operator whose products would be meaningless."""
     check_count("batch_size", batch_size, 1, "products are computed so many at once")
-    operator.validate()
+    validate(operator)
 
 
 @jax.jit
@@ -129,16 +128,17 @@ def row(block: Vector, number: Any) -> Vector:
     return jax.tree.map(lambda b: b[number], block)
 
 
-def pinned(operator: LinearOperator, block: Vector) -> Vector:
-    """A block [b, ...] with every vector of it sharded like the operator's."""
+def pinned(operator: LinearOperator, v: Vector) -> Vector:
+    """A vector, or a block [b, ...] with every vector of it, sharded like the operator's."""
 
-    def leaf(x: Any, b: jax.Array) -> jax.Array:
+    def leaf(x: Any, e: jax.Array) -> jax.Array:
         sharding = named_sharding(x)
         if sharding is None or sharding.mesh.size == 1:
-            return b
-        return jax.lax.with_sharding_constraint(b, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec)))
+            return e
+        spec = PartitionSpec(*[None] * (e.ndim - len(x.shape)), *sharding.spec)
+        return jax.lax.with_sharding_constraint(e, NamedSharding(sharding.mesh, spec))
 
-    return jax.tree.map(leaf, operator.shape_dtype, block)
+    return jax.tree.map(leaf, operator.shape_dtype, v)
 
 
 def everywhere(operator: LinearOperator, values: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxhess.errors import InputError
+from jaxhess.krylov.products import pinned
 from jaxhess.operators.base import LinearOperator, check_structure
-from jaxhess.vectors import Vector, add_scaled, dot, named_sharding, norm, scale, widen
+from jaxhess.operators.facts import non_finite, validate
+from jaxhess.vectors import Vector, add_scaled, dot, norm, scale, widen
 
 
 class Solution(NamedTuple):
@@ -97,7 +99,7 @@ def conjugate_gradients(
         check_structure(preconditioner.shape_dtype, operator.shape_dtype)
     if not math.isfinite(float(norm(b))):
         raise InputError("b has entries that are not finite.")
-    operator.validate()
+    validate(operator)
     capacity = CAPACITY * 2 ** max(0, math.ceil(math.log2((max_steps + 1) / CAPACITY)))
     state, solution = _solved(operator, b, damping, tolerance, max_steps, preconditioner, capacity)
     steps = int(state.step)
@@ -105,9 +107,7 @@ def conjugate_gradients(
     if bool(state.bad_preconditioner):
         raise InputError(f"The preconditioner M is not positive definite: r'M r is not positive at step {steps}.")
     if not np.isfinite(history[-1]):
-        where = operator.explain_non_finite(state.p)
-        message = f"The product at step {steps} of conjugate gradients is not finite"
-        raise FloatingPointError(f"{message}: {where}." if where else f"{message}.")
+        raise non_finite(f"The product at step {steps} of conjugate gradients", operator, state.p)
     nonpositive, residual = bool(state.nonpositive), float(state.residual)
     return Solution(solution, history, residual, residual <= tolerance and not nonpositive, nonpositive)
 
@@ -130,7 +130,7 @@ def _solved(
     def conditioned(r: Vector) -> Vector:
         return r if preconditioner is None else preconditioner.mv(r)
 
-    b = _pinned(operator, widen(b))
+    b = pinned(operator, widen(b))
     length = norm(b)
     b = scale(1 / jnp.where(length > 0, length, 1), b)  # of length one: squares of a tiny gradient's entries vanish
     rounding = max(float(jnp.finfo(e.dtype).eps) for e in jax.tree.leaves(b))
@@ -190,14 +190,4 @@ def _solved(
     no = jnp.bool_(False)
     state = started(_State(jnp.int32(0), zeros, b, b, zero, history, zero, no, no, left, no), b)
     state = jax.lax.while_loop(lambda state: ~state.ended, run, state)
-    return state, _pinned(operator, scale(length, state.x))
-
-
-def _pinned(operator: LinearOperator, v: Vector) -> Vector:
-    """v sharded like the operator's vectors."""
-
-    def leaf(x: Any, e: jax.Array) -> jax.Array:
-        sharding = named_sharding(x)
-        return e if sharding is None or sharding.mesh.size == 1 else jax.lax.with_sharding_constraint(e, sharding)
-
-    return jax.tree.map(leaf, operator.shape_dtype, v)
+    return state, pinned(operator, scale(length, state.x))

@@ -1,12 +1,12 @@
 """Symmetric linear operators: what curvature is measured through."""
 
-from jaxhess.operators.algebra import ScaledOperator, ShiftedOperator, SumOperator
-from jaxhess.operators.base import LinearOperator, MatrixOperator
+from jaxhess.operators.base import LinearOperator, ScaledOperator, ShiftedOperator, SumOperator
 from jaxhess.operators.finite_difference import FiniteDifferenceHessian
 from jaxhess.operators.gauss_newton import EmpiricalFisher, GaussNewton, LikelihoodLoss, MonteCarloFisher
 from jaxhess.operators.hessian import Hessian
-from jaxhess.operators.linearized import LinearizedHessian, residual_bytes
+from jaxhess.operators.linearized import LinearizedHessian, linearize, residual_bytes
 from jaxhess.operators.loss import LossOperator
+from jaxhess.operators.matrix import MatrixOperator
 from jaxhess.operators.microbatches import Microbatches
 from jaxhess.operators.restriction import Restriction
 
@@ -26,5 +26,6 @@ __all__ = [
     "ScaledOperator",
     "ShiftedOperator",
     "SumOperator",
+    "linearize",
     "residual_bytes",
 ]

@@ -14,6 +14,7 @@ import scipy.sparse.linalg
 
 from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.facts import non_finite, validate
 from jaxhess.vectors import Vector, widen
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def as_scipy(operator: LinearOperator, batch_size: int = 1) -> scipy.sparse.lina
             "SciPy works on vectors in one process, and the operator's lie on the devices of several: run one process, "
             "or take jaxhess.leading_eigenpairs or jaxhess.conjugate_gradients."
         )
-    operator.validate()
+    validate(operator)
     zeros, unravel = jax.flatten_util.ravel_pytree(
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _vectors(operator))
     )
@@ -68,8 +69,7 @@ def as_scipy(operator: LinearOperator, batch_size: int = 1) -> scipy.sparse.lina
         found = np.array(_flat_products(operator, unravel, rows))  # a copy: SciPy may write into it
         bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
         if bad.size:
-            where = operator.explain_non_finite(unravel(jnp.asarray(rows[bad[0]])))
-            raise FloatingPointError(f"The product is not finite: {where}." if where else "The product is not finite.")
+            raise non_finite("The product", operator, unravel(jnp.asarray(rows[bad[0]])))
         return found
 
     def matvec(v: np.ndarray) -> np.ndarray:

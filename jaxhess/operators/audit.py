@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess.distributed import processes
-from jaxhess.distributed.memory import available_bytes
-from jaxhess.operators.base import LinearOperator, compiled_mv
+from jaxhess.distributed.memory import available_bytes, bytes_per_device
+from jaxhess.operators.base import LinearOperator, compiled_mv, parts
+from jaxhess.operators.facts import non_finite, validate
+from jaxhess.operators.precision import exact_operator, product_dtypes
 from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_key, random_probe, scale, widen
 
 
@@ -41,7 +43,7 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
         FloatingPointError: The loss or a product is not finite.
     """
     key = jax.random.fold_in(random_key(seed), 0x0A0D17)
-    operator.validate()
+    validate(operator)
     like = operator.shape_dtype
 
     def probe(k: int) -> Vector:
@@ -52,8 +54,7 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
     size = float(norm(hv))
     for x, hx in ((u, hu), (v, hv)):
         if not math.isfinite(float(norm(hx))):
-            where = operator.explain_non_finite(x)
-            raise FloatingPointError(f"The product with a random probe is not finite{f': {where}' if where else ''}.")
+            raise non_finite("The product with a random probe", operator, x)
     asymmetry = abs(float(dot(u, hv)) - float(dot(v, hu)))
     mixed = _mixed(u, v)
     del u, v, x, hx
@@ -67,16 +68,16 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
     if not reference:
         return {**facts, "reference": "none: not asked for"}
     dtype = _reference_dtype(operator)
-    exact, reason = _reference(operator, dtype)
-    if exact is None:
+    wide, reason = _reference(operator, dtype)
+    if wide is None:
         return {**facts, "reference": f"none: {reason}"}
-    found = {"random": _compared(exact, probe(1), hv, dtype)}
+    found = {"random": _compared(wide, probe(1), hv, dtype)}
     q = _scaled(hv, 1 / size if size else 0.0)
     del hv
-    found["leading"] = _compared(exact, q, operator @ q, dtype)
+    found["leading"] = _compared(wide, q, operator @ q, dtype)
     return {
         **facts,
-        "reference": f"{type(exact).__name__} in {dtype}",
+        "reference": f"{type(wide).__name__} in {dtype}",
         "relative_error": {name: _ratio(away, whole) for name, (away, whole, _) in found.items()},
         "floor": {name: _ratio(away, length) for name, (away, _, length) in found.items()},
     }
@@ -84,7 +85,7 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
 
 def _reference_dtype(operator: LinearOperator) -> str:
     """The dtype that shows the operator's own rounding."""
-    widths = [jnp.finfo(dtype).bits for dtype in operator.dtypes]
+    widths = [jnp.finfo(dtype).bits for dtype in product_dtypes(operator)]
     return "float32" if max(widths) <= 32 and min(widths) < 32 else "float64"
 
 
@@ -93,35 +94,43 @@ def _reference(operator: LinearOperator, dtype: str) -> tuple[LinearOperator | N
     vectors = jax.tree.leaves(operator.shape_dtype)
     itemsize = jnp.dtype(dtype).itemsize
     with _in_64_bits(dtype):
-        abstract = jax.eval_shape(lambda op: op.exact(dtype), operator)
+        abstract = jax.eval_shape(lambda op: exact_operator(op, dtype), operator)
         if abstract is None:
             return None, "there is no wider form of this operator"
-        if type(abstract) is type(operator) and all(own == dtype for own in operator.dtypes):
+        if type(abstract) is type(operator) and all(own == dtype for own in product_dtypes(operator)):
             return None, f"the operator computes in {dtype}"
-        needed, left = max(processes.gathered(operator.wide_bytes(itemsize))), available_bytes(vectors)
+        needed, left = max(processes.gathered(_wide_bytes(operator, itemsize))), available_bytes(vectors)
         if needed < left:
-            exact = operator.exact(dtype)
+            wide = exact_operator(operator, dtype)
             like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), operator.shape_dtype
             )
-            memory = compiled_mv.lower(exact, like).compile().memory_analysis()
+            memory = compiled_mv.lower(wide, like).compile().memory_analysis()
             # The vector itself comes on top of the product and what the program needs to make it.
             needed = memory.temp_size_in_bytes + 2 * memory.output_size_in_bytes if memory else 0
             needed = max(processes.gathered(needed))
             left = available_bytes(vectors)
             if needed < left:
-                return exact, ""
+                return wide, ""
     return None, f"it would take {needed / 1e9:.3g} GB more on each device, and {left / 1e9:.3g} GB are left"
+
+
+def _wide_bytes(operator: LinearOperator, itemsize: int) -> int:
+    """Bytes per device of what `exact_operator` copies: floating-point arrays in a dtype of so many bytes."""
+    if found := parts(operator):
+        return sum(_wide_bytes(part, itemsize) for part in found)
+    leaves = jax.tree.leaves(operator)
+    return bytes_per_device([x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)], itemsize)
 
 
 def _in_64_bits(dtype: str) -> Any:
     return jax.enable_x64(dtype == "float64" or jax.config.read("jax_enable_x64"))
 
 
-def _compared(exact: LinearOperator, x: Vector, hx: Vector, dtype: str) -> tuple[float, float, float]:
+def _compared(wide: LinearOperator, x: Vector, hx: Vector, dtype: str) -> tuple[float, float, float]:
     """|Hx - H_ref x|, |H_ref x| and |x|."""
     with _in_64_bits(dtype):
-        product = compiled_mv(exact, _cast(x, dtype))
+        product = compiled_mv(wide, _cast(x, dtype))
         return float(_distance(hx, product)), float(norm(product)), float(norm(x))
 
 

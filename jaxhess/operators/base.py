@@ -1,19 +1,20 @@
-"""What a linear operator is, and the simplest one."""
+"""What a linear operator is, and the algebra of operators: sums, multiples and shifts."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 
-from jaxhess.distributed.memory import bytes_per_device
 from jaxhess.errors import InputError
-from jaxhess.vectors import Vector, checksum, widen
+from jaxhess.vectors import Vector, add_scaled, cast, scale, widen
 
 
 class LinearOperator(abc.ABC):
@@ -21,7 +22,8 @@ class LinearOperator(abc.ABC):
 
     Operators are frozen dataclasses registered as pytrees: their arrays are arguments of a jitted program, never
     constants captured by it. Two are equal if they are the same object (`eq=False`), because comparing
-    arrays gives an array.
+    arrays gives an array. What else is known of one are functions that dispatch on its type, with defaults that suit
+    most: `operators.facts` (for records and error messages) and `operators.precision`.
     """
 
     @abc.abstractmethod
@@ -47,29 +49,48 @@ class LinearOperator(abc.ABC):
         check_structure(v, self.shape_dtype)
         return compiled_mv(self, v)
 
-    def __add__(self, other: LinearOperator) -> LinearOperator:
-        from jaxhess.operators.algebra import added  # its operators are LinearOperators
+    def __add__(self, other: LinearOperator) -> SumOperator:
+        """A + B.
 
-        return added(self, other)
+        Raises:
+            TypeError: The other is not an operator.
+            ValueError: Their vectors differ; the message names the first leaf that does.
+        """
+        if not isinstance(other, LinearOperator):
+            raise TypeError(f"Operators add to operators, not to {type(other).__name__}; A.shifted(x) is A + x I.")
+        check_structure(other.shape_dtype, self.shape_dtype)
+        terms = [x.terms if isinstance(x, SumOperator) else (x,) for x in (self, other)]
+        return SumOperator((*terms[0], *terms[1]))
 
-    def __sub__(self, other: LinearOperator) -> LinearOperator:
+    def __sub__(self, other: LinearOperator) -> SumOperator:
         return self + (-1) * other
 
-    def __neg__(self) -> LinearOperator:
+    def __neg__(self) -> ScaledOperator:
         return (-1) * self
 
-    def __mul__(self, factor: float | jax.Array) -> LinearOperator:
-        from jaxhess.operators.algebra import scaled
+    def __mul__(self, factor: float | jax.Array) -> ScaledOperator:
+        """factor * A.
 
-        return scaled(self, factor)
+        Raises:
+            TypeError: The factor is an operator or no real number.
+            ValueError: It is an array.
+        """
+        if isinstance(factor, LinearOperator):
+            raise TypeError("Operators are not multiplied with each other: apply one after the other.")
+        _check_scalar("An operator is scaled by", factor)
+        return ScaledOperator(self, factor)
 
     __rmul__ = __mul__
 
-    def shifted(self, shift: float | jax.Array) -> LinearOperator:
-        """The operator plus `shift` times the identity."""
-        from jaxhess.operators.algebra import shifted
+    def shifted(self, shift: float | jax.Array) -> ShiftedOperator:
+        """The operator plus `shift` times the identity.
 
-        return shifted(self, shift)
+        Raises:
+            TypeError: The shift is no real number.
+            ValueError: It is an array.
+        """
+        _check_scalar("An operator is shifted by", shift)
+        return ShiftedOperator(self, shift)
 
     def to_matrix(self, batch_size: int = 16) -> jax.Array:
         """The matrix [dim, dim], in the order of `jax.flatten_util.ravel_pytree`; for small problems and tests.
@@ -84,80 +105,87 @@ class LinearOperator(abc.ABC):
             raise InputError(f"A matrix of {self.dim:,} rows is for Lanczos, not for to_matrix, which stops at 32,768.")
         return _matrix(self, batch_size)
 
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """The dtypes that products are computed in."""
-        return tuple(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(self.shape_dtype)}))
 
-    def exact(self, dtype: str) -> LinearOperator | None:
-        """The operator that this one approximates, computed in `dtype`; None where there is no such thing."""
-        return None
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class SumOperator(LinearOperator):
+    """The sum of operators on the same vectors; `A + B` and `A - B` make it. Products are added in at least float32."""
 
-    def wide_bytes(self, itemsize: int) -> int:
-        """Bytes per device of what `exact` copies, its floating-point arrays in a dtype of so many bytes."""
-        leaves = jax.tree.leaves(self)
-        return bytes_per_device([x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)], itemsize)
+    terms: tuple[LinearOperator, ...]
 
-    def describe(self) -> dict[str, Any]:
-        """What the operator is, for a record."""
-        return {"kind": type(self).__name__}
+    def mv(self, v: Vector) -> Vector:
+        wide = widen(v)
+        total = self.terms[0].mv(wide)
+        for term in self.terms[1:]:
+            total = add_scaled(total, jnp.float32(1), term.mv(wide))
+        return cast(total, v)
 
     @property
-    def shares_work(self) -> bool:
-        """Whether several products at once (`vmap` of `mv`) cost less than one after the other."""
-        return True
-
-    def checksum(self) -> str:
-        """Tells the numbers that the operator is made of from others, the same on any mesh."""
-        return checksum(self)
-
-    def validate(self) -> dict[str, Any]:
-        """Facts worth recording about the operator's inputs; raises if products would be meaningless."""
-        return {}
-
-    def explain_non_finite(self, v: Vector) -> str:
-        """Where a product with v that came out non-finite went wrong, for an error message."""
-        return ""
+    def shape_dtype(self) -> Vector:
+        return self.terms[0].shape_dtype
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class MatrixOperator(LinearOperator):
-    """A dense symmetric matrix [n, n]; its vectors are arrays [n]."""
+class ScaledOperator(LinearOperator):
+    """`factor` times an operator; `factor * A` makes it. The factor is data: changing it compiles nothing again.
 
-    matrix: jax.Array
+    Multiplied in at least float32, like sums and shifts.
+    """
 
-    def __post_init__(self) -> None:
-        shape = getattr(self.matrix, "shape", None)
-        if shape is not None and (len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0):
-            raise InputError(f"The matrix has shape {shape}; it must be square, with at least one row.")
+    operator: LinearOperator
+    factor: Any
 
     def mv(self, v: Vector) -> Vector:
-        wide = jnp.promote_types(jnp.promote_types(v.dtype, self.matrix.dtype), jnp.float32)
-        return jnp.matmul(self.matrix.astype(wide), v.astype(wide), precision="highest").astype(v.dtype)
+        return cast(scale(self.factor, self.operator.mv(widen(v))), v)
 
     @property
     def shape_dtype(self) -> Vector:
-        return jax.ShapeDtypeStruct(self.matrix.shape[:1], self.matrix.dtype)
+        return self.operator.shape_dtype
 
-    def exact(self, dtype: str) -> LinearOperator:
-        return MatrixOperator(self.matrix.astype(dtype))
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShiftedOperator(LinearOperator):
+    """`A + shift I`; `A.shifted(shift)` makes it. The shift is data."""
+
+    operator: LinearOperator
+    shift: Any
+
+    def mv(self, v: Vector) -> Vector:
+        wide = widen(v)
+        return cast(add_scaled(self.operator.mv(wide), self.shift, wide), v)
+
+    @property
+    def shape_dtype(self) -> Vector:
+        return self.operator.shape_dtype
+
+
+def components(operator: LinearOperator) -> list[Any]:
+    """The operator's leaves as a pytree, with the operators that it is made of whole."""
+    return [x for x in jax.tree.leaves(operator, is_leaf=_part_of(operator)) if x is not operator]
+
+
+def parts(operator: LinearOperator) -> list[LinearOperator]:
+    """The operators that this one is made of, in the order of its fields."""
+    return [x for x in components(operator) if isinstance(x, LinearOperator)]
+
+
+def with_parts(operator: LinearOperator, replacements: Iterable[LinearOperator]) -> LinearOperator:
+    """The operator made of others than its `parts`."""
+    remaining = iter(replacements)
+    part = _part_of(operator)
+    return jax.tree.map(lambda x: next(remaining) if part(x) else x, operator, is_leaf=part)
+
+
+def _part_of(operator: LinearOperator) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, LinearOperator) and x is not operator
 
 
 @jax.jit
 def compiled_mv(operator: LinearOperator, v: Vector) -> Vector:
     """operator.mv(v) as one program; `compiled_mv.lower` gives its memory before it runs."""
     return operator.mv(v)
-
-
-def unit_roundoff(operator: LinearOperator, vectors: Vector) -> float:
-    """The eps of products with these vectors: of the operator's arithmetic, or of the dtype that they are returned in.
-
-    Products come in the dtypes of the vectors they are of, in at least float32. What the storage of narrower vectors
-    rounds is measured in every step (`LanczosState.step_errors`).
-    """
-    returned = {str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(widen, vectors))}
-    return max(float(jnp.finfo(dtype).eps) for dtype in returned.union(operator.dtypes))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -186,3 +214,10 @@ def check_structure(v: Vector, expected: Vector) -> None:
             raise InputError(f"The vector's leaf {name} has dtype {jnp.result_type(given)}; it must be floating point.")
         if jnp.shape(given) != leaf.shape:
             raise InputError(f"The vector's leaf {name} has shape {jnp.shape(given)}; it must be {leaf.shape}.")
+
+
+def _check_scalar(what: str, value: Any) -> None:
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or np.iscomplexobj(value):
+        raise TypeError(f"{what} a real number, not by {value!r}.")
+    if np.shape(value) != ():
+        raise InputError(f"{what} a scalar, not by an array of shape {np.shape(value)}.")

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess.errors import InputError
+from jaxhess.operators.facts import describe, explain_non_finite, shares_work, validate
 from jaxhess.operators.hessian import Hessian
-from jaxhess.operators.loss import LossOperator, divided
+from jaxhess.operators.loss import LossOperator, describe_loss, divided, explain_non_finite_product, validate_loss
 from jaxhess.operators.microbatches import Microbatches
+from jaxhess.operators.precision import exact_operator, product_dtypes
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.operators.step_size import add_gradient, balanced_length, rounding_unit
 from jaxhess.vectors import Vector, cast, norm, random_key, random_probe, size
@@ -90,7 +92,7 @@ class FiniteDifferenceHessian(LossOperator):
         """e, the length of the shift made along v: a scalar."""
         if self.step is None:
             with jax.default_matmul_precision("highest"):
-                return balanced_length(self._wide(), v, self._shifted().dtypes)
+                return balanced_length(self._wide(), v, product_dtypes(self._shifted()))
         return jnp.asarray(self.step * math.sqrt(size(v)) if self.per == "coordinate" else self.step)
 
     def calibrated(self, v: Vector) -> FiniteDifferenceHessian:
@@ -101,70 +103,11 @@ class FiniteDifferenceHessian(LossOperator):
         automatic = dataclasses.replace(self, step=None)
         return dataclasses.replace(self, step=float(_shift_length(automatic, v)), per="unit")
 
-    def exact(self, dtype: str) -> Hessian:
-        return Hessian(
-            self.loss,
-            self.params,
-            self.batches,
-            accumulation_dtype=self.accumulation_dtype,
-            restriction=self.restriction,
-            shardings=self.shardings,
-        ).in_dtype(dtype)
-
-    @property
-    def shares_work(self) -> bool:
-        """No: every vector shifts the parameters elsewhere, and each has its own two gradients."""
-        return False
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            **super().describe(),
-            "step": "auto" if self.step is None else float(self.step),
-            "per": "unit" if self.step is None else self.per,
-            "shift": self.shift,
-        }
-
     def vanished(self, v: Vector) -> dict[str, float]:
         """For every leaf the share of the entries of v, zeros apart, along which the parameters do not move at all."""
         names = [leaf_name(path) for path, _ in jax.tree.flatten_with_path(self.shape_dtype)[0]]
         counts = zip(*_vanished(self, v), strict=True)
         return {name: float(lost) / max(float(asked), 1.0) for name, (lost, asked) in zip(names, counts, strict=True)}
-
-    def validate(self) -> dict[str, Any]:
-        """Also the shift that a random direction gets, and what every leaf loses of it to rounding.
-
-        For the automatic step also `error`, measured on the first microbatch: how far the product is, relative to it,
-        from that of a third of the balanced step in at least float32, which errs by rounding alone.
-
-        Raises:
-            ValueError: The automatic step errs by more than a third: no step serves.
-        """
-        facts = super().validate()
-        probe = random_probe(random_key(0), self.shape_dtype)
-        length = float(_shift_length(self, probe))
-        vanished = dataclasses.replace(self, step=length, per="unit").vanished(probe)
-        shift: dict[str, Any] = {"length": length, "vanished": vanished}
-        if self.step is None:
-            shift["error"] = error = self._error(probe, length)
-            if not error < UNTRUSTED:
-                stuck = max(vanished, key=lambda name: vanished[name])
-                raise InputError(
-                    f"No finite-difference step serves in {' and '.join(self._shifted().dtypes)}: the best, of length "
-                    f"{length:.3g}, gives a random vector's product with {100 * error:.0f}% of error. It is too short "
-                    "for rounding where it is short enough not to leap over jumps of the gradient, as ReLU has, or for "
-                    f"other leaves ({100 * vanished[stuck]:.0f}% of the entries of {stuck} do not move). Use exact "
-                    "products, shift='float32' or a wider dtype."
-                )
-        still = {name: share for name, share in vanished.items() if share > 0.9}
-        if still:
-            listed = ", ".join(f"{name} ({100 * share:.0f}%)" for name, share in still.items())
-            warnings.warn(
-                f"Finite differences miss the curvature of parameters that a shift of length {length:.3g} does not "
-                f"move in {' and '.join(self._shifted().dtypes)}: {listed} of the entries for a random vector. Use "
-                "exact products, or shift='float32', or restrict the operator to leaves of one scale.",
-                stacklevel=2,
-            )
-        return {**facts, "shift_of_a_random_vector": shift}
 
     def _error(self, v: Vector, length: float) -> float:
         """The relative error of the product with a shift of that length, on the first microbatch."""
@@ -172,16 +115,10 @@ class FiniteDifferenceHessian(LossOperator):
         v = cast(v, "float32")
         found = dataclasses.replace(self, batches=first, step=length, per="unit") @ v
         wide, own = self._wide(), self._shifted()
-        third = length / 3 * (rounding_unit(wide.dtypes) / rounding_unit(own.dtypes)) ** (1 / 3)
+        third = length / 3 * (rounding_unit(product_dtypes(wide)) / rounding_unit(product_dtypes(own))) ** (1 / 3)
         reference = dataclasses.replace(wide, batches=first, step=third, per="unit") @ v
         size = float(norm(reference))
         return float(norm(jax.tree.map(lambda x, y: x - y, found, reference))) / size if size else 0.0
-
-    def explain_non_finite(self, v: Vector) -> str:
-        lost, asked = _vanished(self, v)
-        if sum(map(float, asked)) and sum(map(float, lost)) == sum(map(float, asked)):
-            return f"no parameter moved: a shift of length {float(_shift_length(self, v)):.3g} is below their rounding"
-        return super().explain_non_finite(v)
 
     def _product(self, v: Vector, groups: tuple) -> tuple[Vector, jax.Array]:
         """The product of the summed losses of `groups` with v, and their count."""
@@ -224,8 +161,84 @@ class FiniteDifferenceHessian(LossOperator):
 
     def _wide(self) -> FiniteDifferenceHessian:
         """The operator stored and computed in at least float32."""
-        wide = functools.reduce(jnp.promote_types, self.dtypes, jnp.dtype("float32"))
-        return self if self.dtypes == (str(wide),) else self.in_dtype(str(wide))
+        wide = functools.reduce(jnp.promote_types, product_dtypes(self), jnp.dtype("float32"))
+        return self if product_dtypes(self) == (str(wide),) else self.in_dtype(str(wide))
+
+
+@exact_operator.register
+def _(operator: FiniteDifferenceHessian, dtype: str) -> Hessian:
+    hessian = Hessian(
+        operator.loss,
+        operator.params,
+        operator.batches,
+        accumulation_dtype=operator.accumulation_dtype,
+        restriction=operator.restriction,
+        shardings=operator.shardings,
+    )
+    return hessian.in_dtype(dtype)
+
+
+@describe.register
+def _(operator: FiniteDifferenceHessian) -> dict[str, Any]:
+    return {
+        **describe_loss(operator),
+        "step": "auto" if operator.step is None else float(operator.step),
+        "per": "unit" if operator.step is None else operator.per,
+        "shift": operator.shift,
+    }
+
+
+@shares_work.register
+def _(operator: FiniteDifferenceHessian) -> bool:
+    """No: every vector shifts the parameters elsewhere, and each has its own two gradients."""
+    return False
+
+
+@validate.register
+def _(operator: FiniteDifferenceHessian) -> dict[str, Any]:
+    """Also the shift that a random direction gets, and what every leaf loses of it to rounding.
+
+    For the automatic step also `error`, measured on the first microbatch: how far the product is, relative to it,
+    from that of a third of the balanced step in at least float32, which errs by rounding alone.
+
+    Raises:
+        ValueError: The automatic step errs by more than a third: no step serves.
+    """
+    facts = validate_loss(operator)
+    dtypes = " and ".join(product_dtypes(operator._shifted()))
+    probe = random_probe(random_key(0), operator.shape_dtype)
+    length = float(_shift_length(operator, probe))
+    vanished = dataclasses.replace(operator, step=length, per="unit").vanished(probe)
+    shift: dict[str, Any] = {"length": length, "vanished": vanished}
+    if operator.step is None:
+        shift["error"] = error = operator._error(probe, length)
+        if not error < UNTRUSTED:
+            stuck = max(vanished, key=lambda name: vanished[name])
+            raise InputError(
+                f"No finite-difference step serves in {dtypes}: the best, of length "
+                f"{length:.3g}, gives a random vector's product with {100 * error:.0f}% of error. It is too short "
+                "for rounding where it is short enough not to leap over jumps of the gradient, as ReLU has, or for "
+                f"other leaves ({100 * vanished[stuck]:.0f}% of the entries of {stuck} do not move). Use exact "
+                "products, shift='float32' or a wider dtype."
+            )
+    still = {name: share for name, share in vanished.items() if share > 0.9}
+    if still:
+        listed = ", ".join(f"{name} ({100 * share:.0f}%)" for name, share in still.items())
+        warnings.warn(
+            f"Finite differences miss the curvature of parameters that a shift of length {length:.3g} does not "
+            f"move in {dtypes}: {listed} of the entries for a random vector. Use "
+            "exact products, or shift='float32', or restrict the operator to leaves of one scale.",
+            stacklevel=3,
+        )
+    return {**facts, "shift_of_a_random_vector": shift}
+
+
+@explain_non_finite.register
+def _(operator: FiniteDifferenceHessian, v: Vector) -> str:
+    lost, asked = _vanished(operator, v)
+    if sum(map(float, asked)) and sum(map(float, lost)) == sum(map(float, asked)):
+        return f"no parameter moved: a shift of length {float(_shift_length(operator, v)):.3g} is below their rounding"
+    return explain_non_finite_product(operator, v)
 
 
 @jax.jit

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from jaxhess.operators.loss import LossOperator
 from jaxhess.vectors import Vector
-
-if TYPE_CHECKING:
-    from jaxhess.operators.linearized import LinearizedHessian
 
 
 @jax.tree_util.register_dataclass
@@ -29,21 +25,3 @@ class Hessian(LossOperator):
         gradient = jax.grad(lambda free: self.sum_and_count(free, batch), has_aux=True)
         _, tangent, count = jax.jvp(gradient, (self.free,), (v,), has_aux=True)
         return tangent, count
-
-    def linearize(
-        self, budget: float | None = None, announce: Callable[[int], None] | None = None
-    ) -> LinearizedHessian:
-        """The same operator with the primal pass done once and kept: see `LinearizedHessian`.
-
-        Args:
-            budget: Bytes per device that the kept arrays may take; None: what the device has left beside what a Lanczos
-                run needs.
-            announce: Called with those bytes before any is taken.
-
-        Raises:
-            ValueError: They would take more: the message gives both numbers, and nothing has been computed. The budget
-                is not a positive number.
-        """
-        from jaxhess.operators.linearized import linearized  # it holds a Hessian
-
-        return linearized(self, budget, announce)

@@ -14,16 +14,18 @@ from jax.extend import core
 from jaxhess.distributed.memory import available_bytes, bytes_per_device, temporary_bytes
 from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.facts import checksum, describe, explain_non_finite
 from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import divided
 from jaxhess.operators.microbatches import Microbatches, sum_over_microbatches
+from jaxhess.operators.precision import exact_operator
 from jaxhess.vectors import Vector, cast
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearizedHessian(LinearOperator):
-    """The exact Hessian from `jax.linearize` of the gradient, made by `Hessian.linearize`.
+    """The exact Hessian from `jax.linearize` of the gradient, made by `linearize`.
 
     The same product as the Hessian's, without its primal pass: 6/3 of a gradient's matrix products instead of 8/3. The
     price is memory: every microbatch's intermediate values stay on the devices, in proportion to tokens; 8.3 times the
@@ -59,19 +61,6 @@ class LinearizedHessian(LinearOperator):
         return self.hessian.shape_dtype
 
     @property
-    def dtypes(self) -> tuple[str, ...]:
-        return self.hessian.dtypes
-
-    def exact(self, dtype: str) -> LinearOperator:
-        return self.hessian.in_dtype(dtype)
-
-    def wide_bytes(self, itemsize: int) -> int:
-        return self.hessian.wide_bytes(itemsize)
-
-    def describe(self) -> dict[str, Any]:
-        return {**self.hessian.describe(), **super().describe(), "residual_bytes_per_device": self.residual_bytes}
-
-    @property
     def residual_bytes(self) -> int:
         """Bytes that the kept arrays take on the device that holds most of them."""
         held: dict[Any, int] = {}
@@ -80,25 +69,48 @@ class LinearizedHessian(LinearOperator):
                 held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
         return max(held.values(), default=0)
 
-    def checksum(self) -> str:
-        return self.hessian.checksum()
 
-    def validate(self) -> dict[str, Any]:
-        return self.hessian.validate()
+@exact_operator.register
+def _(operator: LinearizedHessian, dtype: str) -> Hessian:
+    return operator.hessian.in_dtype(dtype)
 
-    def explain_non_finite(self, v: Vector) -> str:
-        return self.hessian.explain_non_finite(v)
+
+@describe.register
+def _(operator: LinearizedHessian) -> dict[str, Any]:
+    facts = {"kind": type(operator).__name__, "residual_bytes_per_device": operator.residual_bytes}
+    return {**describe(operator.hessian), **facts}
+
+
+@checksum.register
+def _(operator: LinearizedHessian) -> str:
+    return checksum(operator.hessian)
+
+
+@explain_non_finite.register
+def _(operator: LinearizedHessian, v: Vector) -> str:
+    return explain_non_finite(operator.hessian, v)
 
 
 def residual_bytes(hessian: Hessian) -> int:
-    """Bytes per device that `hessian.linearize()` would keep, from the compiled program; nothing is computed."""
+    """Bytes per device that `linearize(hessian)` would keep, from the compiled program; nothing is computed."""
     return sum(map(_output_bytes, _programs(hessian)))
 
 
-def linearized(
+def linearize(
     hessian: Hessian, budget: float | None = None, announce: Callable[[int], None] | None = None
 ) -> LinearizedHessian:
-    """See `Hessian.linearize`."""
+    """The same operator with the primal pass done once and kept.
+
+    Args:
+        hessian: Restricted or not.
+        budget: Bytes per device that the kept arrays may take; None: what the device has left beside what a Lanczos
+            run needs.
+        announce: Called with those bytes before any is taken.
+
+    Raises:
+        ValueError: They would take more: the message gives both numbers, and nothing has been computed. The budget
+            is not a positive number.
+    """
     if budget is not None and not 0 < budget < math.inf:
         raise InputError(f"The budget is {budget}; it is a positive number of bytes per device.")
     programs = _programs(hessian)

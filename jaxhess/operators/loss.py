@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxhess import vectors
 from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.facts import checksum, describe, explain_non_finite, validate
 from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
+from jaxhess.operators.precision import exact_operator, product_dtypes
 from jaxhess.operators.restriction import Restriction, restriction
-from jaxhess.vectors import Vector, cast, check_accumulation_dtype, checksum, named_sharding, widen
+from jaxhess.vectors import Vector, cast, check_accumulation_dtype, named_sharding, widen
 
 Loss = Callable[[Any, Any], Any]
 """`loss(params, batch)`: `(sum, count)`, or a plain scalar, which counts as one."""
@@ -138,15 +141,10 @@ class LossOperator(LinearOperator):
             ValueError: Nothing matches (the message lists the names); no such layer; restricted already.
         """
         if self.restriction is not None:
-            raise InputError(f"Restricted to {self.restriction.description} already: restrict the whole operator.")
+            raise InputError(f"Restricted to {self.restriction} already: restrict the whole operator.")
         chosen = restriction(self.params, patterns, layers)
         shardings = tuple(chosen.shardings(self.params))
         return dataclasses.replace(self, restriction=chosen, shardings=shardings)
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        stored = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(self.params)}
-        return tuple(sorted(stored | ({str(self.loss.dtype)} if hasattr(self.loss, "dtype") else set())))
 
     def in_dtype(self, dtype: str) -> Self:
         """The same operator with parameters stored and computed in `dtype`.
@@ -156,62 +154,6 @@ class LossOperator(LinearOperator):
         """
         loss = self.loss.in_dtype(dtype) if hasattr(self.loss, "in_dtype") else self.loss
         return dataclasses.replace(self, loss=loss, params=cast(self.params, jnp.dtype(dtype)))
-
-    def exact(self, dtype: str) -> LinearOperator:
-        return self.in_dtype(dtype)
-
-    def describe(self) -> dict[str, Any]:
-        described = {**super().describe(), "dtypes": list(self.dtypes), "accumulation_dtype": self.accumulation_dtype}
-        if self.restriction is not None:
-            described["restriction"] = self.restriction.description
-        return described
-
-    def checksum(self) -> str:
-        """That of the parameters. Batches are cut and padded for a mesh: the loss (see `validate`) tells them apart."""
-        return checksum(self.params)
-
-    def validate(self) -> dict[str, Any]:
-        """The mean loss and the count it was divided by.
-
-        Raises:
-            FloatingPointError: The loss of a microbatch is not finite; names it.
-            ValueError: Nothing counts, so that the mean loss is undefined; a count is negative, not finite, or depends
-                on the parameters.
-        """
-        total, count, seen = 0.0, 0.0, 0
-        for group in self.batches:
-            sums, counts = (np.asarray(x, np.float64) for x in _losses(self.loss, self.params, group))
-            bad = np.flatnonzero(~np.isfinite(sums))
-            if bad.size:
-                raise FloatingPointError(
-                    f"The loss of microbatch {seen + bad[0]} is {sums[bad[0]]}: the parameters or the data hold NaN or "
-                    "infinite values, or the model overflows in this dtype."
-                )
-            odd = np.flatnonzero(~((counts >= 0) & np.isfinite(counts)))
-            if odd.size:
-                raise InputError(
-                    f"The count of microbatch {seen + odd[0]} is {counts[odd[0]]}; it is a number of tokens or "
-                    "examples, or a sum of weights: finite and not negative."
-                )
-            if _count_depends(self, group):
-                raise InputError(
-                    "The count of the loss changes with the parameters, and the sum is divided by it as if it did not: "
-                    "return a count that only depends on the batch, or the quotient alone as a mean loss."
-                )
-            total, count, seen = total + sums.sum(), count + counts.sum(), seen + len(group)
-        if count == 0:
-            raise InputError("The count of the loss is 0 over all batches: no token or example has weight.")
-        return {"loss": total / count, "count": count}
-
-    def explain_non_finite(self, v: Vector) -> str:
-        index = 0
-        for group in self.groups:
-            for k in range(len(group)):
-                one = jax.tree.map(lambda x, k=k: x[k : k + 1], group)
-                if not _part_is_finite(self, one, v):
-                    return f"the product over microbatch {index} alone is not finite"
-                index += 1
-        return "the product over each microbatch alone is finite, their sum is not"
 
     def sum_and_count(self, free: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """The loss of one batch as a function of the free parameters: (sum, count), the latter not differentiated."""
@@ -230,6 +172,82 @@ class LossOperator(LinearOperator):
             for x, s in zip(leaves, self.shardings, strict=True)
         ]
         return jax.tree.unflatten(treedef, pinned)
+
+
+@product_dtypes.register
+def _(operator: LossOperator) -> tuple[str, ...]:
+    stored = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(operator.params)}
+    return tuple(sorted(stored | ({str(operator.loss.dtype)} if hasattr(operator.loss, "dtype") else set())))
+
+
+@exact_operator.register
+def _(operator: LossOperator, dtype: str) -> LinearOperator:
+    return operator.in_dtype(dtype)
+
+
+@describe.register
+def describe_loss(operator: LossOperator) -> dict[str, Any]:
+    """Its kind, dtypes and restriction."""
+    facts: dict[str, Any] = {
+        "kind": type(operator).__name__,
+        "dtypes": list(product_dtypes(operator)),
+        "accumulation_dtype": operator.accumulation_dtype,
+    }
+    return facts if operator.restriction is None else {**facts, "restriction": operator.restriction.describe()}
+
+
+@checksum.register
+def _(operator: LossOperator) -> str:
+    """That of the parameters. Batches are cut and padded for a mesh; the mean loss tells them apart (`validate`)."""
+    return vectors.checksum(operator.params)
+
+
+@validate.register
+def validate_loss(operator: LossOperator) -> dict[str, Any]:
+    """The mean loss and the count it was divided by.
+
+    Raises:
+        FloatingPointError: The loss of a microbatch is not finite; names it.
+        ValueError: Nothing counts, so that the mean loss is undefined; a count is negative, not finite, or depends
+            on the parameters.
+    """
+    total, count, seen = 0.0, 0.0, 0
+    for group in operator.batches:
+        sums, counts = (np.asarray(x, np.float64) for x in _losses(operator.loss, operator.params, group))
+        bad = np.flatnonzero(~np.isfinite(sums))
+        if bad.size:
+            raise FloatingPointError(
+                f"The loss of microbatch {seen + bad[0]} is {sums[bad[0]]}: the parameters or the data hold NaN or "
+                "infinite values, or the model overflows in this dtype."
+            )
+        odd = np.flatnonzero(~((counts >= 0) & np.isfinite(counts)))
+        if odd.size:
+            raise InputError(
+                f"The count of microbatch {seen + odd[0]} is {counts[odd[0]]}; it is a number of tokens or "
+                "examples, or a sum of weights: finite and not negative."
+            )
+        if _count_depends(operator, group):
+            raise InputError(
+                "The count of the loss changes with the parameters, and the sum is divided by it as if it did not: "
+                "return a count that only depends on the batch, or the quotient alone as a mean loss."
+            )
+        total, count, seen = total + sums.sum(), count + counts.sum(), seen + len(group)
+    if count == 0:
+        raise InputError("The count of the loss is 0 over all batches: no token or example has weight.")
+    return {"loss": total / count, "count": count}
+
+
+@explain_non_finite.register
+def explain_non_finite_product(operator: LossOperator, v: Vector) -> str:
+    """Which microbatch's product is not finite."""
+    index = 0
+    for group in operator.groups:
+        for k in range(len(group)):
+            one = jax.tree.map(lambda x, k=k: x[k : k + 1], group)
+            if not _part_is_finite(operator, one, v):
+                return f"the product over microbatch {index} alone is not finite"
+            index += 1
+    return "the product over each microbatch alone is finite, their sum is not"
 
 
 def divided(total: Vector, count: jax.Array, like: Vector) -> Vector:

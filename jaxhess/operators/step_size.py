@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxhess.operators.loss import LossOperator
 from jaxhess.operators.microbatches import Microbatches
+from jaxhess.operators.precision import product_dtypes
 from jaxhess.vectors import Vector, norm, size
 
 TRIAL = 0.01
@@ -89,7 +90,7 @@ def balanced_length(operator: LossOperator, v: Vector, dtypes: Iterable[str]) ->
     e, responds = _measured(operator, v, (first,))
     if sum(map(len, groups)) > 1:
         e = jax.lax.cond(responds, lambda: e, lambda: _measured(operator, v, groups)[0])
-    return e * (rounding_unit(dtypes) / rounding_unit(operator.dtypes)) ** (1 / 3)
+    return e * (rounding_unit(dtypes) / rounding_unit(product_dtypes(operator))) ** (1 / 3)
 
 
 def add_gradient(
@@ -136,7 +137,7 @@ def _measured(operator: LossOperator, v: Vector, groups: tuple) -> tuple[jax.Arr
     def measure(at: _Search) -> _Search:
         gradient, central, third = _third_difference(operator, v, at.trial * inverse, groups)
         finest = at.trials == 0
-        noise = jnp.where(finest, jnp.maximum(third, rounding_unit(operator.dtypes) * gradient), at.noise)
+        noise = jnp.where(finest, jnp.maximum(third, rounding_unit(product_dtypes(operator)) * gradient), at.noise)
         lost, steep = third <= CLEAR * noise, ~(third <= STEEP * noise)  # steep: NaN and infinity too
         below = jnp.where(lost, jnp.maximum(at.below, at.trial), at.below)
         above = jnp.where(steep, jnp.minimum(at.above, at.trial), at.above)

@@ -19,7 +19,9 @@ from jaxhess.errors import InputError
 from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonality_loss
 from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_batch, start_lanczos
 from jaxhess.krylov.storage import Storage
-from jaxhess.operators.base import LinearOperator, unit_roundoff
+from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validate
+from jaxhess.operators.precision import unit_roundoff
 from jaxhess.record import RunRecord
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
 from jaxhess.slq.spectrum import Spectrum
@@ -97,7 +99,7 @@ def spectrum(
     check_basis_fits(operator, steps, storage)
     if checkpoint is not None:
         checkpoint.check()
-    facts = {"operator": operator.describe(), **operator.validate()}
+    facts = {"operator": describe(operator), **validate(operator)}
     described: dict[str, Any] = {
         "probes": {"count": probes, "distribution": distribution, "seed": seed},
         "lanczos": {"steps": steps, **dataclasses.asdict(storage)},
@@ -107,7 +109,7 @@ def spectrum(
         raise InputError(f"info has {', '.join(map(repr, taken))}, which the run records itself; choose other names.")
     saver = None
     if checkpoint is not None:
-        saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": operator.checksum()})
+        saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": checksum(operator)})
 
     def draw(p: int) -> Vector:
         return random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
@@ -211,7 +213,7 @@ class _Run:
 
         Compiles the program for as many as are tried: usually the one that then runs.
         """
-        if not self.operator.shares_work or self.storage.basis_memory == "host":
+        if not shares_work(self.operator) or self.storage.basis_memory == "host":
             return 1
         size = self.probes
         while size > 1:
@@ -280,9 +282,8 @@ class _Run:
         if bad.any():
             probe, step = np.argwhere(bad)[0]
             vector = state.previous if not state.is_batch else jax.tree.map(lambda x: x[probe], state.previous)
-            where = self.operator.explain_non_finite(vector)
-            message = f"The product at step {step + 1} of probe {chosen.start + probe + 1} is not finite"
-            raise FloatingPointError(f"{message}: {where}." if where else f"{message}.")
+            what = f"The product at step {step + 1} of probe {chosen.start + probe + 1}"
+            raise non_finite(what, self.operator, vector)
 
     def _finish(self, state: LanczosState, chosen: slice) -> None:
         if np.isnan(self.orthogonality[chosen]).all():

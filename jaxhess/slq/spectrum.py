@@ -43,6 +43,7 @@ from jaxhess.krylov.ghosts import (
 )
 from jaxhess.krylov.integrals import integral_bounds
 from jaxhess.krylov.quadrature import Quadrature, quadrature
+from jaxhess.operators.restriction import restriction_text
 from jaxhess.record import RunRecord
 from jaxhess.slq.density import Axis, Density, Known, smoothed
 
@@ -90,7 +91,7 @@ class Spectrum:
         info: What produced it (options, model, data, mesh, versions, timings): for readers, no number depends on it.
             Made JSON-ready on entry: tuples become lists, numbers that are not finite None, unknown objects their text.
         run: What standard errors and ghosts depend on.
-        rounding: The eps of products, see `jaxhess.operators.base.unit_roundoff`. With `step_errors` it sets what
+        rounding: The eps of products, see `jaxhess.operators.precision.unit_roundoff`. With `step_errors` it sets what
             counts as a ghost, and the slack of the bounds.
         step_errors: [probes, steps] float64, what each step left out of the recurrence (`LanczosState.step_errors`); it
             is part of `residual_bounds`. Empty: not known, and taken for zero.
@@ -166,7 +167,7 @@ class Spectrum:
         described = operator if isinstance(operator, dict) else {}
         name = MATRIX_NAMES.get(str(described.get("kind", "Hessian")), "operator")
         block = described.get("restriction")
-        return f"{name}, block {block}" if block else name
+        return f"{name}, block {restriction_text(block)}" if block else name
 
     @property
     def num_steps(self) -> int:

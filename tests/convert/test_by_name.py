@@ -93,13 +93,14 @@ def test_eigenpairs_read_back(exported):
 
 
 @pytest.mark.parametrize(("patterns", "layers"), [(("mlp",), [1]), (("head", "final_norm"), None), ((), [0])])
-def test_directions_of_a_block_are_zero_elsewhere(exported, tmp_path: Path, patterns, layers):
+@pytest.mark.parametrize("recorded", ["as data", "as text, by earlier versions"])
+def test_directions_of_a_block_are_zero_elsewhere(exported, tmp_path: Path, patterns, layers, recorded):
     pairs, run, model = exported[2], exported[3], exported[4]
     block = restriction(model.params, patterns, layers)
     some = [block.take(jax.tree.map(lambda x, k=k: x[k], pairs.vectors)) for k in range(2)]
     cut = dataclasses.replace(pairs, vectors=jax.tree.map(lambda *x: np.stack(x), *some))
     source = jaxhess.Spectrum.load(run)
-    info = {**source.info, "operator": {"restriction": block.description}}
+    info = {**source.info, "operator": {"restriction": block.describe() if recorded == "as data" else str(block)}}
     dataclasses.replace(source, info=info).save(tmp_path)
     cut.save(tmp_path / "eigenvectors")
     run_command(script, str(tmp_path))

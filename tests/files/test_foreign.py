@@ -180,7 +180,7 @@ def changed(record, chance: random.Random):
 
 INFO = {
     "loss": 2.5,
-    "operator": {"kind": "Hessian", "restriction": "mlp"},
+    "operator": {"kind": "Hessian", "restriction": {"patterns": ["mlp"], "layers": [0, 1]}},
     "probes": {"distribution": "normal"},
     "lanczos": {"reorthogonalize": "none", "orthogonality": [0.1] * 3},
     "eigenpairs": {"values": [1.0, 2.0], "residuals": [0.1, None], "converged": [True, False], "vectors": "e"},

@@ -7,6 +7,7 @@ import pytest
 from small_models import language_operator, relative
 
 from jaxhess import GaussNewton, Hessian, MatrixOperator, random_probe, spectrum
+from jaxhess.operators.facts import describe
 
 
 def symmetric(n: int, seed: int) -> np.ndarray:
@@ -48,7 +49,7 @@ def test_the_hessian_splits_into_gauss_newton_and_the_rest():
     v = random_probe(jax.random.key(0), hessian.shape_dtype)
     rest = (hessian - gauss_newton) @ v
     assert relative(rest, jax.tree.map(jnp.subtract, hessian @ v, gauss_newton @ v)) < 1e-5
-    described = (hessian - gauss_newton).describe()
+    described = describe(hessian - gauss_newton)
     assert [t["kind"] for t in described["terms"]] == ["Hessian", "ScaledOperator"]
 
 

@@ -10,6 +10,7 @@ from small_models import language_operator
 
 from jaxhess import FiniteDifferenceHessian, LinearOperator, MatrixOperator, audit
 from jaxhess.operators import audit as noise_module
+from jaxhess.operators.precision import exact_operator
 
 N = 400
 RNG = np.random.default_rng(0)
@@ -28,8 +29,10 @@ class Spoilt(MatrixOperator):
         product = super().mv(v)
         return product + self.bend * jnp.linalg.norm(product) * jnp.sin(v)
 
-    def exact(self, dtype):
-        return MatrixOperator(jnp.asarray(BASE, dtype))
+
+@exact_operator.register
+def _(operator: Spoilt, dtype: str):
+    return MatrixOperator(jnp.asarray(BASE, dtype))
 
 
 def test_a_clean_matrix_is_clean():

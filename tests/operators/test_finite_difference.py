@@ -26,7 +26,9 @@ from jaxhess.distributed.memory import temporary_bytes
 from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.krylov import compile_segment
 from jaxhess.models import initialize
+from jaxhess.operators.facts import describe, explain_non_finite, validate
 from jaxhess.operators.microbatches import sum_over_microbatches
+from jaxhess.operators.precision import exact_operator
 from jaxhess.plan.hlo import matmul_flops
 from jaxhess.vectors import cast, norm
 from scripts.spectrum import TINY
@@ -327,7 +329,7 @@ def test_the_automatic_step_serves_zeros_jumps_and_unequal_scales(name, dtype, t
     if localised:
         v = jax.tree.map(lambda x: jnp.zeros_like(x).at[1, 1].set(x[1, 1]), v)
     with jax.enable_x64(True):
-        product = operator.exact("float64") @ cast(v, "float64")
+        product = exact_operator(operator, "float64") @ cast(v, "float64")
     found = operator @ v
     with jax.enable_x64(True):
         assert relative(found, product) < tolerance
@@ -338,14 +340,14 @@ def test_where_no_step_serves_the_automatic_one_is_refused():
     with pytest.raises(
         ValueError, match=r"No finite-difference step serves in bfloat16: the best, .* with \d+% of error"
     ):
-        operator.validate()
-    assert "error" not in dataclasses.replace(operator, step=1e-3).validate()["shift_of_a_random_vector"]
-    assert dataclasses.replace(operator, shift="float32").validate()["shift_of_a_random_vector"]["error"] < 0.01
+        validate(operator)
+    assert "error" not in validate(dataclasses.replace(operator, step=1e-3))["shift_of_a_random_vector"]
+    assert validate(dataclasses.replace(operator, shift="float32"))["shift_of_a_random_vector"]["error"] < 0.01
 
 
 def test_leaves_that_do_not_move_are_named_in_a_warning():
     with pytest.warns(UserWarning, match=r"miss the curvature of parameters that a shift .* out \(1?\d\d% *\)"):
-        hard_case("unequal scales").validate()
+        validate(hard_case("unequal scales"))
 
 
 def test_several_automatic_steps_at_once_are_those_of_one_after_the_other():
@@ -363,8 +365,8 @@ def test_a_calibrated_step_is_the_automatic_one_of_that_vector():
     fixed = operator.calibrated(v)
     assert fixed.per == "unit"
     np.testing.assert_allclose(fixed.step, operator.shift_length(v), rtol=0.1)  # the cube root of a rounding
-    assert operator.describe()["step"] == "auto"
-    facts = operator.validate()["shift_of_a_random_vector"]
+    assert describe(operator)["step"] == "auto"
+    facts = validate(operator)["shift_of_a_random_vector"]
     assert facts["length"] > 0
     assert set(facts["vanished"].values()) == {0.0}
 
@@ -392,7 +394,7 @@ def test_two_gradients_one_after_the_other_beside_two_buffers(microbatches):
 def test_a_step_that_moves_nothing_is_named_as_the_reason():
     operator = bigram("bfloat16", step=1e-12)
     v = random_probe(jax.random.key(1), operator.shape_dtype)
-    assert "no parameter moved: a shift of length" in operator.explain_non_finite(v)
+    assert "no parameter moved: a shift of length" in explain_non_finite(operator, v)
     assert np.isnan(np.asarray((operator @ v)["gain"], np.float32)).all()
 
 

@@ -20,6 +20,7 @@ from jaxhess import (
     start_lanczos,
 )
 from jaxhess.krylov import lanczos_segment
+from jaxhess.operators.precision import product_dtypes
 from jaxhess.vectors import basis_dot, dot
 
 
@@ -56,7 +57,7 @@ def test_products_in_float32_on_a_gpu_are_float32(kind):
 def test_weights_stored_narrow_and_computed_wide_give_the_wide_product():
     stored = language_operator("bfloat16", num_layers=1)
     mixed = dataclasses.replace(stored, loss=stored.loss.in_dtype("float32"))
-    assert mixed.dtypes == ("bfloat16", "float32")
+    assert product_dtypes(mixed) == ("bfloat16", "float32")
     v = jax.tree.map(lambda x: x.astype("float32"), random_probe(jax.random.key(1), stored.shape_dtype))
     wide = stored.in_dtype("float32") @ v
     # Each microbatch's product leaves in the parameters' dtype: rounded once, to 8 bits.

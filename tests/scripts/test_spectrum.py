@@ -14,6 +14,7 @@ import convert
 from jaxhess import Spectrum
 from jaxhess.command import one_sentence
 from jaxhess.data import TokenBatch
+from jaxhess.operators.facts import describe
 from scripts import spectrum as script
 
 TINY = Path(script.TINY)
@@ -238,7 +239,11 @@ def test_options_that_make_no_sense_are_refused(arguments, sentence, capsys):
     ("options", "kind", "fields"),
     [
         ({"operator": "gauss-newton"}, "GaussNewton", {}),
-        ({"operator": "empirical-fisher", "restrict": ("norm",)}, "EmpiricalFisher", {"restriction": "norm"}),
+        (
+            {"operator": "empirical-fisher", "restrict": ("norm",)},
+            "EmpiricalFisher",
+            {"restriction": {"patterns": ["norm"], "layers": None}},
+        ),
         ({"operator": "monte-carlo-fisher", "fisher_samples": 2}, "MonteCarloFisher", {}),
         ({"hvp": "finite-difference", "step": 1e-2, "step_per": "unit"}, "FiniteDifferenceHessian", {}),
         ({"compute_dtype": "bfloat16"}, "Hessian", {"dtypes": ["bfloat16", "float32"]}),
@@ -249,7 +254,7 @@ def test_options_choose_the_operator(options, kind, fields):
     model = convert.load(TINY).configured(dtype=options.compute_dtype or "float32")
     batch = TokenBatch(jnp.ones((2, 5), jnp.int32), jnp.ones((2, 4)))
     operator = script.build_operator(options, model, [batch])
-    described = operator.describe()
+    described = describe(operator)
     assert {"kind": kind, **fields}.items() <= described.items()
     if kind == "FiniteDifferenceHessian":
         assert (operator.step, operator.per) == (1e-2, "unit")

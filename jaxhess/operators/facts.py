@@ -1,0 +1,102 @@
+"""What records, schedules and error messages need to know of an operator: functions that dispatch on its type.
+
+The defaults suit most operators of one's own, also those made of others. One that knows better registers in the file
+that defines it: `@describe.register`, `@validate.register` and so on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhess import vectors
+from jaxhess.operators.base import LinearOperator, ScaledOperator, ShiftedOperator, SumOperator, components, parts
+from jaxhess.vectors import Vector
+
+
+@functools.singledispatch
+def describe(operator: LinearOperator) -> dict[str, Any]:
+    """What the operator is, as JSON for a record: the name of its type as "kind", and facts by name.
+
+    By default those of its fields that are numbers, text, or operators. A name that ends in `_per_device` is a fact
+    that may change when a run is resumed on another mesh.
+    """
+    described: dict[str, Any] = {"kind": type(operator).__name__}
+    fields: Any = dataclasses.fields(operator) if dataclasses.is_dataclass(operator) else ()
+    for field in fields:
+        fact = _described(getattr(operator, field.name))
+        if fact is not None:
+            described[field.name] = fact
+    return described
+
+
+def _described(value: Any) -> Any:
+    """A field for a record; None for what has no place there."""
+    if isinstance(value, LinearOperator):
+        return describe(value)
+    if isinstance(value, tuple) and value and all(isinstance(x, LinearOperator) for x in value):
+        return [describe(x) for x in value]
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and np.shape(value) == ():
+        value = value.item() if jnp.issubdtype(value.dtype, jnp.number) else None
+    return value if isinstance(value, bool | int | float | str) else None
+
+
+@functools.singledispatch
+def validate(operator: LinearOperator) -> dict[str, Any]:
+    """Facts about the operator's inputs, as JSON for a record; raises if products would be meaningless.
+
+    By default those of the operators it is made of; where two have a name in common, the first one's.
+    """
+    facts: dict[str, Any] = {}
+    for part in reversed(parts(operator)):
+        facts.update(validate(part))
+    return facts
+
+
+@functools.singledispatch
+def checksum(operator: LinearOperator) -> str:
+    """Tells the arrays that the operator is made of from others; the same on any mesh.
+
+    Of an operator made of others, single numbers are left to `describe`.
+    """
+    if not parts(operator):
+        return vectors.checksum(operator)
+    arrays = [x for x in components(operator) if not isinstance(x, LinearOperator) and np.ndim(x) > 0]
+    return " ".join([*([vectors.checksum(arrays)] if arrays else []), *map(checksum, parts(operator))])
+
+
+@functools.singledispatch
+def shares_work(operator: LinearOperator) -> bool:
+    """Whether several products at once (`vmap` of `mv`) cost less than one after the other, by default yes."""
+    found = parts(operator)
+    return not found or any(map(shares_work, found))
+
+
+@functools.singledispatch
+def explain_non_finite(operator: LinearOperator, v: Vector) -> str:
+    """Where a product with v that came out non-finite went wrong, for an error message; "" where that is not known."""
+    return ""
+
+
+def non_finite(what: str, operator: LinearOperator, v: Vector) -> FloatingPointError:
+    """The error to raise where `what`, which came of a product with v, is not finite."""
+    where = explain_non_finite(operator, v)
+    return FloatingPointError(f"{what} is not finite{f': {where}' if where else ''}.")
+
+
+@explain_non_finite.register
+def _(operator: SumOperator, v: Vector) -> str:
+    for k, term in enumerate(operator.terms):
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(term @ v)):
+            return f"term {k} of the sum ({type(term).__name__}): {explain_non_finite(term, v)}"
+    return "the product of each term is finite, their sum is not"
+
+
+@explain_non_finite.register
+def _(operator: ScaledOperator | ShiftedOperator, v: Vector) -> str:
+    return explain_non_finite(operator.operator, v)

@@ -1,0 +1,41 @@
+"""In what precision an operator computes, as functions that dispatch on its type, like those of `operators.facts`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxhess.operators.base import LinearOperator, parts, with_parts
+from jaxhess.vectors import Vector, widen
+
+
+@functools.singledispatch
+def product_dtypes(operator: LinearOperator) -> tuple[str, ...]:
+    """The dtypes that products are computed in, by default those of the vectors."""
+    found = parts(operator)
+    if found:
+        return tuple(sorted({dtype for part in found for dtype in product_dtypes(part)}))
+    return tuple(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(operator.shape_dtype)}))
+
+
+@functools.singledispatch
+def exact_operator(operator: LinearOperator, dtype: str) -> LinearOperator | None:
+    """The operator that this one approximates, computed in `dtype`; None where there is no such thing.
+
+    By default there is one for operators made of others that all have one.
+    """
+    wide = [exact_operator(part, dtype) for part in parts(operator)]
+    known = [part for part in wide if part is not None]
+    return with_parts(operator, known) if known and len(known) == len(wide) else None
+
+
+def unit_roundoff(operator: LinearOperator, vectors: Vector) -> float:
+    """The eps of products with these vectors: of the operator's arithmetic, or of the dtype that they are returned in.
+
+    Products come in the dtypes of the vectors they are of, in at least float32. What the storage of narrower vectors
+    rounds is measured in every step (`LanczosState.step_errors`).
+    """
+    returned = {str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(widen, vectors))}
+    return max(float(jnp.finfo(dtype).eps) for dtype in returned.union(product_dtypes(operator)))
