@@ -11,28 +11,24 @@ if __name__ == "__main__":
 import dataclasses
 import math
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import spectrum  # beside this file
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the other script, when this one is run by its path
-
-import convert  # noqa: E402
-from jaxhess import plan as planning  # noqa: E402
-from jaxhess.command import compile_quickly, one_sentence, simulated_devices, terminal  # noqa: E402
-from jaxhess.distributed.mesh import make_mesh, parse_axes  # noqa: E402
-from jaxhess.errors import InputError  # noqa: E402
-from jaxhess.files.output import OutputFile  # noqa: E402
-from jaxhess.files.run_folder import json_ready  # noqa: E402
-from jaxhess.plan.hardware import ACCELERATORS  # noqa: E402
-from scripts import spectrum  # noqa: E402
+import convert
+from jaxhess import plan as planning
+from jaxhess.command import compile_quickly, one_sentence, simulated_devices, terminal
+from jaxhess.distributed.mesh import make_mesh, parse_axes
+from jaxhess.errors import InputError
+from jaxhess.files.output import OutputFile
+from jaxhess.files.run_folder import json_ready
+from jaxhess.plan.hardware import ACCELERATORS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,13 +51,13 @@ FOLDERS = {
     "scripts.spectrum": (("--model", "not/read", *OUT), (*RUN_FILES, "eigenvectors", "unfinished", MANIFEST)),
     "scripts.compare": (("{run}", *OUT), ("comparison.json", "densities.png", "stems.png", MANIFEST)),
     "scripts.export": (("{run}", *OUT), (*EXPORTS[:2], MANIFEST)),
-    "scripts.ghosts": (("--model", "not/read", *OUT), ("ghosts.json", "ghosts.png", MANIFEST)),
-    "scripts.step_size": (("--model", "not/read", *OUT), ("step_size.json", "step_size.png", MANIFEST)),
-    "scripts.scaling": (OUT, ("scaling.json", "scaling.png", MANIFEST)),
-    "scripts.validate_torch": (("--model", "not/read", *OUT), ("agreement.json", "agreement.html", MANIFEST)),
-    "scripts.train_tiny": (OUT, ("config.json", "notes.txt", ".git", MANIFEST)),
-    "scripts.benchmark": (("--out", "{out}/numbers.json"), ("numbers.json",)),
-    "scripts.validate_mesh": (("--model", "not/read", "--out", "{out}/numbers.json"), ("numbers.json",)),
+    "scripts.studies.ghosts": (("--model", "not/read", *OUT), ("ghosts.json", "ghosts.png", MANIFEST)),
+    "scripts.studies.step_size": (("--model", "not/read", *OUT), ("step_size.json", "step_size.png", MANIFEST)),
+    "scripts.studies.scaling": (OUT, ("scaling.json", "scaling.png", MANIFEST)),
+    "scripts.validation.torch": (("--model", "not/read", *OUT), ("agreement.json", "agreement.html", MANIFEST)),
+    "scripts.training.tiny": (OUT, ("config.json", "notes.txt", ".git", MANIFEST)),
+    "scripts.benchmarks.products": (("--out", "{out}/numbers.json"), ("numbers.json",)),
+    "scripts.validation.mesh": (("--model", "not/read", "--out", "{out}/numbers.json"), ("numbers.json",)),
     "scripts.plan": (("--json", "{out}/plan.json"), ("plan.json",)),
     "convert": (("not/read", "{out}"), ("config.json", "thesis.tex", ".git", MANIFEST)),
 }
@@ -90,15 +90,15 @@ def test_a_foreign_file_is_refused_before_the_work_and_survives(command, run, tm
 
 
 def test_every_command_with_an_output_is_in_the_table():
-    scripts = [f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("*.py")]
+    files = (ROOT / "scripts").rglob("*.py")
+    scripts = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     writing = [name for name in scripts if re.search(r"^    (out|json): Path", module_text(name), re.MULTILINE)]
     assert set(writing) == set(FOLDERS) - {"convert"}
-    for (
-        name
-    ) in scripts:  # and nothing is written but through `jaxhess.files.output`, or into a folder that then appears
+    # and nothing is written but through `jaxhess.files.output`, or into a folder that then appears
+    for name in scripts:
         found = re.findall(r".*(?:write_text|savefig|open\(|\.mkdir|unlink|rmtree|write_bytes).*", module_text(name))
         left = [line for line in found if "(folder / " not in line and "def plot" not in line]
-        assert left == (["    figure.savefig(path, dpi=110)"] if name == "scripts.train_tiny" else []), name
+        assert left == (["    figure.savefig(path, dpi=110)"] if name == "scripts.training.tiny" else []), name
 
 
 def module_text(name: str) -> str:

@@ -21,7 +21,7 @@ from jaxhess.plan.hardware import ACCELERATORS
 from jaxhess.vectors import _drawer
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "scripts" / "plans" / "configs"
+CONFIGS = ROOT / "scripts" / "benchmarks" / "configs"
 
 
 def job(model: str, axes: dict[str, int], dtype: str = "float32", each: int = 1, **options) -> Job:

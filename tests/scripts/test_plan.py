@@ -10,11 +10,10 @@ from small_models import run_command
 
 from jaxhess.command import simulated_devices
 from scripts import plan as script
-from scripts.plans import make
 from scripts.spectrum import TINY
 
 ROOT = Path(__file__).parents[2]
-CONFIG = str(ROOT / "scripts" / "plans" / "configs" / "llama-3.1-8b.json")
+CONFIG = str(ROOT / "scripts" / "benchmarks" / "configs" / "llama-3.1-8b.json")
 
 
 def read(command: str) -> script.Options:
@@ -30,6 +29,12 @@ def test_a_plan_is_compiled_and_written(tmp_path):
     assert facts["formula"]["flops_per_product_per_device"] == pytest.approx(compiled["flops"], rel=0.001)
     assert facts["hardware"]["A100"]["fits"]
     assert facts["command"] == "python scripts/plan.py --seq-len 32 --reorthogonalize none --mesh fsdp=2"
+
+
+def test_the_command_of_a_plan_makes_it_again():
+    options = "--mesh fsdp=4,tensor=2 --hvp finite-difference --step 0.001 --no-audit --hardware A100 H200 --no-compile"
+    made = script.command(read(f"python scripts/plan.py --json out.json {options}"))
+    assert read(made) == read(f"python scripts/plan.py {options}")
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change():
@@ -72,28 +77,6 @@ def test_a_plan_becomes_a_run_by_one_word():
     run_fields = {field.name for field in script.dataclasses.fields(script.spectrum.Options)}
     assert run_fields < {field.name for field in script.dataclasses.fields(script.Options)}
     assert read("python scripts/plan.py").model == str(TINY)
-
-
-def test_committed_plans_are_those_of_their_commands():
-    for name in make.CONFIGS:
-        for devices in make.DEVICES:
-            for hvp in make.PRODUCTS:
-                kept = json.loads(make.path(name, devices, hvp).read_text())
-                options = read(kept["command"])
-                assert script.command(options) == kept["command"]
-                job = script.job_of(options)
-                assert kept["formula"]["bytes_per_device"]["total"] == script.planning.memory(job).total
-                assert kept["formula"]["flops_per_product_per_device"] == pytest.approx(
-                    script.planning.flops(job), rel=1e-5
-                )
-                assert kept["hardware"]["H100"]["fits"] == script.planning.forecast(job, "H100").fits
-                compiled = kept["compiled"]
-                assert compiled["arguments"] == pytest.approx(kept["formula"]["bytes_per_device"]["arguments"], rel=0.1)
-                assert compiled["flops"] == pytest.approx(kept["formula"]["flops_per_product_per_device"], rel=0.01)
-
-
-def test_the_docs_have_the_table_of_the_committed_plans():
-    assert make.table() in (ROOT / "docs" / "planning.md").read_text()
 
 
 def test_a_configuration_is_read_without_weights(tmp_path):
