@@ -90,7 +90,7 @@ def measure(
 
 def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Mode) -> Coefficients:
     """Step by step, every vector kept on the host."""
-    state = start_lanczos(probe, steps, Storage(mode))
+    state = start_lanczos([probe], steps, Storage(mode))
     vectors, orthogonality, worst = [], [], 0.0
     for j in range(steps):
         vectors.append(np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(state.current)]))
@@ -99,9 +99,8 @@ def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Mode) -> Coeffi
         worst = max(worst, float(np.abs(overlaps).max()))
         orthogonality.append(worst)
         state = lanczos_segment(operator, state, j + 1)
-    return Coefficients(
-        np.asarray(state.alphas, np.float64), np.asarray(state.betas, np.float64), np.array(orthogonality)
-    )
+    alphas, betas = (np.asarray(x[0], np.float64) for x in (state.alphas, state.betas))
+    return Coefficients(alphas, betas, np.array(orthogonality))
 
 
 def _quadrature(alphas: np.ndarray, betas: np.ndarray) -> Measure:

@@ -28,7 +28,7 @@ from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonali
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.sketch import hutch_plus_plus, xtrace
 from jaxhess.krylov.solve import Solution, conjugate_gradients
-from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_batch, start_lanczos
+from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_lanczos
 from jaxhess.krylov.storage import Storage
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "leading_eigenpairs",
     "orthogonality_loss",
     "quadrature",
-    "start_batch",
     "start_lanczos",
     "xtrace",
 ]

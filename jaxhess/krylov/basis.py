@@ -125,13 +125,11 @@ def narrower(basis: Vector | None, vector: Vector) -> bool:
     return any(jnp.finfo(b.dtype).bits < jnp.finfo(x.dtype).bits for b, x in pairs)
 
 
-def stacked_sharding(sharding: Any, axis: int = 0) -> Any:
-    """The sharding of arrays stacked along a new axis, which is not cut."""
+def stacked_sharding(sharding: Any, axes: int = 1) -> Any:
+    """The sharding of arrays stacked along so many new leading axes, which are not cut."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    spec = tuple(sharding.spec)
-    spec = spec + (None,) * (axis - len(spec))
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec[:axis], None, *spec[axis:]))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(None,) * axes, *sharding.spec))
 
 
 def _fetch(basis: Vector, row: jax.Array) -> Vector:

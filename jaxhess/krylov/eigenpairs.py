@@ -20,7 +20,6 @@ from jaxhess.errors import InputError
 from jaxhess.files.orbax import reading
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import read_arrays
-from jaxhess.krylov.basis import stacked_sharding
 from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import lanczos_segment, lanczos_vectors
 from jaxhess.krylov.quadrature import Quadrature, quadrature
@@ -163,7 +162,7 @@ def leading_eigenpairs(
     validate(operator)
     probe = random_probe(key, operator.shape_dtype)
     keeps_all = storage.reorthogonalize == "full"
-    state = start_lanczos(probe, steps, storage)
+    state = start_lanczos([probe], steps, storage)
     rounding = unit_roundoff(operator, state.current)
     if keeps_all:
         del probe
@@ -171,18 +170,17 @@ def leading_eigenpairs(
     while not ended:
         done = min(done + CHECK_EVERY, steps)
         state = lanczos_segment(operator, state, done)
-        size = int(state.size)
-        tridiagonal = (state.alphas, state.betas, state.step_errors)
-        alphas, betas, errors = (np.asarray(x, np.float64)[:size] for x in tridiagonal)
+        alphas, betas, errors = state.tridiagonal()
+        size = len(alphas)
         if not np.isfinite(alphas + betas).all():
-            raise non_finite(f"A product within {size} steps", operator, state.previous)
+            raise non_finite(f"A product within {size} steps", operator, jax.tree.map(lambda x: x[0], state.previous))
         nodes = quadrature(alphas, betas, errors)
         chosen = _chosen(nodes, count, which, None if keeps_all else rounding)
         bounds = nodes.residual_bounds[chosen]
         converged = bounds <= tolerance * np.abs(nodes.ritz_values).max()
         if callback is not None:
             callback(size, nodes.ritz_values[chosen], bounds)
-        ended = bool(state.broken) or done == steps or (len(chosen) == count and bool(converged.all()))
+        ended = bool(state.broken[0]) or done == steps or (len(chosen) == count and bool(converged.all()))
         ended = processes.agreed(ended)  # each machine's LAPACK rounds in its own way
     limit = tolerance * float(np.abs(nodes.ritz_values).max())
     found = (nodes.ritz_values[chosen].tolist(), limit, _coefficients(alphas, betas, chosen).tolist())
@@ -196,7 +194,7 @@ def leading_eigenpairs(
         del state
     else:
         del state
-        vectors = _second_pass(operator, start_lanczos(probe, steps, storage), coefficients)
+        vectors = _second_pass(operator, start_lanczos([probe], steps, storage), coefficients)
     vectors, residuals = _measured(operator, vectors, values)
     return Eigenpairs(values, vectors, residuals, residuals <= limit, size)
 
@@ -254,15 +252,15 @@ def _second_pass(operator: LinearOperator, state: LanczosState, coefficients: np
 
 @functools.cache
 def _accumulator(treedef: Any, arrays: tuple, count: int) -> tuple[Any, Any]:
-    shardings = jax.tree.unflatten(treedef, [stacked_sharding(s) for _, _, s in arrays])
+    shardings = jax.tree.unflatten(treedef, [sharding for _, _, sharding in arrays])
 
     def zeros() -> Vector:
-        wide = [jnp.zeros((count, *shape), jnp.promote_types(dtype, jnp.float32)) for shape, dtype, _ in arrays]
+        wide = [jnp.zeros((count, *shape[1:]), jnp.promote_types(dtype, jnp.float32)) for shape, dtype, _ in arrays]
         return jax.tree.unflatten(treedef, wide)
 
     def add(sums: Vector, coefficients: jax.Array, q: Vector) -> Vector:
         def leaf(s: jax.Array, x: jax.Array) -> jax.Array:
-            return s + coefficients.astype(s.dtype).reshape(-1, *[1] * x.ndim) * x.astype(s.dtype)
+            return s + coefficients.astype(s.dtype).reshape(-1, *[1] * (x.ndim - 1)) * x.astype(s.dtype)
 
         return jax.tree.map(leaf, sums, q)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -11,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess.errors import InputError
-from jaxhess.krylov.basis import combine, gram, narrower, project_out, project_out_in_turn, stacked_sharding, write_row
-from jaxhess.krylov.state import LanczosState, cached_program
+from jaxhess.krylov.basis import combine, gram, narrower, project_out, project_out_in_turn, write_row
+from jaxhess.krylov.state import LanczosState, cached_program, over_runs, run_axes
 from jaxhess.operators.base import LinearOperator
 from jaxhess.vectors import Vector, add_scaled, dot, norm, scale, size, widen
 
@@ -57,21 +56,20 @@ def compile_segment(operator: LinearOperator, state: LanczosState) -> jax.stages
 
 
 def orthogonality_loss(state: LanczosState) -> np.ndarray:
-    """The largest |Q'Q - I| over the vectors of the stored basis, a scalar, or [runs] for several.
+    """The largest |Q'Q - I| over the vectors of the stored basis, [runs].
 
     For a window they are the last r vectors. NaN where no basis is stored.
     """
-    runs = state.alphas.shape[:-1]
     if state.basis is None:
-        return np.full(runs, np.nan)
-    products = np.asarray(_gram_program(state)(state), np.float64)
+        return np.full(state.runs, np.nan)
+    products = np.asarray(_grams(state), np.float64)
     present = np.diagonal(products, axis1=-2, axis2=-1) > 0.25  # rows not yet written are zero
     both = present[..., :, None] & present[..., None, :]
     return np.abs(np.where(both, products - np.eye(products.shape[-1]), 0)).max((-1, -2))
 
 
 def lanczos_vectors(state: LanczosState, coefficients: np.ndarray) -> Vector:
-    """Combinations [k, ...] of the stored basis of one run, with coefficients [k, rows]; in at least float32.
+    """Combinations [k, ...] of the first run's stored basis, with coefficients [k, rows]; in at least float32.
 
     Raises:
         ValueError: The state keeps no basis of all vectors.
@@ -81,33 +79,18 @@ def lanczos_vectors(state: LanczosState, coefficients: np.ndarray) -> Vector:
     return _combiner(state)(state.basis, jnp.asarray(coefficients))
 
 
+@cached_program
 def _segment_program(state: LanczosState) -> Any:
-    leaves, treedef = jax.tree.flatten(state)
-    return _program_for(treedef, tuple(leaf.sharding for leaf in leaves), state.is_batch)
-
-
-@functools.cache
-def _program_for(treedef: Any, shardings: tuple[Any, ...], is_batch: bool) -> Any:
     def segment(operator: LinearOperator, state: LanczosState, end: jax.Array) -> LanczosState:
         last = jnp.minimum(end, state.alphas.shape[-1])
 
-        def step(_: jax.Array, state: LanczosState) -> LanczosState:
-            if not is_batch:
-                return _lanczos_step(operator, state)
-            axes = _run_axes(state)
-            return jax.vmap(lambda s: _lanczos_step(operator, s), in_axes=(axes,), out_axes=axes)(state)
+        def steps(state: LanczosState) -> LanczosState:
+            return jax.lax.fori_loop(state.step, last, lambda _, s: _lanczos_step(operator, s), state)
 
-        return jax.lax.fori_loop(state.step, last, step, state)
+        axes = run_axes(state)
+        return over_runs(steps, state.runs, (axes,), axes)(state)
 
-    return jax.jit(segment, donate_argnums=(1,), out_shardings=jax.tree.unflatten(treedef, shardings))
-
-
-def _run_axes(state: LanczosState) -> Any:
-    """The axes over runs, for `vmap`: all leading but that of the step, which all runs share."""
-    zero: Any = 0
-    fields = {f.name: zero for f in dataclasses.fields(LanczosState) if f.name not in ("step", "reorthogonalize")}
-    fields["basis"] = None if state.basis is None else 0
-    return LanczosState(step=None, reorthogonalize=state.reorthogonalize, **fields)  # type: ignore[arg-type]
+    return jax.jit(segment, donate_argnums=(1,), out_shardings=jax.tree.map(lambda x: x.sharding, state))
 
 
 def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState:
@@ -211,23 +194,15 @@ def _is_narrow(q: Vector) -> bool:
     return any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(q))
 
 
-def _per_run(state: LanczosState, f: Any, **options: Any) -> Any:
-    """`f(state, ...)` of one run as a program over one or several."""
-    if not state.is_batch:
-        return jax.jit(f, **options)
-
-    def mapped(state: LanczosState, *more: Any) -> Any:
-        return jax.vmap(f, in_axes=(_run_axes(state), *[0] * len(more)))(state, *more)
-
-    return jax.jit(mapped, **options)
-
-
-@cached_program
-def _gram_program(state: LanczosState) -> Any:
-    return _per_run(state, lambda s: gram(s.basis))
+@jax.jit
+def _grams(state: LanczosState) -> jax.Array:
+    return over_runs(gram, state.runs)(state.basis)
 
 
 @cached_program
 def _combiner(state: LanczosState) -> Any:
-    out = jax.tree.map(lambda x: stacked_sharding(x.sharding), state.current)
-    return jax.jit(combine, out_shardings=out)
+    def combined(basis: Vector, coefficients: jax.Array) -> Vector:
+        first = jax.tree.map(lambda b: jax.lax.squeeze(b[:1], (0,)), basis)
+        return combine(first, coefficients)
+
+    return jax.jit(combined, out_shardings=jax.tree.map(lambda x: x.sharding, state.current))

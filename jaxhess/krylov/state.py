@@ -1,14 +1,15 @@
-"""A Lanczos run as a state that can be saved: what it stores, and how it starts."""
+"""Lanczos runs as a state that can be saved: what it stores, and how it starts."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.errors import InputError
@@ -20,23 +21,21 @@ from jaxhess.vectors import Vector, named_sharding, norm, scale
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LanczosState:
-    """A Lanczos run after `step` products; `m` is the most it has room for.
-
-    Several runs that advance together (see `start_batch`) are one state: every field but `step` then has a leading
-    axis over runs.
+    """Lanczos runs that advance together, one or several, after `step` products each; there is room for `m`.
 
     Attributes:
         step: int32 scalar, products done.
-        size: int32 scalar, rows of T that are valid; smaller than `step` only after a breakdown.
-        broken: bool scalar, whether the Krylov space was exhausted.
-        alphas: [m] diagonal of T, in the scalar dtype (float32 or wider).
-        betas: [m]; betas[j] is the norm left after step j: the off-diagonal, and the last one bounds the residuals.
-        previous, current: Vectors q_{j-1} and q_j, in the storage dtype.
-        step_errors: [m] upper bounds of |f_j|, what step j left out of A Q = Q T + beta_m q_{m+1} e_m' + F, f_j the
-            columns of F. They are measured: what re-orthogonalisation took away, and the rounding of q_{j+1} where
+        size: [runs] int32, rows of T that are valid; smaller than `step` only after a breakdown.
+        broken: [runs] bool, whether the Krylov space was exhausted.
+        alphas: [runs, m] diagonal of T, in the scalar dtype (float32 or wider).
+        betas: [runs, m]; betas[:, j] is the norm left after step j: the off-diagonal, and the last one bounds the
+            residuals.
+        step_errors: [runs, m] upper bounds of |f_j|, what step j left out of A Q = Q T + beta_m q_{m+1} e_m' + F, f_j
+            the columns of F. They are measured: what re-orthogonalisation took away, and the rounding of q_{j+1} where
             vectors are stored narrower than they are computed. The rounding of the products is not in them.
-        basis: Lanczos vectors stacked along a leading axis, zero where not yet computed: all m of them ("full"), or the
-            last r in a ring where q_j has row j mod r. None for "none".
+        previous, current: Vectors q_{j-1} and q_j with a leading axis over runs, in the vector dtype.
+        basis: Lanczos vectors [runs, rows, ...], zero where not yet computed: all m of them ("full"), or the last r in
+            a ring where q_j has row j mod r. None for "none".
         reorthogonalize: As in `Storage`. Static.
     """
 
@@ -52,50 +51,51 @@ class LanczosState:
     reorthogonalize: Reorthogonalize = dataclasses.field(metadata={"static": True})
 
     @property
-    def is_batch(self) -> bool:
-        """Whether it is several runs."""
-        return self.alphas.ndim == 2
+    def runs(self) -> int:
+        """How many."""
+        return self.alphas.shape[0]
+
+    def tridiagonal(self, run: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """alphas, betas and step errors of one run as far as they are valid, in float64: what `quadrature` takes."""
+        valid = np.s_[run, : int(self.size[run])]
+        alphas, betas, errors = (np.asarray(x, np.float64) for x in (self.alphas, self.betas, self.step_errors))
+        return alphas[valid], betas[valid], errors[valid]
 
 
-def start_lanczos(probe: Vector, steps: int, storage: Storage = Storage()) -> LanczosState:
-    """The state before the first step, from any nonzero probe; vectors are stored in its shardings.
+def start_lanczos(probes: Iterable[Vector], steps: int, storage: Storage = Storage()) -> LanczosState:
+    """The state before the first step of as many runs as there are probes, in the probes' shardings.
+
+    Runs that advance together share the primal pass of their products and the gathers of weights.
 
     Args:
-        probe: Where the Krylov space starts; of floating point.
+        probes: Where the Krylov spaces start: nonzero vectors of floating point, `[probe]` for one run.
         steps: What the state has room for.
         storage: What is kept, and how.
 
     Raises:
-        InputError: `steps` is below 1; the probe is not of floating point; a dtype needs JAX in 64-bit mode.
+        InputError: `steps` is below 1; no probe, or not of floating point; several and a basis in the host's memory; a
+            dtype needs JAX in 64-bit mode.
     """
     storage.check_available()
-    probe = _arrays(probe, storage.vector_dtype)
-    return _started(probe, abstract_lanczos(probe, steps, storage))
-
-
-def start_batch(probes: Iterable[Vector], steps: int, storage: Storage = Storage()) -> LanczosState:
-    """The state of several runs that advance together: their products share the primal pass and weight gathers.
-
-    Args:
-        probes: A probe for each run, let go of when they are stacked; the others are those of `start_lanczos`.
-
-    Raises:
-        InputError: No probe; a basis in the host's memory; or as `start_lanczos`.
-    """
-    if storage.basis_memory == "host":
-        raise InputError("A basis in the host's memory is that of one run: start_lanczos, one probe after the other.")
-    storage.check_available()
+    if isinstance(probes, jax.Array | np.ndarray | Mapping):
+        raise InputError("probes is a vector; start_lanczos takes a list of them: [probe] for one run.")
     drawn = [_arrays(probe, storage.vector_dtype) for probe in probes]
     if not drawn:
-        raise InputError("start_batch needs at least one probe.")
-    abstract = abstract_lanczos(drawn[0], steps, storage, runs=len(drawn))
-    stacked = [_stack(drawn)]
-    del drawn
-    return _started(stacked.pop(), abstract)
+        raise InputError("A Lanczos run needs at least one probe.")
+    if storage.basis_memory == "host" and len(drawn) > 1:
+        raise InputError("A basis in the host's memory is that of one run: one probe after the other.")
+    abstract = abstract_lanczos(drawn[0], steps, storage, len(drawn))
+    leaves, treedef = jax.tree.flatten(dataclasses.replace(abstract, basis=None))
+    state: LanczosState = _starter(treedef, tuple(leaves))(drawn)
+    del drawn  # before there is a basis
+    if abstract.basis is None:
+        return state
+    state = dataclasses.replace(state, basis=jax.tree.map(zeros, abstract.basis))
+    return dataclasses.replace(state, basis=_first_row(state)(state.basis, state.current))
 
 
-def abstract_lanczos(like: Vector, steps: int, storage: Storage = Storage(), runs: int | None = None) -> LanczosState:
-    """A state as `jax.ShapeDtypeStruct`s with shardings, for vectors like these: of one run, or of `runs` together.
+def abstract_lanczos(like: Vector, steps: int, storage: Storage = Storage(), runs: int = 1) -> LanczosState:
+    """A state as `jax.ShapeDtypeStruct`s with shardings, for so many runs with vectors like these.
 
     Raises:
         InputError: `steps` is below 1; a dtype needs JAX in 64-bit mode.
@@ -103,12 +103,9 @@ def abstract_lanczos(like: Vector, steps: int, storage: Storage = Storage(), run
     if steps < 1:
         raise InputError(f"steps is {steps}; a Lanczos run takes at least 1.")
     storage.check_available()
-    axis = 0 if runs is None else 1
-    batch = () if runs is None else (runs,)
     leaves, treedef = jax.tree.flatten(like)
     dtypes = [jnp.dtype(storage.vector_dtype or x.dtype) for x in leaves]
-    shardings = [stacked_sharding(s) if axis else s for s in (named_sharding(x) or _placement(x) for x in leaves)]
-    rowed = [stacked_sharding(s, axis) for s in shardings]
+    shardings = [named_sharding(x) or _placement(x) for x in leaves]
     first = shardings[0]
     scalar = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
     wide = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(storage.scalar_dtype))
@@ -116,31 +113,79 @@ def abstract_lanczos(like: Vector, steps: int, storage: Storage = Storage(), run
     def scalars(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=scalar)
 
-    def vectors(rows: tuple[int, ...], dtype: Any = None, on_host: bool = False) -> Vector:
+    def vectors(*axes: int, dtype: Any = None, on_host: bool = False) -> Vector:
         structs = [
-            jax.ShapeDtypeStruct((*batch, *rows, *x.shape), jnp.dtype(dtype or own), sharding=on_memory(s, on_host))
-            for x, own, s in zip(leaves, dtypes, shardings if not rows else rowed, strict=True)
+            jax.ShapeDtypeStruct(
+                (*axes, *x.shape),
+                jnp.dtype(dtype or own),
+                sharding=on_memory(stacked_sharding(sharding, len(axes)), on_host),
+            )
+            for x, own, sharding in zip(leaves, dtypes, shardings, strict=True)
         ]
         return jax.tree.unflatten(treedef, structs)
 
-    vector = vectors(())
     basis = None
     if storage.reorthogonalize != "none":
         rows = steps if storage.reorthogonalize == "full" else storage.reorthogonalize
         on_host = storage.basis_memory == "host"
-        basis = vectors((rows + on_host,), storage.basis_dtype, on_host)
+        basis = vectors(runs, rows + on_host, dtype=storage.basis_dtype, on_host=on_host)
     return LanczosState(
         step=scalars((), "int32"),
-        size=scalars(batch, "int32"),
-        broken=scalars(batch, "bool"),
-        alphas=scalars((*batch, steps), wide),
-        betas=scalars((*batch, steps), wide),
-        step_errors=scalars((*batch, steps), wide),
-        previous=vector,
-        current=vector,
+        size=scalars((runs,), "int32"),
+        broken=scalars((runs,), "bool"),
+        alphas=scalars((runs, steps), wide),
+        betas=scalars((runs, steps), wide),
+        step_errors=scalars((runs, steps), wide),
+        previous=vectors(runs),
+        current=vectors(runs),
         basis=basis,
         reorthogonalize=storage.reorthogonalize,
     )
+
+
+def over_runs(f: Callable[..., Any], runs: int, in_axes: Any = 0, out_axes: Any = 0) -> Callable[..., Any]:
+    """`jax.vmap(f, in_axes, out_axes)`; a single run loses its axis before, so that its program is that of one vector.
+
+    Axes are 0 or None.
+    """
+    if runs > 1:
+        return jax.vmap(f, in_axes, out_axes)
+
+    def each(change: Callable[[jax.Array], jax.Array], axes: Any, tree: Any) -> Any:
+        def below(axis: int | None, part: Any) -> Any:
+            return part if axis is None else jax.tree.map(change, part)
+
+        return jax.tree.map(below, axes, tree, is_leaf=lambda x: x is None)
+
+    def once(*arguments: Any) -> Any:
+        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(arguments)
+        found = f(*each(lambda x: jax.lax.squeeze(x, (0,)), axes, arguments))
+        return each(lambda x: jax.lax.expand_dims(x, (0,)), out_axes, found)
+
+    return once
+
+
+def run_axes(state: LanczosState) -> Any:
+    """The axes over runs of a state's fields: all leading but that of the step, which all runs share."""
+    zero: Any = 0
+    fields = {f.name: zero for f in dataclasses.fields(LanczosState) if f.name not in ("step", "reorthogonalize")}
+    fields["basis"] = None if state.basis is None else 0
+    return LanczosState(step=None, reorthogonalize=state.reorthogonalize, **fields)  # type: ignore[arg-type]
+
+
+def cached_program(build: Callable[[LanczosState], Any]) -> Callable[[LanczosState], Any]:
+    """`build(state)`, once for all states of the same structure and shardings."""
+    programs: dict[Any, Any] = {}
+
+    @functools.wraps(build)
+    def program(state: LanczosState) -> Any:
+        leaves, treedef = jax.tree.flatten(state)
+        key = (treedef, tuple(leaf.sharding for leaf in leaves))
+        if key not in programs:
+            programs[key] = build(state)
+        return programs[key]
+
+    return program
 
 
 def _arrays(probe: Vector, dtype: str | None) -> Vector:
@@ -157,64 +202,22 @@ def _placement(leaf: Any) -> Any:
     return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _started(probe: Vector, state: LanczosState) -> LanczosState:
-    """The state whose shapes are given, before its first step from this probe (of every run)."""
-    leaves, treedef = jax.tree.flatten(dataclasses.replace(state, basis=None))
-    started: LanczosState = _starter(treedef, tuple(leaves))(probe)
-    del probe  # before there is a basis
-    if state.basis is None:
-        return started
-    started = dataclasses.replace(started, basis=jax.tree.map(zeros, state.basis))
-    return _first_row(started)(started)
-
-
 @functools.cache
 def _starter(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     abstract: LanczosState = jax.tree.unflatten(treedef, leaves)
 
-    def unit(probe: Vector) -> Vector:
-        return scale(1 / norm(probe, abstract.alphas.dtype), probe)
-
-    def create(probe: Vector) -> LanczosState:
+    def create(probes: list[Vector]) -> LanczosState:
         empty: LanczosState = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-        return dataclasses.replace(empty, current=(jax.vmap(unit) if abstract.is_batch else unit)(probe))
+        units = [scale(1 / norm(probe, abstract.alphas.dtype), probe) for probe in probes]
+        return dataclasses.replace(empty, current=jax.tree.map(lambda *xs: jnp.stack(xs), *units))
 
     # Explicit even on one device: arrays that are not committed to theirs would compile the segment twice.
     return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
 
 
-def _stack(probes: list[Vector]) -> Vector:
-    """Probes stacked along a leading axis, sharded as they are."""
-    leaves, treedef = jax.tree.flatten(probes[0])
-    return _stacker(treedef, tuple(x.sharding for x in leaves))(probes)
-
-
-@functools.cache
-def _stacker(treedef: Any, shardings: tuple[Any, ...]) -> Any:
-    out = jax.tree.unflatten(treedef, [stacked_sharding(s) for s in shardings])
-    return jax.jit(lambda probes: jax.tree.map(lambda *xs: jnp.stack(xs), *probes), out_shardings=out)
-
-
-def cached_program(build: Any) -> Any:
-    """`build(state)`, once for all states of the same structure and shardings."""
-    programs: dict[Any, Any] = {}
-
-    @functools.wraps(build)
-    def program(state: LanczosState) -> Any:
-        leaves, treedef = jax.tree.flatten(state)
-        key = (treedef, tuple(leaf.sharding for leaf in leaves), state.is_batch)
-        if key not in programs:
-            programs[key] = build(state)
-        return programs[key]
-
-    return program
-
-
 @cached_program
 def _first_row(state: LanczosState) -> Any:
-    def write(basis: Vector, current: Vector) -> Vector:
-        return write_row(basis, jnp.int32(0), current)
+    def first(basis: Vector, current: Vector) -> Vector:
+        return over_runs(lambda b, q: write_row(b, jnp.int32(0), q), len(jax.tree.leaves(current)[0]))(basis, current)
 
-    out = jax.tree.map(lambda x: x.sharding, state.basis)
-    program = jax.jit(jax.vmap(write) if state.is_batch else write, donate_argnums=0, out_shardings=out)
-    return lambda state: dataclasses.replace(state, basis=program(state.basis, state.current))
+    return jax.jit(first, donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, state.basis))

@@ -17,7 +17,7 @@ from jaxhess.distributed import supervision as watch
 from jaxhess.distributed.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.errors import InputError
 from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonality_loss
-from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_batch, start_lanczos
+from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validate
@@ -120,7 +120,7 @@ def spectrum(
     else:
         with contextlib.closing(saver), termination() as asked_to_stop:
             run.advance(batch_size, saver, asked_to_stop.is_set)
-    kept = run.template(None)
+    kept = run.template()
     described["lanczos"] |= {
         "vector_dtype": _dtypes(kept.current),
         "scalar_dtype": str(kept.alphas.dtype),
@@ -158,7 +158,7 @@ class _Run:
         self.program: dict[str, Any] = {}
         self.compile_seconds = 0.0
 
-    def template(self, runs: int | None) -> LanczosState:
+    def template(self, runs: int = 1) -> LanczosState:
         """The abstract state of so many probes together."""
         return abstract_lanczos(self.operator.shape_dtype, self.steps, self.storage, runs)
 
@@ -181,7 +181,7 @@ class _Run:
                 begun = self._start(first)
             if not self.program:
                 self.program = self._described(begun)
-            together = min(np.size(begun.size), self.probes - first)
+            together = min(begun.runs, self.probes - first)
             chosen = slice(first, first + together)
             for state in self._segments(begun, saver.every if saver else None):
                 self._read(state, chosen)
@@ -250,10 +250,8 @@ class _Run:
 
     def _start(self, first: int) -> LanczosState:
         """The probes that follow; the last one repeats where there are fewer, for another size would compile again."""
-        if self.batch_size == 1:  # no axis over runs
-            return start_lanczos(self.draw(first), self.steps, self.storage)
         numbers = [min(first + k, self.probes - 1) for k in range(self.batch_size)]
-        return start_batch((self.draw(p) for p in numbers), self.steps, self.storage)
+        return start_lanczos((self.draw(p) for p in numbers), self.steps, self.storage)
 
     def _segments(self, state: LanczosState, every: int | None) -> Iterator[LanczosState]:
         """The state after each segment, which end at multiples of `every` too; a second or so each."""
@@ -274,20 +272,19 @@ class _Run:
 
     def _read(self, state: LanczosState, chosen: slice) -> None:
         count = chosen.stop - chosen.start
-        self.sizes[chosen] = np.atleast_1d(state.size)[:count]
+        self.sizes[chosen] = np.asarray(state.size)[:count]
         beyond = np.arange(self.steps) >= self.sizes[chosen, None]
         for name in COEFFICIENTS:
-            getattr(self, name)[chosen] = np.where(beyond, np.nan, np.atleast_2d(getattr(state, name))[:count])
+            getattr(self, name)[chosen] = np.where(beyond, np.nan, np.asarray(getattr(state, name))[:count])
         bad = ~beyond & ~np.isfinite(self.alphas[chosen] + self.betas[chosen])
         if bad.any():
             probe, step = np.argwhere(bad)[0]
-            vector = state.previous if not state.is_batch else jax.tree.map(lambda x: x[probe], state.previous)
             what = f"The product at step {step + 1} of probe {chosen.start + probe + 1}"
-            raise non_finite(what, self.operator, vector)
+            raise non_finite(what, self.operator, jax.tree.map(lambda x: x[probe], state.previous))
 
     def _finish(self, state: LanczosState, chosen: slice) -> None:
         if np.isnan(self.orthogonality[chosen]).all():
-            self.orthogonality[chosen] = np.atleast_1d(orthogonality_loss(state))[: chosen.stop - chosen.start]
+            self.orthogonality[chosen] = orthogonality_loss(state)[: chosen.stop - chosen.start]
 
     def _progress(self, state: LanczosState, chosen: slice) -> Progress:
         sizes = self.sizes[chosen]
@@ -305,7 +302,7 @@ class _Run:
             "probe": probe,
             "step": step,
             "batch_size": self.batch_size,
-            "runs": len(state.size) if state is not None and state.is_batch else None,
+            "runs": None if state is None else state.runs,
             "seconds": self.seconds,
             "program": self.program,
             "sizes": self.sizes[:probe].tolist(),

@@ -215,13 +215,13 @@ def _rows(
 
     def lanczos_row(name: str, operator: Any, expected: str = "ritz value") -> Row:
         def steps() -> jaxhess.LanczosState:
-            state = jaxhess.start_lanczos(vector, options.steps, jaxhess.Storage("none"))
+            state = jaxhess.start_lanczos([vector], options.steps, jaxhess.Storage("none"))
             return jax.block_until_ready(jaxhess.lanczos_segment(operator, state, options.steps))
 
-        compiled = compile_segment(operator, jaxhess.start_lanczos(vector, options.steps, jaxhess.Storage("none")))
+        compiled = compile_segment(operator, jaxhess.start_lanczos([vector], options.steps, jaxhess.Storage("none")))
         reference = references.get(expected)
         error = (
-            None if reference is None else lambda s: relative_error(largest_ritz_value(s.alphas, s.betas), reference)
+            None if reference is None else lambda s: relative_error(largest_ritz_value(*s.tridiagonal()[:2]), reference)
         )
         return Row(f"Lanczos, {options.steps} steps, {name}", steps, error, compiled, options.steps)
 
@@ -250,14 +250,14 @@ def _references(options: Options, hessian: Any, lanczos: Any, vector: Vector) ->
         wide, wide_lanczos = hessian.in_dtype("float64"), lanczos.in_dtype("float64")
         direction = jax.tree.map(lambda x: x.astype("float64"), vector)
         curvature = jaxhess.GaussNewton(wide.loss, wide.params, wide.batches)
-        state = jaxhess.start_lanczos(direction, options.steps, jaxhess.Storage("none", scalar_dtype="float64"))
+        state = jaxhess.start_lanczos([direction], options.steps, jaxhess.Storage("none", scalar_dtype="float64"))
         state = jaxhess.lanczos_segment(wide_lanczos, state, options.steps)
         trees = {
             "gradient": gradient(wide),
             "product": wide @ direction,
             "gauss-newton": curvature @ direction,
         }
-        return {**jax.device_get(trees), "ritz value": largest_ritz_value(state.alphas, state.betas)}
+        return {**jax.device_get(trees), "ritz value": largest_ritz_value(*state.tridiagonal()[:2])}
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ def study(options: Options, output: Output) -> dict[str, Any]:
 def measure(variant: Variant, operator: jaxhess.LinearOperator, steps: int, seed: int) -> dict[str, Any]:
     """One run: its tridiagonal, loss of orthogonality, time and memory."""
     probe = jaxhess.random_probe(random_key(seed), operator.shape_dtype)
-    state = start_lanczos(probe, steps, variant.storage)
+    state = start_lanczos([probe], steps, variant.storage)
     memory = compile_segment(operator, state).memory_analysis()
     kept = {"vectors": (state.previous, state.current), "basis": state.basis}
     held = {name: bytes_per_device(jax.tree.leaves(x)) for name, x in kept.items()}
@@ -154,14 +154,14 @@ def measure(variant: Variant, operator: jaxhess.LinearOperator, steps: int, seed
     began = time.perf_counter()
     state = jax.block_until_ready(lanczos_segment(operator, state, steps))
     seconds = (time.perf_counter() - began) / max(steps - 1, 1)
-    rows = int(state.size)
+    alphas, betas, errors = state.tridiagonal()
     return {
         "name": variant.name,
         **dataclasses.asdict(variant.storage),
-        "alphas": np.asarray(state.alphas, np.float64)[:rows],
-        "betas": np.asarray(state.betas, np.float64)[:rows],
-        "step_errors": np.asarray(state.step_errors, np.float64)[:rows],
-        "orthogonality_loss": float(orthogonality_loss(state)),
+        "alphas": alphas,
+        "betas": betas,
+        "step_errors": errors,
+        "orthogonality_loss": float(orthogonality_loss(state)[0]),
         "seconds_per_step": seconds,
         "stored_vectors": sum(held.values()) / one,
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,

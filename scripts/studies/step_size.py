@@ -201,11 +201,10 @@ def ritz_study(
     probe = random_probe(random_key(options.seed), exact.in_dtype("float32").shape_dtype)
 
     def extremes(operator: jaxhess.LinearOperator, dtype: str = "float32") -> np.ndarray:
-        state = jaxhess.start_lanczos(cast(probe, dtype), options.ritz_steps)
+        state = jaxhess.start_lanczos([cast(probe, dtype)], options.ritz_steps)
         state = jaxhess.lanczos_segment(operator, state, options.ritz_steps)
-        rows = int(state.size)
-        alphas, betas = (np.asarray(x, np.float64)[:rows] for x in (state.alphas, state.betas))
-        if not np.isfinite(alphas + betas).all() or rows == 0:
+        alphas, betas, _ = state.tridiagonal()
+        if not np.isfinite(alphas + betas).all() or alphas.size == 0:
             return np.full(2, np.nan)
         return quadrature(alphas, betas).ritz_values[[0, -1]]
 
@@ -229,10 +228,10 @@ def vectors(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> dic
     like = exact.shape_dtype
     found = {"random": random_probe(random_key(options.seed), like)}
     if options.lanczos:
-        state = jaxhess.start_lanczos(found["random"], max(options.lanczos), jaxhess.Storage("none"))
+        state = jaxhess.start_lanczos([found["random"]], max(options.lanczos), jaxhess.Storage("none"))
         for k in sorted(options.lanczos):
             state = jaxhess.lanczos_segment(exact, state, k - 1)
-            found[f"Lanczos {k}"] = jax.tree.map(jnp.copy, state.current)  # the next segment takes its buffers
+            found[f"Lanczos {k}"] = jax.tree.map(lambda x: x[0], state.current)
     common = int(np.bincount(np.asarray(tokens).ravel()).argmax())
     named = {leaf_name(path): k for k, (path, _) in enumerate(jax.tree.flatten_with_path(like)[0])}
     for name, label in (

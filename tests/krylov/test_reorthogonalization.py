@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal, language_operator
 
 from jaxhess import Storage, lanczos_segment, make_mesh, random_probe, spectrum, start_lanczos
-from jaxhess.krylov import compile_segment, orthogonality_loss, start_batch
+from jaxhess.krylov import compile_segment, orthogonality_loss
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.plan.collectives import collective_traffic
 from jaxhess.plan.hlo import matmul_flops, read_program
@@ -45,13 +45,12 @@ SPECTRA = {
 def run(eigenvalues: np.ndarray, steps: int, storage: Storage, dtype: str = "float64"):
     operator = Diagonal(jnp.asarray(eigenvalues, dtype))
     probe = random_probe(jax.random.key(0), operator.shape_dtype)
-    state = start_lanczos(probe, steps, dataclasses.replace(storage, scalar_dtype=dtype))
+    state = start_lanczos([probe], steps, dataclasses.replace(storage, scalar_dtype=dtype))
     return lanczos_segment(operator, state, steps)
 
 
 def ritz_values(state) -> np.ndarray:
-    size = int(state.size)
-    return quadrature(np.asarray(state.alphas)[:size], np.asarray(state.betas)[:size]).ritz_values
+    return quadrature(*state.tridiagonal()).ritz_values
 
 
 @pytest.mark.usefixtures("float64")
@@ -71,11 +70,11 @@ def test_the_last_two_vectors_are_always_orthogonal(reorthogonalize):
     eigenvalues = SPECTRA["six decades"]
     operator = Diagonal(jnp.asarray(eigenvalues))
     state = start_lanczos(
-        random_probe(jax.random.key(0), operator.shape_dtype), 60, Storage(reorthogonalize, scalar_dtype="float64")
+        [random_probe(jax.random.key(0), operator.shape_dtype)], 60, Storage(reorthogonalize, scalar_dtype="float64")
     )
     for end in range(1, 60):
         state = lanczos_segment(operator, state, end)
-        previous, current = np.asarray(state.previous), np.asarray(state.current)
+        previous, current = np.asarray(state.previous)[0], np.asarray(state.current)[0]
         assert abs(previous @ current) < 1e-13
         assert abs(np.linalg.norm(current) - 1) < 1e-13
 
@@ -83,14 +82,15 @@ def test_the_last_two_vectors_are_always_orthogonal(reorthogonalize):
 @pytest.mark.usefixtures("float64")
 def test_a_window_keeps_the_last_vectors_orthogonal_and_no_others():
     operator = Diagonal(jnp.asarray(SPECTRA["indefinite"]))
-    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 60, Storage(5, scalar_dtype="float64"))
+    probe = random_probe(jax.random.key(0), operator.shape_dtype)
+    state = start_lanczos([probe], 60, Storage(5, scalar_dtype="float64"))
     vectors = []
     for end in range(1, 60):
-        vectors.append(np.asarray(state.current))
+        vectors.append(np.asarray(state.current)[0])
         state = lanczos_segment(operator, state, end)
     assert orthogonality_loss(state) < 1e-13
-    ring = np.asarray(state.basis)
-    kept = [*vectors[-4:], np.asarray(state.current)]
+    ring = np.asarray(state.basis)[0]
+    kept = [*vectors[-4:], np.asarray(state.current)[0]]
     assert all(np.abs(ring @ q).max() > 1 - 1e-13 for q in kept)  # rows are the last five, in a ring
     products = np.array(vectors) @ np.array(vectors).T
     assert np.abs(np.triu(products, 10)).max() > 1e-6  # long-range orthogonality is lost, as it must be
@@ -107,7 +107,7 @@ def test_a_basis_on_the_host_or_in_bfloat16_gives_the_same_spectrum(reorthogonal
     probe = random_probe(jax.random.key(0), Diagonal(entries).shape_dtype)
     probe = {"a": probe[:1000].reshape(8, 125), "b": probe[1000:]}
     for basis_dtype, tolerance in ((None, 1e-5), ("bfloat16", 2e-3)):
-        state = start_lanczos(probe, 30, Storage(reorthogonalize, basis_dtype=basis_dtype, basis_memory=basis_memory))
+        state = start_lanczos([probe], 30, Storage(reorthogonalize, basis_dtype=basis_dtype, basis_memory=basis_memory))
         kind = jax.tree.leaves(state.basis)[0].sharding.memory_kind
         assert kind == ("pinned_host" if basis_memory == "host" else "device")
         state = lanczos_segment(operator, state, 30)
@@ -121,7 +121,7 @@ def test_a_basis_on_the_host_or_in_bfloat16_gives_the_same_spectrum(reorthogonal
 def test_steps_reduce_as_many_scalars_as_they_say(reorthogonalize, scalars):
     sharding = NamedSharding(make_mesh("fsdp=8"), PartitionSpec("fsdp"))
     operator = Diagonal(jax.device_put(jnp.linspace(-1, 1, 64), sharding))
-    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 12, Storage(reorthogonalize))
+    state = start_lanczos([random_probe(jax.random.key(0), operator.shape_dtype)], 12, Storage(reorthogonalize))
     traffic = collective_traffic(compile_segment(operator, state), unknown_trips=1)
     assert {t.kind for t in traffic} == {"all-reduce"}
     received = sum(t.received for t in traffic) / (2 * 7 / 8 * 4)  # of a float32 by every device, in a ring of eight
@@ -132,7 +132,7 @@ def test_steps_reduce_as_many_scalars_as_they_say(reorthogonalize, scalars):
 @pytest.mark.parametrize(("reorthogonalize", "rows"), [("none", 0), (5, 5), ("full", 12)])
 def test_the_state_holds_as_many_vectors_as_it_says(reorthogonalize, rows):
     operator = Diagonal(jnp.linspace(-1, 1, 1000))
-    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 12, Storage(reorthogonalize))
+    state = start_lanczos([random_probe(jax.random.key(0), operator.shape_dtype)], 12, Storage(reorthogonalize))
     assert sum(x.size for x in jax.tree.leaves(state) if x.size >= 1000) == (2 + rows) * 1000
     memory = compile_segment(operator, state).memory_analysis()
     assert memory.temp_size_in_bytes < 3 * 4000 + 20_000  # the product and what it becomes; a pass copies no basis
@@ -144,14 +144,14 @@ def test_runs_together_are_those_one_by_one(reorthogonalize):
     if reorthogonalize == "language model":
         operator, reorthogonalize = language_operator(), "full"
     probes = [random_probe(jax.random.key(k), operator.shape_dtype) for k in range(3)]
-    together = lanczos_segment(operator, start_batch(probes, 8, Storage(reorthogonalize)), 8)
+    together = lanczos_segment(operator, start_lanczos(probes, 8, Storage(reorthogonalize)), 8)
     losses = orthogonality_loss(together)
     for k, probe in enumerate(probes):
-        alone = lanczos_segment(operator, start_lanczos(probe, 8, Storage(reorthogonalize)), 8)
+        alone = lanczos_segment(operator, start_lanczos([probe], 8, Storage(reorthogonalize)), 8)
         scale = np.abs(ritz_values(alone)).max()
-        np.testing.assert_allclose(together.alphas[k], alone.alphas, rtol=0, atol=1e-5 * scale)
-        np.testing.assert_allclose(together.betas[k], alone.betas, rtol=0, atol=1e-5 * scale)
-        np.testing.assert_equal(np.isnan(losses[k]), np.isnan(orthogonality_loss(alone)))
+        np.testing.assert_allclose(together.alphas[k], alone.alphas[0], rtol=0, atol=1e-5 * scale)
+        np.testing.assert_allclose(together.betas[k], alone.betas[0], rtol=0, atol=1e-5 * scale)
+        np.testing.assert_equal(np.isnan(losses[k]), np.isnan(orthogonality_loss(alone)[0]))
         assert np.isnan(losses[k]) or losses[k] < 1e-4
 
 
@@ -162,7 +162,7 @@ def test_eight_runs_together_share_the_primal_pass(remat):
     probes = [random_probe(jax.random.key(k), operator.shape_dtype) for k in range(8)]
     alone, together = (
         matmul_flops(read_program(compile_segment(operator, state)), unknown_trips=4)
-        for state in (start_lanczos(probes[0], 4, Storage("none")), start_batch(probes, 4, Storage("none")))
+        for state in (start_lanczos([probes[0]], 4, Storage("none")), start_lanczos(probes, 4, Storage("none")))
     )
     assert together <= 0.85 * 8 * alone
 
@@ -173,7 +173,7 @@ def test_runs_together_break_down_each_on_its_own():
     probes = [
         jnp.zeros(200).at[jnp.array(places)].set(1.0) for places in ([3, 150], [0, 50, 100, 150, 199], range(200))
     ]
-    state = lanczos_segment(Diagonal(entries), start_batch(probes, 12), 12)
+    state = lanczos_segment(Diagonal(entries), start_lanczos(probes, 12), 12)
     assert list(np.asarray(state.size)) == [2, 5, 12]
     assert list(np.asarray(state.broken)) == [True, True, False]
     found = quadrature(np.asarray(state.alphas)[1, :5], np.asarray(state.betas)[1, :5]).ritz_values
@@ -240,6 +240,9 @@ def test_bad_options_are_refused_before_any_product(options, sentence):
 
 def test_a_batch_needs_probes_and_its_basis_on_the_device():
     with pytest.raises(ValueError, match="at least one probe"):
-        start_batch([], 3, Storage("none"))
+        start_lanczos([], 3)
     with pytest.raises(ValueError, match="one probe after the other"):
-        start_batch([jnp.ones(3)], 3, Storage(basis_memory="host"))
+        start_lanczos([jnp.ones(3)] * 2, 3, Storage(basis_memory="host"))
+    for vector in (jnp.ones(3), np.ones(3, np.float32), {"a": jnp.ones(3)}):
+        with pytest.raises(ValueError, match=r"takes a list of them: \[probe\]"):
+            start_lanczos(vector, 3)

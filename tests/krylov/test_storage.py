@@ -152,17 +152,17 @@ def test_errors_of_the_steps_are_those_of_the_recurrence(storage):
     """|A Q - Q T - beta_m q_{m+1} e_m'|, column by column in float64, from the vectors that the run stored."""
     entries = bulk_and_outliers(300, [30.0, 1e3])
     operator, steps = operator_of(entries, spread=True), 10  # of twelve that exhaust the space
-    state = start_lanczos(random_probe(jax.random.key(1), operator.shape_dtype), steps, Storage(**storage))
+    state = start_lanczos([random_probe(jax.random.key(1), operator.shape_dtype)], steps, Storage(**storage))
     vectors = []
     for step in range(steps):
-        vectors.append(np.asarray(state.current, np.float64))
+        vectors.append(np.asarray(state.current[0], np.float64))
         state = lanczos_segment(operator, state, step + 1)
-    vectors.append(np.asarray(state.current, np.float64))
+    vectors.append(np.asarray(state.current[0], np.float64))
     q = np.array(vectors).T / np.linalg.norm(vectors, axis=1)
     normal = np.asarray(operator.normal, np.float64)
     matrix = np.eye(normal.size) - 2 * np.outer(normal, normal)
     matrix = matrix @ np.diag(entries.astype(np.float64)) @ matrix
-    alphas, betas, errors = (np.asarray(x, np.float64) for x in (state.alphas, state.betas, state.step_errors))
+    alphas, betas, errors = state.tridiagonal()
     t = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
     f = matrix @ q[:, :-1] - q[:, :-1] @ t
     f[:, -1] -= betas[-1] * q[:, -1]
@@ -214,10 +214,10 @@ def test_narrow_vectors_count_by_their_lengths():
 
 def test_the_last_batch_of_probes_runs_the_program_of_the_others():
     operator = Diagonal(jnp.linspace(1, 2, 77))
-    programs = [_segment_program(abstract_lanczos(operator.shape_dtype, 11, Storage(), runs=r)) for r in (2, 1, None)]
-    compiled = [program._cache_size() for program in programs]
+    program = _segment_program(abstract_lanczos(operator.shape_dtype, 11))  # of any number of runs
+    compiled = program._cache_size()
     found = spectrum(operator, steps=11, probes=5, batch_size=2)
-    assert [program._cache_size() - n for program, n in zip(programs, compiled, strict=True)] == [1, 1, 0]
+    assert program._cache_size() == compiled + 1
     assert found.info["lanczos"]["batch_size"] == 2
     alone = spectrum(operator, steps=11, probes=5, batch_size=1)
     np.testing.assert_allclose(found.alphas, alone.alphas, rtol=1e-5)

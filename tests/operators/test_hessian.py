@@ -321,7 +321,7 @@ def test_compiled_program_holds_its_share_and_gathers_a_layer_at_a_time(axes, sh
     batch = TokenBatch(jnp.asarray(tokens(16, 8, 1001).reshape(2, 8, 9)), jnp.ones((2, 8, 8)))
     batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
     operator = Hessian(model.loss(4096), model.params, Microbatches(batch))
-    state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 6)
+    state = start_lanczos([random_probe(jax.random.key(0), operator.shape_dtype)], 6)
     compiled = compile_segment(operator, state)
     memory = compiled.memory_analysis()
     inputs, outputs = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in ((operator, state), state))
@@ -352,7 +352,7 @@ def test_temporaries_are_the_product_and_one_accumulator(axes, reorthogonalize):
         if mesh is not None:
             batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
         operator = Hessian(model.loss(4096), model.params, Microbatches(batch))
-        state = start_lanczos(random_probe(jax.random.key(0), operator.shape_dtype), 4, Storage(reorthogonalize))
+        state = start_lanczos([random_probe(jax.random.key(0), operator.shape_dtype)], 4, Storage(reorthogonalize))
         held = sum(x.nbytes for x in jax.tree.leaves(model.params)) / (1 if mesh is None else mesh.size)
         sizes.append((held, compile_segment(operator, state).memory_analysis().temp_size_in_bytes))
     (held, temporary), (held_deep, temporary_deep) = sizes

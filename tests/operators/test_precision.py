@@ -100,7 +100,7 @@ def test_alphas_and_betas_can_be_accumulated_in_float64():
         states = {
             dtype: lanczos_segment(
                 Diagonal(jnp.asarray(entries)),
-                start_lanczos(jnp.asarray(probe), 1, Storage("none", scalar_dtype=dtype)),
+                start_lanczos([jnp.asarray(probe)], 1, Storage("none", scalar_dtype=dtype)),
                 1,
             )
             for dtype in ("float32", "float64")
@@ -112,8 +112,8 @@ def test_alphas_and_betas_can_be_accumulated_in_float64():
         exact = np.sum(entries * q**2)
         beta = np.linalg.norm(entries * q - exact * q)
         # What is left is the rounding of the stored vectors, which averages out: eps / sqrt(n) of the norm.
-        assert abs(float(states["float64"].alphas[0]) - exact) < 1e-9
-        np.testing.assert_allclose(states["float64"].betas[0], beta, rtol=1e-8)
+        assert abs(float(states["float64"].alphas[0, 0]) - exact) < 1e-9
+        np.testing.assert_allclose(states["float64"].betas[0, 0], beta, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
