@@ -22,6 +22,7 @@ from jaxhess.files.lock import LOCK
 from jaxhess.files.manifest import MANIFEST, foreign, write_manifest
 from jaxhess.files.output import Output, OutputFile, disk_full
 from jaxhess.files.run_folder import ARRAYS, EIGENVECTORS, EXPORTS, RECORD, REPORT_FILES, RUN_FILES
+from jaxhess.results import files
 from jaxhess.results.report import FIGURES, write_report
 
 ROOT = Path(__file__).parents[2]
@@ -172,7 +173,7 @@ def test_a_run_folder_from_before_manifests_gives_no_name_away_for_ever(tmp_path
     for name in REPORT_FILES:
         (tmp_path / name).write_text(name)
     with Output(tmp_path, (ARRAYS, RECORD), overwrite=True) as output:
-        output.write(a_spectrum(1).files())
+        output.write(files.contents(a_spectrum(1)))
     (tmp_path / "report.html").unlink()
     (tmp_path / "report.html").mkdir()
     (tmp_path / "report.html" / "thesis.tex").write_text("mine")
@@ -197,7 +198,7 @@ def test_eigenvectors_from_before_manifests_are_ours_without_what_was_put_among_
         pytest.fail("the work has begun")
     mine.unlink()
     with Output(tmp_path, (*RUN_FILES, EIGENVECTORS), overwrite=True) as output:
-        output.write(a_spectrum(1).files())
+        output.write(files.contents(a_spectrum(1)))
     assert not (tmp_path / EIGENVECTORS).exists()
 
 
