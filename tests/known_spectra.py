@@ -7,11 +7,51 @@ from scipy.linalg import hessenberg
 from jaxhess import MatrixOperator
 from jaxhess import spectrum as run_spectrum
 from jaxhess.krylov.storage import Storage
-from jaxhess.slq.record import Lanczos, RunRecord
+from jaxhess.operators.audit import Directions, Noise
+from jaxhess.operators.restriction import Block
+from jaxhess.slq.job import Data, Devices, Job, Model
+from jaxhess.slq.record import (
+    FoundPairs,
+    Inputs,
+    Lanczos,
+    OperatorRecord,
+    Probes,
+    Program,
+    ProgramMemory,
+    RunRecord,
+)
 from jaxhess.slq.spectrum import Spectrum
 
 EXACT = RunRecord(rounding=2.0**-52)
 EIGENVALUES = np.concatenate([np.random.default_rng(7).normal(size=50) * 0.1, [5.0, 2.0, 1.0, -0.7, -3.0]])
+
+EVERYTHING = RunRecord(
+    Probes(2, "rademacher", 7),
+    Lanczos(3, Storage(8, "bfloat16", None, "host", "float64"), 2, (1e-7, None)),
+    OperatorRecord(
+        "SumOperator",
+        ("float32",),
+        terms=(
+            OperatorRecord("Hessian", ("float32",), "float64", Block(("attention", "layers/*"), (0, 3))),
+            OperatorRecord("ScaledOperator", operator=OperatorRecord("GaussNewton"), details={"factor": -1.0}),
+        ),
+    ),
+    Inputs(3.5, 64.0, "ab", {"shift_of_a_random_vector": {"length": 0.1}}),
+    2.0**-7,
+    Noise(1e-7, None, "Hessian in float64", Directions(1e-6, 1e-7), Directions(1e-8, None)),
+    FoundPairs((2.5, -1.0), (1e-3, None), (True, False), 40, "eigenvectors"),
+    Program(1.5, ProgramMemory(4, 3, 2, 1)),
+    12.5,
+    Job(
+        {"steps": 3, "restrict": ("attention",)},
+        Model("here", 100, {"num_layers": 4, "sliding_layers": ()}),
+        Data("there", 4, 16, 1, "cd"),
+        Devices({"fsdp": 8}, 8, "cpu", 1),
+        {"jax": "0.10.2"},
+        {"data_seconds": 0.5},
+    ),
+)
+"""A record of which every field is set."""
 
 
 def sampled(probes, steps, eigenvalues=EIGENVALUES, seed=0, info=None):

@@ -193,7 +193,11 @@ def describe_loss(operator: LossOperator) -> dict[str, Any]:
         "dtypes": list(product_dtypes(operator)),
         "accumulation_dtype": operator.accumulation_dtype,
     }
-    return facts if operator.restriction is None else {**facts, "restriction": dataclasses.asdict(operator.restriction.block)}
+    return (
+        facts
+        if operator.restriction is None
+        else {**facts, "restriction": dataclasses.asdict(operator.restriction.block)}
+    )
 
 
 @checksum.register

@@ -175,8 +175,8 @@ class RunRecord:
             on what was kept and on the orthogonality that was measured.
         operator: Of which it is; None: not known.
         inputs: What the operator is made of.
-        rounding: The eps of products, see `jaxhess.operators.precision.unit_roundoff`. With the errors of the steps it sets
-            what counts as a ghost, and the slack of the bounds.
+        rounding: The eps of products, see `jaxhess.operators.precision.unit_roundoff`. With the errors of the steps it
+            sets what counts as a ghost, and the slack of the bounds.
         noise: Of the operator's products, where it was measured.
         eigenpairs: Where they were computed.
         program: What was compiled; None where nothing was.

@@ -16,7 +16,7 @@ import jaxhess
 from convert.by_name import layers_module, tensors_by_name
 from jaxhess.operators.restriction import restriction
 from jaxhess.slq.job import Job, Model
-from jaxhess.slq.record import Block, FoundPairs, OperatorRecord, RunRecord
+from jaxhess.slq.record import FoundPairs, OperatorRecord, RunRecord
 from scripts import export as script
 from scripts import torch_reference
 

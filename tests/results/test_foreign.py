@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from known_spectra import EVERYTHING
 from scipy.linalg import eigh_tridiagonal
 
 from jaxhess import Spectrum
@@ -179,23 +180,27 @@ def changed(record, chance: random.Random):
     return whole
 
 
-INFO = {
+OLD_INFO = {
     "loss": 2.5,
-    "operator": {"kind": "Hessian", "restriction": {"patterns": ["mlp"], "layers": [0, 1]}},
+    "operator": {"kind": "Hessian", "restriction": "mlp in layers 0,1"},
     "probes": {"distribution": "normal"},
     "lanczos": {"reorthogonalize": "none", "orthogonality": [0.1] * 3},
     "eigenpairs": {"values": [1.0, 2.0], "residuals": [0.1, None], "converged": [True, False], "vectors": "e"},
-    "noise": {"reference": "x", "asymmetry": 0.1, "floor": {"random": 0.1}},
+    "noise": {"reference": "x", "asymmetry": 0.1, "nonlinearity": 0.1, "floor": {"random": 0.1, "leading": 0.1}},
 }
 
 
-@pytest.mark.parametrize("kind", ["json", "ours.json", "csv", "npz", "spectrum.json", "spectrum.npz"])
+@pytest.mark.parametrize(
+    "kind", ["json", "ours.json", "csv", "npz", "spectrum.json", "spectrum.npz", "old spectrum.json"]
+)
 def test_whatever_is_damaged_is_read_or_refused_in_one_sentence(tmp_path, kind):
     """200 damages to each kind of file: no other error, no page with markup of others, nothing that hangs."""
-    full = Spectrum(ALPHAS, BETAS, np.full(3, 8), 1000, INFO)
-    if kind.startswith("spectrum"):
+    full = Spectrum(ALPHAS, BETAS, np.full(3, 8), 1000, {"mine": 1}, run=EVERYTHING)
+    if "spectrum" in kind:
         full.save(tmp_path / "run")
-        path, read = tmp_path / "run" / kind, tmp_path / "run"
+        path, read = tmp_path / "run" / kind.removeprefix("old "), tmp_path / "run"
+        if kind.startswith("old"):
+            path.write_text(json.dumps({"format": "jaxhess-spectrum-1", "info": OLD_INFO}))
     else:
         path = read = tmp_path / f"a.{kind}"
         path.write_text(to_json(full)) if kind == "ours.json" else written(path)

@@ -13,10 +13,11 @@ from known_spectra import run_record
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from jaxhess.operators.audit import Directions, Noise
+from jaxhess.operators.restriction import Block
 from jaxhess.results.figures import density_figure, distribution_figure, stem_figure
 from jaxhess.results.report import report_files, write_report
 from jaxhess.slq.job import Job, Model
-from jaxhess.slq.record import Block, FoundPairs, Inputs, OperatorRecord, RunRecord
+from jaxhess.slq.record import FoundPairs, Inputs, OperatorRecord, RunRecord
 from jaxhess.slq.spectrum import Spectrum
 
 INFO = {

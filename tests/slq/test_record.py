@@ -6,23 +6,17 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from known_spectra import EVERYTHING
 
 import jaxhess
 from jaxhess import Spectrum
 from jaxhess.files.typed import read_as
 from jaxhess.krylov.storage import Storage
-from jaxhess.operators.audit import Directions, Noise
+from jaxhess.operators.restriction import Block
 from jaxhess.results.foreign import to_json
-from jaxhess.slq.job import Data, Devices, Job, Model
 from jaxhess.slq.record import (
-    Block,
-    FoundPairs,
     Inputs,
-    Lanczos,
-    OperatorRecord,
     Probes,
-    Program,
-    ProgramMemory,
     RunRecord,
     operator_record,
 )
@@ -36,32 +30,6 @@ NOTES = (
     {"run": {"distribution": "rademacher"}},
 )
 TIGHT = jaxhess.MatrixOperator(jnp.diag(jnp.concatenate([jnp.linspace(0, 1e-6, 60), jnp.ones(1)])))
-EVERYTHING = RunRecord(
-    Probes(2, "rademacher", 7),
-    Lanczos(3, Storage(8, "bfloat16", None, "host", "float64"), 2, (1e-7, None)),
-    OperatorRecord(
-        "SumOperator",
-        ("float32",),
-        terms=(
-            OperatorRecord("Hessian", ("float32",), "float64", Block(("attention", "layers/*"), (0, 3))),
-            OperatorRecord("ScaledOperator", operator=OperatorRecord("GaussNewton"), details={"factor": -1.0}),
-        ),
-    ),
-    Inputs(3.5, 64.0, "ab", {"shift_of_a_random_vector": {"length": 0.1}}),
-    2.0**-7,
-    Noise(1e-7, None, "Hessian in float64", Directions(1e-6, 1e-7), Directions(1e-8, None)),
-    FoundPairs((2.5, -1.0), (1e-3, None), (True, False), 40, "eigenvectors"),
-    Program(1.5, ProgramMemory(4, 3, 2, 1)),
-    12.5,
-    Job(
-        {"steps": 3, "restrict": ("attention",)},
-        Model("here", 100, {"num_layers": 4, "sliding_layers": ()}),
-        Data("there", 4, 16, 1, "cd"),
-        Devices({"fsdp": 8}, 8, "cpu", 1),
-        {"jax": "0.10.2"},
-        {"data_seconds": 0.5},
-    ),
-)
 
 
 @pytest.fixture(scope="module", params=["normal", "rademacher"])
