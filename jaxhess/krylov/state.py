@@ -18,7 +18,7 @@ from jaxhess.vectors import Vector, named_sharding, norm, scale
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LanczosState:
     """A Lanczos run after `step` products; `m` is the most it has room for.
 

@@ -1,6 +1,7 @@
 """What a manifest lists is ours, as it was written: files, eigenvectors, and folders from before there was one."""
 
 import os
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
