@@ -1,6 +1,6 @@
 """Any number of spectra side by side: extremes, moments, distances, and what chance in their probes explains.
 
-A spectrum is a run folder, or a file of another tool: `jaxhess.files.foreign` says which are read.
+A spectrum is a run folder, or a file of another tool: `jaxhess.results.foreign` says which are read.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rich.table import Table
 
 from jaxhess.command import one_sentence, terminal
 from jaxhess.errors import InputError
-from jaxhess.files.foreign import UnknownDimension
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import json_ready
 from jaxhess.results.comparison import Distance, Row, densities_figure, distance, row, stems_figure
 from jaxhess.results.figures import png
+from jaxhess.results.foreign import UnknownDimension
 from jaxhess.slq.spectrum import Spectrum
 
 FILES = RECORD, DENSITIES, STEMS = ("comparison.json", "densities.png", "stems.png")

@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +18,10 @@ from jaxhess.files.output import Content, Output
 from jaxhess.files.run_folder import EIGENVECTORS, EXPORTED_VECTORS, EXPORTS
 from jaxhess.krylov.eigenpairs import Eigenpairs
 from jaxhess.models import DecoderConfig, abstract_params
-from jaxhess.operators.restriction import Restriction, recorded_restriction
+from jaxhess.operators.restriction import Restriction, restriction
+from jaxhess.results.foreign import to_csv, to_json
+from jaxhess.results.old_runs import block_of_old_text
+from jaxhess.slq.record import RunRecord
 from jaxhess.slq.spectrum import Spectrum
 
 
@@ -27,7 +30,7 @@ class Options:
     """In the run's own folder earlier exports are replaced: they hold what the run holds."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder, or a file that `jaxhess.files.foreign` reads."""
+    """Run folder, or a file that `jaxhess.results.foreign` reads."""
     out: Path | None = None
     """Folder to write into; by default the run folder. For a file it must be given."""
     dim: int | None = None
@@ -42,15 +45,15 @@ def run(options: Options) -> list[Path]:
         raise InputError(f"{options.run} is a file: give --out, a folder for spectrum.csv and quadrature.json.")
     spectrum = Spectrum.load(options.run, options.dim)
     out = options.out or options.run
-    found = spectrum.info.get("eigenpairs") if options.run.is_dir() else None
+    found = spectrum.run.eigenpairs if options.run.is_dir() else None
     contents: dict[str, Content] = {}
     if found:
         pairs = Eigenpairs.load(options.run / EIGENVECTORS)
-        config = _config(spectrum.info, options.run)
-        block = _block(spectrum.info, config)
+        config = _config(spectrum.run, options.run)
+        block = _block(spectrum.run, config)
         contents[EXPORTED_VECTORS] = lambda file: save_directions(pairs, config, file, block)
-    contents["spectrum.csv"] = spectrum.to_csv().encode()
-    contents["quadrature.json"] = spectrum.to_json().encode()
+    contents["spectrum.csv"] = to_csv(spectrum).encode()
+    contents["quadrature.json"] = to_json(spectrum).encode()
     own = options.run.is_dir() and out.is_dir() and out.samefile(options.run)
     if any(file.exists() and file.samefile(options.run) for file in (out / name for name in contents)):
         raise InputError(f"{options.run} is what is to be exported: give another folder as --out.")
@@ -61,18 +64,22 @@ def run(options: Options) -> list[Path]:
     return [out / name for name in contents]
 
 
-def _config(info: dict[str, Any], run: Path) -> DecoderConfig:
+def _config(run: RunRecord, folder: Path) -> DecoderConfig:
     """The decoder that the run's record describes."""
+    if run.job is None or run.job.model is None:
+        raise InputError(f"The record of {folder} does not describe its model.")
     try:
-        return DecoderConfig.from_dict(info["model"]["config"])
+        return DecoderConfig.from_dict(run.job.model.config)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"The record of {run} does not describe its model ({error}).") from None
+        raise InputError(f"The record of {folder} does not describe its model ({error}).") from None
 
 
-def _block(info: dict[str, Any], config: DecoderConfig) -> Restriction | None:
-    """The block that the run was restricted to, from the record."""
-    recorded = info.get("operator", {}).get("restriction")
-    return None if recorded is None else recorded_restriction(abstract_params(config), recorded)
+def _block(run: RunRecord, config: DecoderConfig) -> Restriction | None:
+    """The block that the run was restricted to."""
+    block = run.operator.restriction if run.operator else None
+    if isinstance(block, str):
+        block = block_of_old_text(block)
+    return None if block is None else restriction(abstract_params(config), block.patterns, block.layers)
 
 
 def main() -> None:

@@ -36,7 +36,10 @@ from jaxhess.krylov.storage import Storage
 from jaxhess.models import LOGIT_CHUNK, abstract_params
 from jaxhess.operators.audit import audit
 from jaxhess.operators.restriction import restriction
+from jaxhess.results.files import contents
 from jaxhess.results.report import LOST_WARNING, report_files
+from jaxhess.slq.job import Data, Devices, Job, Model
+from jaxhess.slq.record import FoundPairs
 from jaxhess.slq.run import check_basis_fits
 from jaxhess.vectors import check_seed, random_key
 
@@ -201,31 +204,19 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
     clock["operator"] = time.perf_counter()
     noise = audit(operator, seed=options.seed) if options.audit else None
     clock["audit"] = time.perf_counter()
-    info = {
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(options).items()},
-        "model": {"source": _located(options.model), "parameters": model.num_params, "config": model.config.to_dict()},
-        "data": {
-            "source": _located(options.data),
-            "sequences": blocks.num_sequences,
-            "seq_len": blocks.seq_len,
-            "microbatches": len(batches),
-            "fingerprint": blocks.fingerprint(),
-        },
-        "mesh": {
-            "axes": dict(mesh.shape),
-            "devices": mesh.size,
-            "kind": mesh.devices.flat[0].device_kind,
-            "processes": processes.count(),
-        },
-        "versions": _versions(),
-        "timings": {
+    job = Job(
+        dataclasses.asdict(options),
+        Model(_located(options.model), model.num_params, model.config.to_dict()),
+        Data(_located(options.data), blocks.num_sequences, blocks.seq_len, len(batches), blocks.fingerprint()),
+        Devices(dict(mesh.shape), mesh.size, mesh.devices.flat[0].device_kind, processes.count()),
+        _versions(),
+        {
             "data_seconds": clock["data"] - clock["start"],
             "load_seconds": clock["model"] - clock["data"],
             "operator_seconds": clock["operator"] - clock["model"],
             "audit_seconds": clock["audit"] - clock["operator"],
         },
-        **({"noise": noise} if noise else {}),
-    }
+    )
     if options.overwrite and not options.resume:
         checkpoint.remove()
     with _Bar(console) as bar:
@@ -239,8 +230,8 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
             distribution=options.probe_distribution,
             checkpoint=checkpoint if options.checkpoint_every else None,
             callback=bar.show,
-            info=info,
         )
+    result = dataclasses.replace(result, run=dataclasses.replace(result.run, noise=noise, job=job))
     processes.on_first(lambda: _write(output, result))
     if options.eigenpairs:
         result = with_eigenpairs(options, operator, result, output, console)
@@ -253,7 +244,7 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
 
 def _write(output: Output, result: jaxhess.Spectrum) -> None:
     """Writes the result, and then its report: a figure that cannot be drawn does not cost the run."""
-    output.write(result.files())
+    output.write(contents(result))
     output.write(report_files(result))
 
 
@@ -272,9 +263,9 @@ def with_eigenpairs(
     for value, residual, converged in zip(pairs.values, pairs.residuals, pairs.converged, strict=True):
         console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{'' if converged else ', not converged'})")
     pairs.save(output.folder / EIGENVECTORS, overwrite=True)
-    record = {name: getattr(pairs, name).tolist() for name in ("values", "residuals", "converged")}
-    found = {**record, "steps": pairs.steps, "vectors": EIGENVECTORS}
-    return dataclasses.replace(result, info={**result.info, "eigenpairs": found})
+    numbers = [tuple(getattr(pairs, name).tolist()) for name in ("values", "residuals", "converged")]
+    found = FoundPairs(numbers[0], numbers[1], numbers[2], pairs.steps, EIGENVECTORS)
+    return dataclasses.replace(result, run=dataclasses.replace(result.run, eigenpairs=found))
 
 
 def _identity(options: Options, model: jaxhess.LanguageModel, data: str) -> dict[str, Any]:
@@ -413,14 +404,16 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
     if lost := np.flatnonzero(result.orthogonality_lost).tolist():
         numbers = ", ".join(str(p + 1) for p in lost)
         console.print(f"NOT RELIABLE: {LOST_WARNING.format(probes=numbers)}")
-    console.print(f"loss            {result.info['loss']:.6g} nats per token")
+    console.print(f"loss            {result.run.inputs.loss:.6g} nats per token")
     for name, value in (("largest", extremes.largest), ("smallest", extremes.smallest)):
         console.print(f"{name + ' Ritz':15s} {value.value:.6g}  (residual bound {value.residual_bound:.2g})")
     console.print(f"trace           {trace}")
     console.print(f"Frobenius norm  {frobenius}")
-    floor = result.info.get("noise", {}).get("floor")
-    if floor:
-        console.print(f"noise floor     {floor['random']:.2g} in the bulk, {floor['leading']:.2g} among the outliers")
+    noise = result.run.noise
+    if noise and noise.floor:
+        console.print(
+            f"noise floor     {noise.floor.random:.2g} in the bulk, {noise.floor.leading:.2g} among the outliers"
+        )
     console.print(f"written to      {out}/report.html")
 
 

@@ -32,6 +32,7 @@ import convert
 from convert.loading import read_config
 from convert.text import load_blocks
 from jaxhess import Checkpoint, Spectrum, spectrum
+from jaxhess.results.foreign import to_csv, to_json
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "scripts" / "tiny"
@@ -183,8 +184,8 @@ def make_foreign(folder: Path) -> None:
     values, weights = found.ritz_values, found.weights
     text = json.dumps({"ritz_values": values.tolist(), "weights": weights.tolist(), "dim": 50})
     (folder / "plain.json").write_text(text)
-    (folder / "own.json").write_text(found.to_json())
-    (folder / "x.csv").write_text(found.to_csv())
+    (folder / "own.json").write_text(to_json(found))
+    (folder / "x.csv").write_text(to_csv(found))
     np.savez(folder / "x.npz", ritz_values=values, weights=weights, dim=50)
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from jaxhess.files.lock import is_lock
 from jaxhess.files.orbax import WRITTEN
-from jaxhess.files.run_folder import EIGENVECTORS, RECORD, RUN_FILES, read_json
-from jaxhess.files.run_folder import FORMAT as RUN_FORMAT
+from jaxhess.files.run_folder import EIGENVECTORS, FORMATS, RECORD, RUN_FILES, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = "jaxhess-manifest-1"
@@ -184,7 +183,7 @@ def _written_before_manifests(folder: Path) -> Entries:
         record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
     except (ValueError, OSError):
         return {}
-    if not isinstance(record, dict) or record.get("format") != RUN_FORMAT:
+    if not isinstance(record, dict) or record.get("format") not in FORMATS:
         return {}
     vectors = folder / EIGENVECTORS / "vectors"
     files = [folder / name for name in RUN_FILES if (folder / name).is_file()]

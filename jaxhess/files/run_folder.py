@@ -1,10 +1,9 @@
-"""The folder of a finished run: an array file and a JSON record, each whole or absent."""
+"""What a run folder holds, by name, and how its JSON and arrays are read."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from jaxhess.errors import InputError
 
-FORMAT = "jaxhess-spectrum-1"
+FORMATS = OLD_FORMAT, FORMAT = "jaxhess-spectrum-1", "jaxhess-spectrum-2"
 ARRAYS, RECORD = "spectrum.npz", "spectrum.json"
 REPORT_FILES = ("density.png", "distribution.png", "stem.png", "report.html")
 RUN_FILES = (ARRAYS, RECORD, *REPORT_FILES)
@@ -24,42 +23,6 @@ EIGENVECTORS = "eigenvectors"
 EXPORTED_VECTORS = "eigenvectors.safetensors"
 EXPORTS = ("spectrum.csv", "quadrature.json", EXPORTED_VECTORS)
 """What a run folder can hold: of the run, its figures and page, a folder of vectors, and files for other tools."""
-
-
-def run_files(arrays: dict[str, Any], record: dict[str, Any]) -> dict[str, bytes]:
-    """The contents of the two files of a run; `record` is JSON-ready."""
-    text = json.dumps({"format": FORMAT, **record}, indent=2, allow_nan=False) + "\n"
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    return {ARRAYS: buffer.getvalue(), RECORD: text.encode()}
-
-
-def read_run(folder: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the record of a run; the record has the types that the library reads from it.
-
-    Raises:
-        FileNotFoundError: The folder or one of its two files is missing.
-        ValueError: A file is corrupt or of another format.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist: a finished run folder holds {RECORD} and {ARRAYS}")
-    for path in (folder / RECORD, folder / ARRAYS):
-        if not path.is_file():
-            what = "is no file" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"{path} {what}: a finished run folder holds {RECORD} and {ARRAYS}")
-    try:
-        record = read_json(folder / RECORD)
-        found = record.get("format") if isinstance(record, dict) else None
-        if found != FORMAT:
-            raise InputError(f"its format is {found!r}, not {FORMAT!r}")
-        check_info(record.get("info", {}))
-    except ValueError as error:
-        raise InputError(f"{folder / RECORD} is not a spectrum record: {error}") from None
-    try:
-        return read_arrays(folder / ARRAYS), record
-    except ValueError as error:
-        raise InputError(f"{folder / ARRAYS} is corrupt or not a spectrum: {error}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -95,54 +58,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
             raise InputError(f"{name} is no array of real numbers")
     return found
-
-
-NUMBER = (int, float)
-PAIRS = ("values", "residuals")
-NOISE = ("asymmetry", "nonlinearity", "relative_error", "floor")
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "operator": dict,
-    "operator.kind": str,
-    "operator.restriction": (dict, str),
-    "operator.restriction.patterns": list,
-    "operator.restriction.layers": list,
-    "noise": dict,
-    "model": dict,
-    "model.config": dict,
-    "loss": NUMBER,
-    "eigenpairs": dict,
-    "eigenpairs.values": list,
-    "eigenpairs.residuals": list,
-    "eigenpairs.converged": list,
-    "eigenpairs.vectors": str,
-}
-"""Of what the library itself reads from `info`."""
-
-
-def check_info(info: Any) -> None:
-    """Raises ValueError where an `info` that was read is no dictionary, or what the library reads from it of no use."""
-    if not isinstance(info, dict):
-        raise InputError(f"its info is {_quoted(info)}; it is an object")
-    for name, kind in TYPES.items():
-        value: Any = info
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None and (not isinstance(value, kind) or (kind is NUMBER and isinstance(value, bool))):
-            raise InputError(f"its info has {_quoted(value)} as {name}")
-    pairs, noise = (info.get(name) or {} for name in ("eigenpairs", "noise"))
-    numbers = {f"eigenpairs.{name}": [x for x in pairs.get(name) or [] if x is not None] for name in PAIRS}
-    numbers["loss"] = [] if info.get("loss") is None else [info["loss"]]
-    for name in NOISE:
-        value = noise.get(name)
-        numbers[f"noise.{name}"] = list(value.values()) if isinstance(value, dict) else [0 if value is None else value]
-    for name, values in numbers.items():
-        if not all(type(x) in NUMBER and abs(x) < 1e300 for x in values):
-            raise InputError(f"its info has no numbers as {name}")
-
-
-def _quoted(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def json_ready(value: Any) -> Any:

@@ -39,7 +39,7 @@ CHECK_EVERY = 5
 """Steps between two looks at what has converged."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Eigenpairs:
     """Eigenvalues with eigenvectors and how good they are; the leading one first.
 

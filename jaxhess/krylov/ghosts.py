@@ -9,9 +9,11 @@ import numpy.typing as npt
 
 from jaxhess.errors import InputError
 from jaxhess.krylov.quadrature import Quadrature, quadrature
-from jaxhess.record import RunRecord
+from jaxhess.krylov.storage import Reorthogonalize
 
 Array = npt.NDArray[np.float64]
+
+Measured = tuple[float | None, ...] | None
 
 FLOAT32_ROUNDING = 2.0**-23
 FACTOR = 2.5
@@ -120,7 +122,9 @@ def unflagged(nodes: Quadrature) -> Ghosts:
     return _clustered(nodes, np.arange(nodes.ritz_values.size), np.zeros(nodes.ritz_values.size, bool))
 
 
-def independent(run: RunRecord, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def independent(
+    reorthogonalize: Reorthogonalize | None, orthogonality: Measured, sizes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
     """[probes] whether the Lanczos vectors of a run are known to be linearly independent, so that there are no ghosts.
 
     Two Ritz vectors of one simple eigenvalue would be parallel, which takes a combination of the Lanczos vectors that
@@ -130,27 +134,29 @@ def independent(run: RunRecord, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.
     eigenvalues, or one multiple eigenvalue that rounding has split.
 
     Args:
-        run: How it was made; with an `orthogonality` of another number of probes, nothing was measured.
+        reorthogonalize: As in `Storage`; None: not known.
+        orthogonality: The largest entry of |Q'Q - I| of every probe's kept vectors; None, or of another number of
+            probes: nothing was measured.
         sizes: [probes] steps that each probe took.
     """
-    if run.reorthogonalize != "full":
+    if reorthogonalize != "full":
         return np.zeros(len(sizes), bool)
-    return ~orthogonality_lost(run, sizes)
+    return ~orthogonality_lost(reorthogonalize, orthogonality, sizes)
 
 
-def orthogonality_lost(run: RunRecord, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def orthogonality_lost(
+    reorthogonalize: Reorthogonalize | None, orthogonality: Measured, sizes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
     """[probes] whether the vectors that were to stay orthogonal are measured not to be.
 
     These are the last r after a window of r, none where there was no re-orthogonalisation, and all after any other.
     Lost is a largest entry of |Q'Q - I| above one half of one over their number: they may be dependent (see
     `independent`).
     """
-    window = run.reorthogonalize
-    measured = run.orthogonality
-    if measured is None or len(measured) != len(sizes) or window in ("none", None):
+    if orthogonality is None or len(orthogonality) != len(sizes) or reorthogonalize == "none":
         return np.zeros(len(sizes), bool)
-    kept = np.minimum(sizes, window) if isinstance(window, int) else sizes
-    return np.array([x is not None and m * x > 0.5 for m, x in zip(kept, measured, strict=True)])
+    kept = np.minimum(sizes, reorthogonalize) if isinstance(reorthogonalize, int) else sizes
+    return np.array([x is not None and m * x > 0.5 for m, x in zip(kept, orthogonality, strict=True)])
 
 
 def _clustered(nodes: Quadrature, starts: npt.NDArray[np.int64], negligible: npt.NDArray[np.bool_]) -> Ghosts:

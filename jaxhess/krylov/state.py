@@ -19,7 +19,7 @@ from jaxhess.vectors import Vector, named_sharding, norm, scale
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LanczosState:
     """Lanczos runs that advance together, one or several, after `step` products each; there is room for `m`.
 

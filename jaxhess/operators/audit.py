@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -17,21 +18,43 @@ from jaxhess.operators.precision import exact_operator, product_dtypes
 from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_key, random_probe, scale, widen
 
 
-def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) -> dict[str, Any]:
-    """Measured noise of an operator, as a dictionary for the record of a run.
+@dataclasses.dataclass(frozen=True)
+class Directions:
+    """A measurement along a normal probe v (`random`), and along Hv (`leading`), where curvature is large."""
 
-    Two normal probes u, v are taken, and q = Hv / |Hv|, which like a Lanczos vector has localised on the directions of
-    large curvature. Four products of the operator, two of the reference; at most four vectors at once beside those of
-    the reference.
+    random: float | None
+    leading: float | None
 
-    Returns:
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """How far an operator's products are from those of a symmetric, linear, exactly computed matrix.
+
+    Attributes:
         asymmetry: |u'Hv - v'Hu| / |Hv|: of the order of the products' relative error where that is not symmetric.
         nonlinearity: |H(u - 2v) - (Hu - 2Hv)| / |H(u - 2v)|.
         reference: What is taken for exact: the operator that this one approximates, in the dtype named here: float64
             for an operator that computes in float32, float32 for a narrower one. Or why there is none.
-        relative_error: |Hx - H_ref x| / |H_ref x| for x = v ("random") and x = q ("leading").
+        relative_error: |Hx - H_ref x| / |H_ref x|; None without a reference.
         floor: |Hx - H_ref x| / |x|, likewise: in units of eigenvalues. The random one estimates the root mean square of
-            the singular values of H - H_ref. Without a reference neither is there.
+            the singular values of H - H_ref.
+
+    Ratios to a product that is zero are infinite; a record has None for them.
+    """
+
+    asymmetry: float | None
+    nonlinearity: float | None
+    reference: str
+    relative_error: Directions | None = None
+    floor: Directions | None = None
+
+
+def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) -> Noise:
+    """The measured noise of an operator.
+
+    Two normal probes u, v are taken, and q = Hv / |Hv|, which like a Lanczos vector has localised on the directions of
+    large curvature. Four products of the operator, two of the reference; at most four vectors at once beside those of
+    the reference.
 
     Args:
         operator: Any.
@@ -60,27 +83,24 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
     del u, v, x, hx
     h_mixed = operator @ mixed
     del mixed
-    facts: dict[str, Any] = {
-        "asymmetry": _ratio(asymmetry, size),
-        "nonlinearity": _ratio(float(_bend(h_mixed, hu, hv)), float(norm(h_mixed))),
-    }
+    ratios = _ratio(asymmetry, size), _ratio(float(_bend(h_mixed, hu, hv)), float(norm(h_mixed)))
     del h_mixed, hu
     if not reference:
-        return {**facts, "reference": "none: not asked for"}
+        return Noise(*ratios, "none: not asked for")
     dtype = _reference_dtype(operator)
     wide, reason = _reference(operator, dtype)
     if wide is None:
-        return {**facts, "reference": f"none: {reason}"}
-    found = {"random": _compared(wide, probe(1), hv, dtype)}
+        return Noise(*ratios, f"none: {reason}")
+    random = _compared(wide, probe(1), hv, dtype)
     q = _scaled(hv, 1 / size if size else 0.0)
     del hv
-    found["leading"] = _compared(wide, q, operator @ q, dtype)
-    return {
-        **facts,
-        "reference": f"{type(wide).__name__} in {dtype}",
-        "relative_error": {name: _ratio(away, whole) for name, (away, whole, _) in found.items()},
-        "floor": {name: _ratio(away, length) for name, (away, _, length) in found.items()},
-    }
+    found = random, _compared(wide, q, operator @ q, dtype)
+    return Noise(
+        *ratios,
+        f"{type(wide).__name__} in {dtype}",
+        Directions(*(_ratio(away, whole) for away, whole, _ in found)),
+        Directions(*(_ratio(away, length) for away, _, length in found)),
+    )
 
 
 def _reference_dtype(operator: LinearOperator) -> str:

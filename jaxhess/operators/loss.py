@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from jaxhess import vectors
 from jaxhess.errors import InputError
+from jaxhess.files.run_folder import json_ready
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.facts import checksum, describe, explain_non_finite, validate
 from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
@@ -193,7 +194,9 @@ def describe_loss(operator: LossOperator) -> dict[str, Any]:
         "dtypes": list(product_dtypes(operator)),
         "accumulation_dtype": operator.accumulation_dtype,
     }
-    return facts if operator.restriction is None else {**facts, "restriction": operator.restriction.describe()}
+    if operator.restriction is not None:
+        facts["restriction"] = json_ready(dataclasses.asdict(operator.restriction.block))
+    return facts
 
 
 @checksum.register

@@ -20,6 +20,22 @@ leading axis."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Block:
+    """The patterns and layers that were asked for: see `restriction`.
+
+    >>> print(Block(("mlp", "norm"), (0, 3)))
+    mlp norm in layers 0,3
+    """
+
+    patterns: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        text = " ".join(self.patterns) or "*"
+        return text if self.layers is None else f"{text} in layers {','.join(map(str, self.layers))}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Restriction:
     """Which parameters are free: for every leaf True, False, or the chosen layers of a stacked leaf.
 
@@ -28,16 +44,10 @@ class Restriction:
     """
 
     selection: tuple[bool | tuple[int, ...], ...]
-    patterns: tuple[str, ...]
-    """What was asked for: see `restriction`."""
-    layers: tuple[int, ...] | None
-
-    def describe(self) -> dict[str, Any]:
-        """What was asked for, as JSON for a record."""
-        return {"patterns": list(self.patterns), "layers": None if self.layers is None else list(self.layers)}
+    block: Block
 
     def __str__(self) -> str:
-        return restriction_text(self.describe())
+        return str(self.block)
 
     def take(self, params: Any) -> Any:
         """The free parameters (or a vector's entries on them), out of a whole tree."""
@@ -79,7 +89,7 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
             raise InputError(f"No parameter matches {pattern!r}; the names are {names}.")
     wanted = [not patterns or any(_matches(name, pattern) for pattern in patterns) for name, _ in named]
     if layers is None:
-        return Restriction(tuple(wanted), patterns, None)
+        return Restriction(tuple(wanted), Block(patterns))
     listed = {name: number for name, _ in named if (number := _layer_number(name)) is not None}
     stacked = {name: leaf.shape[0] for name, leaf in named if STACKED in name.split("/") and name not in listed}
     for pattern in patterns or ("*",):
@@ -97,24 +107,7 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
     for pattern in patterns or ("*",):
         if not any(kept and _matches(name, pattern) for (name, _), kept in zip(named, selection, strict=True)):
             raise InputError(f"Layers {list(indices)} of {pattern!r}: none of these is in one of those layers.")
-    return Restriction(tuple(selection), patterns, indices)
-
-
-def restriction_text(recorded: dict[str, Any] | str) -> str:
-    """`mlp in layers 0,1`, from `Restriction.describe`; or from the record of earlier versions, which is this text."""
-    if isinstance(recorded, str):
-        return recorded
-    patterns, layers = recorded.get("patterns") or ["*"], recorded.get("layers")
-    text = " ".join(map(str, patterns))
-    return text if layers is None else f"{text} in layers {','.join(map(str, layers))}"
-
-
-def recorded_restriction(params: Any, recorded: dict[str, Any] | str) -> Restriction:
-    """The restriction of `params` that a record describes, of this version or of earlier ones (as text)."""
-    if isinstance(recorded, str):
-        patterns, _, layers = recorded.partition(" in layers ")
-        return restriction(params, patterns.split(), map(int, layers.split(",")) if layers else None)
-    return restriction(params, recorded.get("patterns", ()), recorded.get("layers"))
+    return Restriction(tuple(selection), Block(patterns, indices))
 
 
 def leaf_name(path: tuple) -> str:

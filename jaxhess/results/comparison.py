@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import wasserstein_distance
 
+from jaxhess.krylov.errors import Estimate
 from jaxhess.results.figures import eigenvalue_axis, log_ticks, new_figure
-from jaxhess.slq.spectrum import Estimate, Spectrum
+from jaxhess.slq.spectrum import Spectrum
 
 Array = npt.NDArray[np.float64]
 
@@ -147,7 +148,7 @@ def _steps(spectrum: Spectrum) -> int:
 def _first(s: Spectrum, steps: int) -> Spectrum:
     """The spectrum as it was after so many steps."""
     cut = s.alphas[:, :steps], s.betas[:, :steps], np.minimum(s.sizes, steps)
-    return Spectrum(*cut, s.dim, s.info, run=s.run, rounding=s.rounding, step_errors=s.step_errors[:, :steps])
+    return Spectrum(*cut, s.dim, s.info, run=s.run, step_errors=s.step_errors[:, :steps])
 
 
 def _measure(spectrum: Spectrum, probes: Sequence[int] | None) -> tuple[Array, Array]:

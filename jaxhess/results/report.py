@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -12,11 +13,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxhess.files.output import Output
-from jaxhess.files.run_folder import REPORT_FILES
+from jaxhess.files.run_folder import REPORT_FILES, json_ready
+from jaxhess.krylov.errors import Estimate
 from jaxhess.krylov.ghosts import relative_tolerance
+from jaxhess.operators.audit import Noise
 from jaxhess.results.figures import CENTRAL_MASS, density_figure, distribution_figure, png, stem_figure
 from jaxhess.results.page import Picture, Section, Table, page
-from jaxhess.slq.spectrum import Estimate, Extreme, Spectrum
+from jaxhess.results.summary import checks
+from jaxhess.slq.extremes import Extreme
+from jaxhess.slq.record import FoundPairs, RunRecord
+from jaxhess.slq.spectrum import Spectrum
 
 DISTRIBUTION_CAPTION = """How to read it: the curve is the share of all eigenvalues of the {matrix} at or below a
 value, as the random probes see it; where it is steep there are many eigenvalues, where it is flat few or none. Each
@@ -114,10 +120,10 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         Section("Ritz values and weights", [Picture("Ritz values and their weights", images["stem"], STEM_CAPTION)]),
         Section("Every probe", [Table(PROBE_HEAD, list(_probes(spectrum)))]),
         Section("Ghosts", list(_ghosts(spectrum))),
-        *_eigenpairs(spectrum.info.get("eigenpairs")),
+        *_eigenpairs(spectrum.run.eigenpairs),
         Section("Checks", [Table(("identity", "largest violation over probes"), list(_checks(spectrum))), CHECKS_NOTE]),
-        *_noise(spectrum.info.get("noise")),
-        Section("How it was made", list(_info(spectrum.info))),
+        *_noise(spectrum.run.noise),
+        Section("How it was made", list(_record(spectrum.run, spectrum.info))),
     ]
     return page(f"Spectrum of the {spectrum.matrix_name}", sections, [_subtitle(spectrum)], _warnings(spectrum))
 
@@ -143,8 +149,7 @@ def _subtitle(spectrum: Spectrum) -> str:
 
 
 def _headline(spectrum: Spectrum) -> Iterator[Sequence[str]]:
-    loss = _find_number(spectrum.info, "loss")
-    if loss is not None:
+    if (loss := spectrum.run.inputs.loss) is not None:
         yield "loss", _number(loss, 6), "as recorded with the run"
     smallest, largest = spectrum.extreme()
     yield "largest Ritz value", _number(largest.value, 6), _extreme_words(largest)
@@ -195,7 +200,7 @@ def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:
 
 def _ghosts(spectrum: Spectrum) -> Iterator[str | Table]:
     found = spectrum.ghosts.any()
-    measured = spectrum.run.orthogonality or ()
+    measured = spectrum.run.lanczos.orthogonality or ()
     lost = [_number(np.nan if x is None else x, 2).replace("unknown", "not measured") for x in measured]
     lost = lost if len(lost) == spectrum.num_probes else []
     head = ["probe", "Ritz values", "copies", "spurious", "left"]
@@ -204,7 +209,7 @@ def _ghosts(spectrum: Spectrum) -> Iterator[str | Table]:
         [row + lost[i : i + 1] for i, row in enumerate(_ghost_counts(spectrum))],
     )
     theta = spectrum.ritz_values[np.isfinite(spectrum.ritz_values)]
-    tolerance = 2 * relative_tolerance(spectrum.num_steps, spectrum.rounding) * float(np.abs(theta).max())
+    tolerance = 2 * relative_tolerance(spectrum.num_steps, spectrum.run.rounding) * float(np.abs(theta).max())
     yield GHOSTS_NOTE.format(tolerance=_number(tolerance, 2)) if found else NO_GHOSTS_NOTE
     if found:
         rows = sorted(_outliers(spectrum), key=lambda row: (-float(f"{abs(row[1]):.4g}"), row[0]))
@@ -242,13 +247,13 @@ def _more(left: int) -> str:
     return f"; the {MOST_OUTLIERS} farthest from zero, {left} more are not shown" if left > 0 else ""
 
 
-def _eigenpairs(pairs: Any) -> Iterator[Section]:
+def _eigenpairs(pairs: FoundPairs | None) -> Iterator[Section]:
     """Values and residuals of eigenvectors that the run computed, if it did."""
-    if not isinstance(pairs, dict) or not all(isinstance(pairs.get(n), list) for n in ("values", "residuals")):
+    if pairs is None:
         return
     rows = [
         (str(i), *("–" if x is None else _number(x, d) for x, d in zip(row, (6, 2), strict=True)))
-        for i, row in enumerate(zip(pairs["values"], pairs["residuals"], strict=False), 1)
+        for i, row in enumerate(zip(pairs.values, pairs.residuals, strict=False), 1)
     ]
     table = Table(("", "eigenvalue", "residual |Hv − value v| / |v|"), rows)
     yield Section("Eigenvectors", [table, "An eigenvalue lies within the residual of each value."])
@@ -260,53 +265,43 @@ def _checks(spectrum: Spectrum) -> Iterator[Sequence[str]]:
         "first_moment": "the mean Ritz value is alpha₁ (relative to the root mean square)",
         "second_moment": "the mean squared Ritz value is alpha₁² + beta₁² (relative)",
     }
-    for name, violation in spectrum.checks().items():
+    for name, violation in checks(spectrum).items():
         yield names[name], f"{violation:.1e}"
 
 
-def _noise(noise: Any) -> Iterator[Section]:
-    """The noise audit of `jaxhess.operators.audit.audit`, if the run has one."""
-    if not isinstance(noise, dict):
+def _noise(noise: Noise | None) -> Iterator[Section]:
+    """The noise audit, if the run has one."""
+    if noise is None:
         return
-    rows = [("reference", str(noise.get("reference", "none")))]
-    words = {
-        "asymmetry": "asymmetry, |u'Hv − v'Hu| / |Hv|",
-        "nonlinearity": "non-linearity, relative",
-        "relative_error": "relative error, {}",
-        "floor": "floor, |error of Hx| / |x|, {}",
-    }
-    directions = {"random": "random direction", "leading": "direction of large curvature"}
-    for name, text in words.items():
-        value = noise.get(name)
-        for key, number in value.items() if isinstance(value, dict) else [("", value)] if value is not None else []:
-            rows.append((text.format(directions.get(key, key)), _number(number, 2)))
+    numbers = [("asymmetry, |u'Hv − v'Hu| / |Hv|", noise.asymmetry), ("non-linearity, relative", noise.nonlinearity)]
+    for text, found in (("relative error, {}", noise.relative_error), ("floor, |error of Hx| / |x|, {}", noise.floor)):
+        if found is not None:
+            numbers += [(text.format("random direction"), found.random)]
+            numbers += [(text.format("direction of large curvature"), found.leading)]
+    rows = [("reference", noise.reference), *((text, _number(x, 2)) for text, x in numbers if x is not None)]
     yield Section("Noise of the products", [Table(("measured on the operator of this run", "value"), rows), NOISE_NOTE])
 
 
-def _info(info: dict[str, Any]) -> Iterator[str | Table]:
-    plain = {key: value for key, value in info.items() if not isinstance(value, dict)}
-    groups = ({"run": plain} if plain else {}) | {key: value for key, value in info.items() if isinstance(value, dict)}
-    for title, values in groups.items():
-        yield Table(("name", "value"), list(_flat(values)), title)
-    if not groups:
-        yield "Nothing was recorded."
+def _record(run: RunRecord, info: dict[str, Any]) -> Iterator[Table]:
+    """A table for each part of the record that is known, and one of what a caller noted."""
+    record = json_ready(dataclasses.asdict(run))
+    parts = {**(record.pop("job") or {}), **record, "notes": info}
+    del parts["noise"], parts["eigenpairs"]  # they have sections of their own
+    plain = {name: value for name, value in parts.items() if not isinstance(value, dict)}
+    for title, values in ({"run": plain} | {n: v for n, v in parts.items() if isinstance(v, dict)}).items():
+        if rows := list(_flat(values)):
+            yield Table(("name", "value"), rows, title)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[Sequence[str]]:
+    """Names and values, without what is not known."""
     for key, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
+        if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        else:
+        elif value not in (None, []):
             yield prefix + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _find_number(info: dict[str, Any], name: str) -> float | None:
-    """The first number called `name`, at the top level or in a nested table."""
-    value = info.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    found = (_find_number(nested, name) for nested in info.values() if isinstance(nested, dict))
-    return next((number for number in found if number is not None), None)
 
 
 def _number(x: float, digits: int) -> str:

@@ -16,14 +16,24 @@ from jaxhess.distributed import processes
 from jaxhess.distributed import supervision as watch
 from jaxhess.distributed.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.errors import InputError
+from jaxhess.files.run_folder import json_ready
+from jaxhess.files.typed import read_as
 from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonality_loss
 from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validate
 from jaxhess.operators.precision import unit_roundoff
-from jaxhess.record import RunRecord
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
+from jaxhess.slq.record import (
+    Lanczos,
+    Probes,
+    Program,
+    ProgramMemory,
+    RunRecord,
+    inputs_record,
+    operator_record,
+)
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.vectors import Distribution, Vector, random_key, random_probe
 
@@ -82,11 +92,10 @@ def spectrum(
         distribution: Of the probes' entries.
         checkpoint: Where the unfinished run is saved, and whether to resume it.
         callback: Called on the host after each compiled segment.
-        info: Anything to keep with the result, under names that the run's own facts do not have.
+        info: Anything to keep with the result; no number depends on it.
 
     Raises:
-        ValueError: An option is out of range or not known; `info` has a name that the run records itself; the
-            checkpoint is of another run.
+        ValueError: An option is out of range or not known; the checkpoint is of another run.
         FileExistsError: There is an unfinished run, and `checkpoint.resume` is False.
         FloatingPointError: The loss or a product is not finite; says which microbatch, probe and step.
         Interrupted: SIGTERM came; the state is saved (only with `checkpoint`).
@@ -99,17 +108,19 @@ def spectrum(
     check_basis_fits(operator, steps, storage)
     if checkpoint is not None:
         checkpoint.check()
-    facts = {"operator": describe(operator), **validate(operator)}
-    described: dict[str, Any] = {
-        "probes": {"count": probes, "distribution": distribution, "seed": seed},
-        "lanczos": {"steps": steps, **dataclasses.asdict(storage)},
-    }
-    taken = sorted(set(info or {}) & {*described, *facts, "program", "seconds"})
-    if taken:
-        raise InputError(f"info has {', '.join(map(repr, taken))}, which the run records itself; choose other names.")
+    kept = abstract_lanczos(operator.shape_dtype, steps, storage)
+    record = RunRecord(
+        Probes(probes, distribution, seed),
+        Lanczos(steps, _resolved(storage, kept)),
+        operator_record(describe(operator)),
+        inputs_record(validate(operator)),
+        unit_roundoff(operator, kept.current),
+    )
     saver = None
     if checkpoint is not None:
-        saver = Saver(checkpoint, {**described, **_identity(facts), "parameters": checksum(operator)})
+        inputs = dataclasses.replace(record.inputs, parameters=checksum(operator))
+        record = dataclasses.replace(record, inputs=inputs)
+        saver = Saver(checkpoint, _identity(json_ready(dataclasses.asdict(record))))
 
     def draw(p: int) -> Vector:
         return random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
@@ -120,21 +131,17 @@ def spectrum(
     else:
         with contextlib.closing(saver), termination() as asked_to_stop:
             run.advance(batch_size, saver, asked_to_stop.is_set)
-    kept = run.template()
-    described["lanczos"] |= {
-        "vector_dtype": _dtypes(kept.current),
-        "scalar_dtype": str(kept.alphas.dtype),
-        "batch_size": run.batch_size,
-    }
+    lanczos = dataclasses.replace(
+        record.lanczos, batch_size=run.batch_size, orthogonality=tuple(run.orthogonality.tolist())
+    )
     return Spectrum(
         alphas=run.alphas,
         betas=run.betas,
         step_errors=run.step_errors,
         sizes=run.sizes,
         dim=operator.dim,
-        run=RunRecord(distribution, storage.reorthogonalize, tuple(run.orthogonality.tolist())),
-        rounding=unit_roundoff(operator, kept.current),
-        info={**described, **facts, "program": run.program, "seconds": run.seconds, **(info or {})},
+        run=dataclasses.replace(record, lanczos=lanczos, program=run.program, seconds=run.seconds),
+        info=info or {},
     )
 
 
@@ -155,7 +162,7 @@ class _Run:
         self.orthogonality = np.full(self.probes, np.nan)
         self.seconds = 0.0
         self.batch_size = 0
-        self.program: dict[str, Any] = {}
+        self.program: Program | None = None
         self.compile_seconds = 0.0
 
     def template(self, runs: int = 1) -> LanczosState:
@@ -179,7 +186,7 @@ class _Run:
         while first < self.probes:
             if begun is None:
                 begun = self._start(first)
-            if not self.program:
+            if self.program is None:
                 self.program = self._described(begun)
             together = min(begun.runs, self.probes - first)
             chosen = slice(first, first + together)
@@ -235,18 +242,19 @@ class _Run:
         self.compile_seconds += time.perf_counter() - began
         return compiled
 
-    def _described(self, state: LanczosState) -> dict[str, Any]:
-        """Memory per device (bytes) of the segment's program, and the time that compilation took, of all that were."""
+    def _described(self, state: LanczosState) -> Program:
         memory = self._compiled(state).memory_analysis()
-        described: dict[str, Any] = {"compile_seconds": self.compile_seconds}
-        if memory is not None:
-            described["bytes_per_device"] = {
-                "arguments": memory.argument_size_in_bytes,
-                "outputs": memory.output_size_in_bytes,
-                "outputs_in_place": memory.alias_size_in_bytes,
-                "temporaries": memory.temp_size_in_bytes,
-            }
-        return described
+        if memory is None:
+            return Program(self.compile_seconds)
+        return Program(
+            self.compile_seconds,
+            ProgramMemory(
+                memory.argument_size_in_bytes,
+                memory.output_size_in_bytes,
+                memory.alias_size_in_bytes,
+                memory.temp_size_in_bytes,
+            ),
+        )
 
     def _start(self, first: int) -> LanczosState:
         """The probes that follow; the last one repeats where there are fewer, for another size would compile again."""
@@ -304,7 +312,7 @@ class _Run:
             "batch_size": self.batch_size,
             "runs": None if state is None else state.runs,
             "seconds": self.seconds,
-            "program": self.program,
+            "program": None if self.program is None else dataclasses.asdict(self.program),
             "sizes": self.sizes[:probe].tolist(),
             **{name: [[float(x).hex() for x in row] for row in getattr(self, name)[:probe]] for name in COEFFICIENTS},
             "orthogonality": [float(x).hex() for x in self.orthogonality[:probe]],
@@ -321,7 +329,8 @@ class _Run:
     def _take_up(self, record: dict[str, Any]) -> int:
         """What a save holds of the probes that had ended; returns the first that had not."""
         probe = record["probe"]
-        self.batch_size, self.seconds, self.program = (record[k] for k in ("batch_size", "seconds", "program"))
+        self.batch_size, self.seconds = record["batch_size"], record["seconds"]
+        self.program = None if record["program"] is None else read_as(Program, record["program"])
         self.sizes[:probe] = record["sizes"]
         for name in COEFFICIENTS:
             getattr(self, name)[:probe] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
@@ -354,8 +363,16 @@ def check_basis_fits(operator: LinearOperator, steps: int, storage: Storage = St
         )
 
 
+def _resolved(storage: Storage, kept: LanczosState) -> Storage:
+    """With the dtypes that a state has; that of vectors is None where leaves have several."""
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(kept.current)}
+    vector_dtype: Any = dtypes.pop() if len(dtypes) == 1 else None
+    scalar_dtype: Any = str(kept.alphas.dtype)
+    return dataclasses.replace(storage, vector_dtype=vector_dtype, scalar_dtype=scalar_dtype)
+
+
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """What of the facts about an operator does not depend on the mesh."""
+    """What of a record does not depend on the mesh."""
     if isinstance(facts, dict):
         return {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device")}
     return facts
@@ -364,7 +381,3 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
 def _next_length(length: int, done: int, seconds: float) -> int:
     """Steps of the next segment; it may at most double, because the first one also compiled."""
     return max(1, min(2 * length, int(done * SEGMENT_SECONDS / max(seconds, 1e-6))))
-
-
-def _dtypes(like: Any) -> str:
-    return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(like)}))

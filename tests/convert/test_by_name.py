@@ -15,6 +15,8 @@ import convert
 import jaxhess
 from convert.by_name import layers_module, tensors_by_name
 from jaxhess.operators.restriction import restriction
+from jaxhess.slq.job import Job, Model
+from jaxhess.slq.record import FoundPairs, OperatorRecord, RunRecord
 from scripts import export as script
 from scripts import torch_reference
 
@@ -49,7 +51,10 @@ def exported(tmp_path_factory):
         np.ones((1, 2)),
         np.array([2]),
         operator.dim,
-        {"model": {"config": model.config.to_dict()}, "eigenpairs": {"vectors": "eigenvectors"}},
+        run=RunRecord(
+            eigenpairs=FoundPairs(tuple(pairs.values.tolist()), tuple(pairs.residuals.tolist())),
+            job=Job(model=Model("gpt_neox", model.num_params, model.config.to_dict())),
+        ),
     )
     result.save(run)
     pairs.save(run / "eigenvectors")
@@ -92,16 +97,18 @@ def test_eigenpairs_read_back(exported):
         jaxhess.Eigenpairs.load(run)
 
 
+@pytest.mark.parametrize("in_words", [False, True])
 @pytest.mark.parametrize(("patterns", "layers"), [(("mlp",), [1]), (("head", "final_norm"), None), ((), [0])])
-@pytest.mark.parametrize("recorded", ["as data", "as text, by earlier versions"])
-def test_directions_of_a_block_are_zero_elsewhere(exported, tmp_path: Path, patterns, layers, recorded):
+def test_directions_of_a_block_are_zero_elsewhere(exported, tmp_path: Path, patterns, layers, in_words):
+    """Also of a block that earlier versions recorded in words."""
     pairs, run, model = exported[2], exported[3], exported[4]
     block = restriction(model.params, patterns, layers)
     some = [block.take(jax.tree.map(lambda x, k=k: x[k], pairs.vectors)) for k in range(2)]
     cut = dataclasses.replace(pairs, vectors=jax.tree.map(lambda *x: np.stack(x), *some))
     source = jaxhess.Spectrum.load(run)
-    info = {**source.info, "operator": {"restriction": block.describe() if recorded == "as data" else str(block)}}
-    dataclasses.replace(source, info=info).save(tmp_path)
+    recorded = str(block) if in_words else block.block
+    operator = OperatorRecord("Hessian", restriction=recorded)
+    dataclasses.replace(source, run=dataclasses.replace(source.run, operator=operator)).save(tmp_path)
     cut.save(tmp_path / "eigenvectors")
     run_command(script, str(tmp_path))
     found, whole = (load_file(folder / "eigenvectors.safetensors") for folder in (tmp_path, run))

@@ -115,8 +115,8 @@ def test_two_processes_give_the_spectrum_of_one_and_write_it_once(run, model, si
     ended = spectrum_of(run, model, 2, tmp_path / "out", devices=2)
     assert ended.statuses == [0, 0], ended.output
     same_spectrum(Spectrum.load(tmp_path / "out"), single)
-    mesh = Spectrum.load(tmp_path / "out").info["mesh"]
-    assert (mesh["processes"], mesh["devices"]) == (2, 4)
+    mesh = Spectrum.load(tmp_path / "out").run.job.mesh
+    assert (mesh.processes, mesh.devices) == (2, 4)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *("spectrum.npz", "spectrum.json", "density.png", "distribution.png", "stem.png", "report.html"),
         "manifest.json",

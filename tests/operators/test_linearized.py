@@ -29,8 +29,8 @@ def test_products_are_those_of_the_exact_operator():
         v = random_probe(jax.random.key(k), exact.shape_dtype)
         assert relative(linearized @ v, exact @ v) < 1e-12
     result = spectrum(linearized, steps=1, probes=1)
-    assert result.info["operator"]["kind"] == "LinearizedHessian"
-    assert result.info["operator"]["residual_bytes_per_device"] == linearized.residual_bytes
+    assert result.run.operator.kind == "LinearizedHessian"
+    assert result.run.operator.details["residual_bytes_per_device"] == linearized.residual_bytes
 
 
 @pytest.mark.usefixtures("float64")

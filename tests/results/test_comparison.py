@@ -11,6 +11,7 @@ from small_models import run_command
 
 from jaxhess import Spectrum
 from jaxhess.results.comparison import distance, row, wasserstein
+from jaxhess.results.foreign import to_csv, to_json
 from scripts import compare as script
 
 ROOT = Path(__file__).parents[2]
@@ -97,9 +98,9 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spectra")
     spectrum = lanczos(OUTLIERS, 4, 1)
     spectrum.save(folder / "run")
-    (folder / "ours.json").write_text(spectrum.to_json())
-    (folder / "plain.csv").write_text(lanczos(OUTLIERS, 4, 2).to_csv())
-    (folder / "other.csv").write_text(lanczos(2 * OUTLIERS, 4, 3).to_csv())
+    (folder / "ours.json").write_text(to_json(spectrum))
+    (folder / "plain.csv").write_text(to_csv(lanczos(OUTLIERS, 4, 2)))
+    (folder / "other.csv").write_text(to_csv(lanczos(2 * OUTLIERS, 4, 3)))
     return folder
 
 

@@ -9,11 +9,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from known_spectra import run_record
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from jaxhess.record import RunRecord
+from jaxhess.operators.audit import Directions, Noise
+from jaxhess.operators.restriction import Block
 from jaxhess.results.figures import density_figure, distribution_figure, stem_figure
 from jaxhess.results.report import report_files, write_report
+from jaxhess.slq.job import Job, Model
+from jaxhess.slq.record import FoundPairs, Inputs, OperatorRecord, RunRecord
 from jaxhess.slq.spectrum import Spectrum
 
 INFO = {
@@ -24,13 +28,15 @@ INFO = {
     "empty": {},
 }
 
+RUN = RunRecord(inputs=Inputs(loss=3.25))
 
-def _spectrum(probes=3, steps=12, scale=1.0, shift=0.0, info=INFO, seed=0):
+
+def _spectrum(probes=3, steps=12, scale=1.0, shift=0.0, info=INFO, seed=0, run=RUN):
     """A tridiagonal with a bulk and outliers over decades of both signs; not from a matrix, as plots do not care."""
     rng = np.random.default_rng(seed)
     alphas = np.geomspace(1e-4, 1e2, steps) * rng.choice([-1, 1], (probes, steps)) * scale + shift
     betas = np.geomspace(1e-6, 1e-1, steps) * rng.uniform(0.5, 1, (probes, steps)) * scale
-    return Spectrum(alphas, betas, np.full(probes, steps), 10**6, info)
+    return Spectrum(alphas, betas, np.full(probes, steps), 10**6, info, run=run)
 
 
 CASES = {
@@ -229,7 +235,7 @@ def test_report_escapes_and_shows_all_of_info(tmp_path):
     write_report(tmp_path, _spectrum())
     page, parser = _read(tmp_path)
     assert "<script" not in page
-    for text in (INFO["model"]["name"], "sizes.layers", "12", "spectrum run", "3.25", "[1.5, null]", "empty"):
+    for text in (INFO["model"]["name"], "model.sizes.layers", "12", "spectrum run", "3.25", "[1.5, null]"):
         assert text in parser.texts
 
 
@@ -257,23 +263,24 @@ HOSTILE = "</title><script>alert(1)</script>"
 
 
 @pytest.mark.parametrize(
-    "info",
+    ("run", "info"),
     [
-        {"operator": {"kind": "Hessian", "restriction": HOSTILE}},
-        {"operator": {"kind": HOSTILE}},
-        {"model": {"source": HOSTILE, HOSTILE: 1}, "options": {"model": HOSTILE}, HOSTILE: HOSTILE},
-        {"noise": {"reference": HOSTILE, "relative_error": {HOSTILE: 0.5}}},
+        (RunRecord(operator=OperatorRecord("Hessian", restriction=HOSTILE)), {}),
+        (RunRecord(operator=OperatorRecord(HOSTILE, restriction=Block((HOSTILE,)))), {}),
+        (RunRecord(job=Job({"model": HOSTILE, HOSTILE: 1}, Model(HOSTILE, 1, {HOSTILE: HOSTILE}))), {}),
+        (RunRecord(noise=Noise(0.5, None, HOSTILE, Directions(0.5, None))), {HOSTILE: {HOSTILE: [HOSTILE]}}),
     ],
 )
-def test_no_text_of_a_record_becomes_markup(tmp_path, info):
-    write_report(tmp_path, _spectrum(info=info))
+def test_no_text_of_a_record_becomes_markup(tmp_path, run, info):
+    write_report(tmp_path, _spectrum(run=run, info=info))
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page
     assert page.count("</title>") == 1
 
 
 def test_a_restriction_is_no_mathematics(tmp_path):
-    write_report(tmp_path, _spectrum(info={"operator": {"kind": "Hessian", "restriction": r"$\frac{$"}}))
+    operator = OperatorRecord("Hessian", restriction=Block((r"$\frac{$",)))
+    write_report(tmp_path, _spectrum(run=RunRecord(operator=operator)))
 
 
 def _row(texts, first):
@@ -281,7 +288,7 @@ def _row(texts, first):
 
 
 def test_report_counts_ghosts_per_probe_and_lists_outliers_with_their_copies(tmp_path):
-    spectrum = _ghostly(RunRecord(reorthogonalize="none", orthogonality=(0.98, None)))
+    spectrum = _ghostly(run_record("none", (0.98, None)))
     write_report(tmp_path, spectrum)
     _, parser = _read(tmp_path)
     texts = [text for text in parser.texts if text.strip()]
@@ -301,7 +308,7 @@ def test_report_counts_ghosts_per_probe_and_lists_outliers_with_their_copies(tmp
 
 
 def test_report_of_independent_vectors_has_no_ghosts(tmp_path):
-    write_report(tmp_path, _ghostly(RunRecord(reorthogonalize="full", orthogonality=(1e-6, 1e-6))))
+    write_report(tmp_path, _ghostly(run_record("full", (1e-6, 1e-6))))
     _, parser = _read(tmp_path)
     assert any("No Ritz value is taken" in text for text in parser.texts)
     assert "1e−06" in parser.texts
@@ -309,8 +316,8 @@ def test_report_of_independent_vectors_has_no_ghosts(tmp_path):
 
 
 def test_report_shows_eigenpairs_with_their_residuals_if_the_run_has_any(tmp_path):
-    pairs = {"values": [12.5, -3.25], "residuals": [1.5e-4, float("nan")]}
-    write_report(tmp_path, _spectrum(info={"eigenpairs": pairs}))
+    pairs = FoundPairs((12.5, -3.25), (1.5e-4, None))
+    write_report(tmp_path, _spectrum(run=RunRecord(eigenpairs=pairs)))
     _, parser = _read(tmp_path)
     texts = [text for text in parser.texts if text.strip()]
     assert _row(texts, "residual |Hv − value v| / |v|")[1:7] == ["1", "12.5", "0.00015", "2", "−3.25", "–"]
@@ -332,7 +339,7 @@ def test_report_says_what_is_not_known_and_where_smoothing_puts_mass(tmp_path):
 def test_the_report_says_which_probes_are_not_reliable():
     tridiagonal = (np.ones((2, 4)), np.ones((2, 4)), [4, 4], 10)
     pages = [
-        report_files(Spectrum(*tridiagonal, run=RunRecord("normal", "full", measured)))["report.html"].decode()
+        report_files(Spectrum(*tridiagonal, run=run_record("full", measured)))["report.html"].decode()
         for measured in ((1e-6, 0.2), (1e-6, 1e-6))
     ]
     assert "Not reliable: the Lanczos vectors of probe 2 " in pages[0]

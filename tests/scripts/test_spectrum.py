@@ -62,18 +62,21 @@ def test_run_folder_is_complete_and_reads_back(finished):
 
 
 def test_record_tells_how_the_numbers_were_made(finished):
-    info = json.loads((finished / "spectrum.json").read_text())["info"]
-    assert info["options"]["steps"] == 3
-    assert info["mesh"]["axes"] == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert len(info["data"]["fingerprint"]) == 64
-    assert 2 < info["loss"] < 7.6  # nats per token; log(2000) = 7.6 is no knowledge at all
-    assert info["count"] == 4 * 16
-    assert {"jax", "jaxlib", "python"} <= set(info["versions"])
-    assert info["program"]["bytes_per_device"]["arguments"] > 0
-    assert info["operator"]["kind"] == "Hessian"
-    assert info["operator"]["dtypes"] == ["float32"]
-    assert info["noise"]["reference"] == "Hessian in float64"
-    assert 0 < info["noise"]["relative_error"]["random"] < 1e-5
+    record = json.loads((finished / "spectrum.json").read_text())
+    assert record["info"] == {}
+    run, job = record["run"], record["run"]["job"]
+    assert job["options"]["steps"] == run["lanczos"]["steps"] == 3
+    assert job["mesh"]["axes"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert len(job["data"]["fingerprint"]) == 64
+    assert 2 < run["inputs"]["loss"] < 7.6  # nats per token; log(2000) = 7.6 is no knowledge at all
+    assert run["inputs"]["count"] == 4 * 16
+    assert run["inputs"]["parameters"]
+    assert {"jax", "jaxlib", "python"} <= set(job["versions"])
+    assert run["program"]["bytes_per_device"]["arguments"] > 0
+    assert run["operator"]["kind"] == "Hessian"
+    assert run["operator"]["dtypes"] == ["float32"]
+    assert run["noise"]["reference"] == "Hessian in float64"
+    assert 0 < run["noise"]["relative_error"]["random"] < 1e-5
     assert "Noise of the products" in (finished / "report.html").read_text()
 
 
@@ -186,8 +189,8 @@ def test_a_block_by_linearised_products_is_the_block_by_exact_ones(tmp_path):
     exact, linearized = (Spectrum.load(tmp_path / name) for name in ("exact", "linearized"))
     assert exact.dim == 2 * (4 * 128 * 128 + 4 * 128)  # of two layers the attention's matrices and biases
     assert linearized.matrix_name == "loss Hessian, block attention in layers 0,3"
-    assert linearized.info["operator"]["residual_bytes_per_device"] > 0
-    assert "noise" not in exact.info
+    assert linearized.run.operator.details["residual_bytes_per_device"] > 0
+    assert exact.run.noise is None
     np.testing.assert_allclose(linearized.ritz_values, exact.ritz_values, rtol=1e-4)
 
 
@@ -215,7 +218,7 @@ def test_a_run_that_stopped_among_its_eigenpairs_is_ended_by_resume(tmp_path, mo
     after = Spectrum.load(out)
     np.testing.assert_array_equal(after.alphas, before.alphas)
     assert not (out / script.UNFINISHED).exists()
-    assert len(after.info["eigenpairs"]["values"]) == 1
+    assert len(after.run.eigenpairs.values) == 1
     assert (out / script.EIGENVECTORS / "eigenpairs.npz").exists()
 
 

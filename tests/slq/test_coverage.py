@@ -10,7 +10,7 @@ from small_models import diagonal_lanczos
 
 from jaxhess.krylov.errors import Estimate, across_probes, of_forms, of_squares, student_factor
 from jaxhess.krylov.sketch import _covariance, _leave_one_out, _Sketch
-from jaxhess.record import RunRecord
+from jaxhess.slq.record import Probes, RunRecord
 from jaxhess.slq.spectrum import Spectrum
 
 PROBES = (2, 3, 4, 6, 10)
@@ -120,7 +120,7 @@ def spectra_of_signs(name, k, runs, steps=STEPS):
     values, rng = spread_out(name), np.random.default_rng(k)
     q = np.linalg.qr(rng.normal(size=(values.size, values.size)))[0]
     coefficients = diagonal_lanczos(values, rng.choice([-1.0, 1.0], (runs * k, values.size)) @ q, steps)
-    record = RunRecord(distribution="rademacher")
+    record = RunRecord(Probes(distribution="rademacher"))
     for alphas, betas in zip(*(np.split(c, runs) for c in coefficients), strict=True):
         yield Spectrum(alphas, betas, np.full(k, steps), values.size, run=record)
 

@@ -1,6 +1,6 @@
 """Spectra in other tools' files, and ours as plain JSON and CSV.
 
-Read are (`Spectrum.load`), one probe or several, with or without the number of parameters (`dim`):
+Read are (`jaxhess.results.files.load`), one probe or several, with or without the number of parameters (`dim`):
 
 - JSON or `.npz` of Ritz values and weights (`ritz_values`, `weights`: a list for each probe, or one), or of Lanczos
   coefficients (`alphas`, `betas`); JSON of `evals` and `weights`, as HessFormer's command writes it (commit 0c02567);
@@ -19,23 +19,24 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxhess.errors import InputError
-from jaxhess.files.run_folder import check_info, json_ready, read_arrays, read_json
-from jaxhess.record import RunRecord
-
-if TYPE_CHECKING:
-    from jaxhess.slq.spectrum import Spectrum
+from jaxhess.files.run_folder import json_ready, read_arrays, read_json
+from jaxhess.files.typed import read_as
+from jaxhess.results.old_runs import record_of_old_run, rounding_of_old_run
+from jaxhess.results.summary import summary
+from jaxhess.slq.record import RunRecord
+from jaxhess.slq.spectrum import Spectrum
 
 Array = npt.NDArray[np.float64]
 
-FORMAT = "jaxhess-quadrature-1"
+FORMATS = OLD_FORMAT, FORMAT = "jaxhess-quadrature-1", "jaxhess-quadrature-2"
 VALUES = ("ritz_values", "eigenvalues", "evals")
 COLUMNS = ("probe", "ritz_value", "weight", "residual_bound", "ghost")
 DAMAGE = ValueError, TypeError, LookupError, ArithmeticError, csv.Error
@@ -46,11 +47,10 @@ class UnknownDimension(ValueError):
     """A file does not say how many parameters the model has, and nobody else did."""
 
 
-def read_spectrum(make: Callable[..., Spectrum], path: Path, dim: int | None = None) -> Spectrum:
+def read_spectrum(path: Path, dim: int | None = None) -> Spectrum:
     """The spectrum in a file of one of the formats above; its record is the file's, or says where it came from.
 
     Args:
-        make: The class `Spectrum`.
         path: The file.
         dim: Number of parameters, for a file that does not say.
 
@@ -65,17 +65,26 @@ def read_spectrum(make: Callable[..., Spectrum], path: Path, dim: int | None = N
         data = _read(path)
         rows = _padded([coefficients(*pair) if len(pair) == 2 else pair[0] for pair in _probes(data)])
         known = _dimension(data)
-    if known is None and dim is None:
+    if (rows_of_operator := known or dim) is None:
         raise UnknownDimension(f"{path} does not say how many parameters the model has: give dim, or --dim.")
     if known is not None and dim not in (None, known):
         raise InputError(f"{path} is of {known:,} parameters, not of {dim:,}.")
-    record, facts = {"imported": str(path)}, {}
     with _naming(path):
-        if isinstance(data.get("format"), str) and data["format"] == FORMAT:
-            record, facts = data.get("info", record), {k: data[k] for k in ("rounding",) if k in data}
-            check_info(record)
-            facts["run"] = RunRecord.read(data["run"]) if "run" in data else RunRecord.of_old_info(record)
-        return make(*rows, known or dim, record, **facts)
+        run, info = _record(data, path)
+        return Spectrum(*rows, rows_of_operator, info, run=run)
+
+
+def _record(data: dict[str, Any], path: Path) -> tuple[RunRecord, dict[str, Any]]:
+    """The record and the notes of a file that we wrote; of any other, where it came from."""
+    if not isinstance(data.get("format"), str) or data["format"] not in FORMATS:
+        return RunRecord(), {"imported": str(path)}
+    info = data.get("info", {"imported": str(path)})
+    if not isinstance(info, dict):
+        raise InputError(f"its info is {info!r:.60}; it is an object.")
+    if data["format"] == FORMAT:
+        return read_as(RunRecord, data.get("run")), info
+    run, info = record_of_old_run(data.get("run"), info)
+    return dataclasses.replace(run, rounding=rounding_of_old_run(data)), info
 
 
 def coefficients(ritz_values: npt.ArrayLike, weights: npt.ArrayLike) -> tuple[Array, Array]:
@@ -119,9 +128,9 @@ def to_json(spectrum: Spectrum) -> str:
 
     null where a probe took fewer steps, or something is unknown.
     """
-    names = ("ritz_values", "weights", "residual_bounds", "ghosts", "alphas", "betas", "sizes", "dim", "rounding")
+    names = ("ritz_values", "weights", "residual_bounds", "ghosts", "alphas", "betas", "sizes", "dim")
     fields = {name: json_ready(getattr(spectrum, name)) for name in names}
-    fields |= {"run": json_ready(dataclasses.asdict(spectrum.run)), "summary": spectrum.summary()}
+    fields |= {"run": json_ready(dataclasses.asdict(spectrum.run)), "summary": summary(spectrum)}
     return json.dumps({"format": FORMAT, **fields, "info": spectrum.info}, indent=1)
 
 

@@ -10,15 +10,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from known_spectra import EVERYTHING
 from scipy.linalg import eigh_tridiagonal
 
 from jaxhess import Spectrum
-from jaxhess.files.foreign import coefficients
+from jaxhess.results.foreign import coefficients, to_csv, to_json
 from jaxhess.results.report import FIGURES, _page, write_report
+from jaxhess.slq.record import RunRecord
 
 RNG = np.random.default_rng(0)
 ALPHAS, BETAS = RNG.normal(size=(3, 8)), RNG.uniform(0.5, 2, size=(3, 8))
-OURS = Spectrum(ALPHAS, BETAS, np.full(3, 8), 1000, {"loss": 2.5}, rounding=2.0**-30)
+OURS = Spectrum(ALPHAS, BETAS, np.full(3, 8), 1000, {"loss": 2.5}, run=RunRecord(rounding=2.0**-30))
 DENSITY = OURS.ritz_values.tolist(), OURS.weights.tolist()
 
 
@@ -50,16 +52,16 @@ def test_copies_are_merged_and_nodes_without_weight_left_out():
 
 
 def test_json_reads_back_as_the_same_spectrum(tmp_path):
-    (tmp_path / "ours.json").write_text(OURS.to_json())
+    (tmp_path / "ours.json").write_text(to_json(OURS))
     assert Spectrum.load(tmp_path / "ours.json") == OURS
     short = Spectrum(ALPHAS, BETAS, np.array([8, 3, 5]), 1000)
-    (tmp_path / "short.json").write_text(short.to_json())
+    (tmp_path / "short.json").write_text(to_json(short))
     assert Spectrum.load(tmp_path / "short.json") == short
-    assert json.loads(OURS.to_json())["summary"]["trace"]["value"] == OURS.trace().value
+    assert json.loads(to_json(OURS))["summary"]["trace"]["value"] == OURS.trace().value
 
 
 def test_csv_holds_every_ritz_value_and_reads_back(tmp_path):
-    (tmp_path / "ours.csv").write_text(OURS.to_csv())
+    (tmp_path / "ours.csv").write_text(to_csv(OURS))
     assert len((tmp_path / "ours.csv").read_text().splitlines()) == 1 + 3 * 8
     same_quadrature(Spectrum.load(tmp_path / "ours.csv", dim=1000))
 
@@ -112,14 +114,14 @@ def test_the_json_of_hessformers_first_command_is_read(tmp_path):
 
 
 def test_csv_of_a_spreadsheet(tmp_path):
-    text = OURS.to_csv().replace(",", ", ")
+    text = to_csv(OURS).replace(",", ", ")
     (tmp_path / "ours.csv").write_text(text, encoding="utf-8-sig")
     same_quadrature(Spectrum.load(tmp_path / "ours.csv", dim=1000))
 
 
-def test_our_json_without_its_record(tmp_path):
-    fields = json.loads(OURS.to_json())
-    del fields["info"], fields["rounding"]
+def test_our_json_without_notes(tmp_path):
+    fields = json.loads(to_json(OURS))
+    del fields["info"]
     (tmp_path / "ours.json").write_text(json.dumps(fields))
     found = Spectrum.load(tmp_path / "ours.json")
     np.testing.assert_array_equal(found.ritz_values, OURS.ritz_values)
@@ -132,7 +134,7 @@ def written(path: Path) -> Path:
         np.savez(path, **values)
     else:
         ours = {**{k: v.tolist() for k, v in values.items()}, "dim": 1000}
-        path.write_text(OURS.to_csv() if path.suffix == ".csv" else json.dumps(ours))
+        path.write_text(to_csv(OURS) if path.suffix == ".csv" else json.dumps(ours))
     return path
 
 
@@ -178,26 +180,30 @@ def changed(record, chance: random.Random):
     return whole
 
 
-INFO = {
+OLD_INFO = {
     "loss": 2.5,
-    "operator": {"kind": "Hessian", "restriction": {"patterns": ["mlp"], "layers": [0, 1]}},
+    "operator": {"kind": "Hessian", "restriction": "mlp in layers 0,1"},
     "probes": {"distribution": "normal"},
     "lanczos": {"reorthogonalize": "none", "orthogonality": [0.1] * 3},
     "eigenpairs": {"values": [1.0, 2.0], "residuals": [0.1, None], "converged": [True, False], "vectors": "e"},
-    "noise": {"reference": "x", "asymmetry": 0.1, "floor": {"random": 0.1}},
+    "noise": {"reference": "x", "asymmetry": 0.1, "nonlinearity": 0.1, "floor": {"random": 0.1, "leading": 0.1}},
 }
 
 
-@pytest.mark.parametrize("kind", ["json", "ours.json", "csv", "npz", "spectrum.json", "spectrum.npz"])
+@pytest.mark.parametrize(
+    "kind", ["json", "ours.json", "csv", "npz", "spectrum.json", "spectrum.npz", "old spectrum.json"]
+)
 def test_whatever_is_damaged_is_read_or_refused_in_one_sentence(tmp_path, kind):
     """200 damages to each kind of file: no other error, no page with markup of others, nothing that hangs."""
-    full = Spectrum(ALPHAS, BETAS, np.full(3, 8), 1000, INFO)
-    if kind.startswith("spectrum"):
+    full = Spectrum(ALPHAS, BETAS, np.full(3, 8), 1000, {"mine": 1}, run=EVERYTHING)
+    if "spectrum" in kind:
         full.save(tmp_path / "run")
-        path, read = tmp_path / "run" / kind, tmp_path / "run"
+        path, read = tmp_path / "run" / kind.removeprefix("old "), tmp_path / "run"
+        if kind.startswith("old"):
+            path.write_text(json.dumps({"format": "jaxhess-spectrum-1", "info": OLD_INFO}))
     else:
         path = read = tmp_path / f"a.{kind}"
-        path.write_text(full.to_json()) if kind == "ours.json" else written(path)
+        path.write_text(to_json(full)) if kind == "ours.json" else written(path)
     whole, chance, refused = path.read_bytes(), random.Random(kind), 0
     for turn in range(200):
         damaged = corrupted(whole, chance)
@@ -223,7 +229,7 @@ def loaded(path: Path) -> Spectrum | str:
 
 
 def test_a_report_of_an_imported_spectrum_says_what_is_unknown(tmp_path):
-    (tmp_path / "ours.csv").write_text(OURS.to_csv())
+    (tmp_path / "ours.csv").write_text(to_csv(OURS))
     found = Spectrum.load(tmp_path / "ours.csv", dim=1000)
     write_report(tmp_path / "report", found)
     assert "residual bound unknown" in (tmp_path / "report" / "report.html").read_text()
@@ -269,9 +275,9 @@ def test_only_regular_files_are_read(tmp_path, name, kind):
     ("change", "words"),
     [
         ({"info": 5}, "its info is 5"),
-        ({"info": {"operator": {"kind": ["Hessian"]}}}, r'\["Hessian"\] as operator.kind'),
-        ({"info": {"eigenpairs": 5}}, "5 as eigenpairs"),
-        ({"info": {"eigenpairs": {"values": ["x"]}}}, "no numbers as eigenpairs.values"),
+        ({"run": {"operator": {"kind": ["Hessian"]}}}, "operator.kind: Input should be a valid string"),
+        ({"run": {"eigenpairs": 5}}, "eigenpairs: Input should be an object"),
+        ({"run": {"eigenpairs": {"values": ["x"], "residuals": []}}}, "eigenpairs.values.0: Input should be a valid"),
     ],
 )
 def test_a_record_of_other_types_is_refused(tmp_path, change, words):
@@ -280,7 +286,7 @@ def test_a_record_of_other_types_is_refused(tmp_path, change, words):
     (tmp_path / "spectrum.json").write_text(json.dumps(record | change))
     with pytest.raises(ValueError, match=rf"spectrum\.json is not a spectrum record: .*{words}"):
         Spectrum.load(tmp_path)
-    (tmp_path / "a.json").write_text(json.dumps(json.loads(OURS.to_json()) | change))
+    (tmp_path / "a.json").write_text(json.dumps(json.loads(to_json(OURS)) | change))
     with pytest.raises(ValueError, match=rf"a\.json is no spectrum that can be read: .*{words}"):
         Spectrum.load(tmp_path / "a.json")
 

@@ -1,0 +1,97 @@
+"""Spectra whose truth is known: Lanczos coefficients from dense or diagonal matrices, without any operator."""
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.linalg import hessenberg
+
+from jaxhess import MatrixOperator
+from jaxhess import spectrum as run_spectrum
+from jaxhess.krylov.storage import Storage
+from jaxhess.operators.audit import Directions, Noise
+from jaxhess.operators.restriction import Block
+from jaxhess.slq.job import Data, Devices, Job, Model
+from jaxhess.slq.record import (
+    FoundPairs,
+    Inputs,
+    Lanczos,
+    OperatorRecord,
+    Probes,
+    Program,
+    ProgramMemory,
+    RunRecord,
+)
+from jaxhess.slq.spectrum import Spectrum
+
+EXACT = RunRecord(rounding=2.0**-52)
+EIGENVALUES = np.concatenate([np.random.default_rng(7).normal(size=50) * 0.1, [5.0, 2.0, 1.0, -0.7, -3.0]])
+
+EVERYTHING = RunRecord(
+    Probes(2, "rademacher", 7),
+    Lanczos(3, Storage(8, "bfloat16", None, "host", "float64"), 2, (1e-7, None)),
+    OperatorRecord(
+        "SumOperator",
+        ("float32",),
+        terms=(
+            OperatorRecord("Hessian", ("float32",), "float64", Block(("attention", "layers/*"), (0, 3))),
+            OperatorRecord("ScaledOperator", operator=OperatorRecord("GaussNewton"), details={"factor": -1.0}),
+        ),
+    ),
+    Inputs(3.5, 64.0, "ab", {"shift_of_a_random_vector": {"length": 0.1}}),
+    2.0**-7,
+    Noise(1e-7, None, "Hessian in float64", Directions(1e-6, 1e-7), Directions(1e-8, None)),
+    FoundPairs((2.5, -1.0), (1e-3, None), (True, False), 40, "eigenvectors"),
+    Program(1.5, ProgramMemory(4, 3, 2, 1)),
+    12.5,
+    Job(
+        {"steps": 3, "restrict": ("attention",)},
+        Model("here", 100, {"num_layers": 4, "sliding_layers": ()}),
+        Data("there", 4, 16, 1, "cd"),
+        Devices({"fsdp": 8}, 8, "cpu", 1),
+        {"jax": "0.10.2"},
+        {"data_seconds": 0.5},
+    ),
+)
+"""A record of which every field is set."""
+
+
+def sampled(probes, steps, eigenvalues=EIGENVALUES, seed=0, info=None):
+    """Householder tridiagonalisation of Q diag(eigenvalues) Q' from e_1, Q uniform: Lanczos with uniform probes."""
+    rng = np.random.default_rng(seed)
+    alphas, betas = np.zeros((probes, steps)), np.zeros((probes, steps))
+    for probe in range(probes):
+        rotation, triangle = np.linalg.qr(rng.normal(size=(eigenvalues.size, eigenvalues.size)))
+        rotation *= np.sign(np.diag(triangle))
+        tridiagonal = hessenberg(rotation.T * eigenvalues @ rotation)
+        alphas[probe] = np.diag(tridiagonal)[:steps]
+        betas[probe] = np.abs(np.append(np.diag(tridiagonal, 1), 0.0))[:steps]
+    return Spectrum(alphas, betas, np.full(probes, steps), eigenvalues.size, info or {})
+
+
+def masses(values, multiplicities, probes, seed=0):
+    """[probes, values] unnormalised mass that normal probes have on eigenvalues which occur so often."""
+    return np.random.default_rng(seed).chisquare(multiplicities, (probes, values.size))
+
+
+def llm_like(dim=10**8, seed=1):
+    """Different eigenvalues and how often each occurs: 30 outliers over 4 decades, some negative, others near zero."""
+    outliers = np.geomspace(1e-2, 1e2, 30) * np.where(np.arange(30) % 4 == 1, -1, 1)
+    bulk = 3e-5 * np.random.default_rng(seed).normal(size=400)
+    return np.append(bulk, outliers), np.append(np.full(400, (dim - 30) // 400), np.ones(30, int))
+
+
+def forward(x, density):
+    return np.arcsinh(x / density.linthresh)
+
+
+def of_diagonal(eigenvalues, **options):
+    return run_spectrum(MatrixOperator(jnp.diag(jnp.asarray(eigenvalues, jnp.float32))), **options)
+
+
+def interval_of(estimate):
+    return [estimate.value, estimate.standard_error, *estimate.interval()]
+
+
+def run_record(reorthogonalize=None, orthogonality=None):
+    """The record of a run that kept its vectors like this, None: not known."""
+    storage = None if reorthogonalize is None else Storage(reorthogonalize)
+    return RunRecord(lanczos=Lanczos(storage=storage, orthogonality=orthogonality))
