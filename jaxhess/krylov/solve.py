@@ -75,6 +75,12 @@ def conjugate_gradients(
     as long as that takes off a quarter. Vectors are in at least float32, sharded like the operator's: b, x, r, p, and
     b over its length.
 
+    >>> import jax.numpy as jnp, jaxhess
+    >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+    >>> found = jaxhess.conjugate_gradients(A, jnp.array([3.0, 0.0]))
+    >>> found.solution.round(3), found.converged
+    (Array([ 2., -1.], dtype=float32), True)
+
     Args:
         operator: Symmetric; positive definite once damped.
         b: A tree like the operator's vectors; zero gives zero.
