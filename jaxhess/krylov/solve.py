@@ -21,6 +21,12 @@ from jaxhess.vectors import Vector, add_scaled, dot, norm, scale, widen
 class Solution(NamedTuple):
     """What conjugate gradients found, and how far it can be trusted.
 
+    >>> import jax.numpy as jnp, jaxhess
+    >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, -1.0])))  # not positive definite
+    >>> found = jaxhess.conjugate_gradients(A, jnp.ones(2))
+    >>> found.converged, found.nonpositive_curvature, len(found.history)
+    (False, True, 1)
+
     Attributes:
         solution: x, a tree like b in at least float32.
         history: [steps + 1] float64, |r_k| / |b| by the recursion, from r_0 = b on; where the run was restarted and at

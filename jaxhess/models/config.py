@@ -64,9 +64,8 @@ class DecoderConfig:
     """One decoder-only transformer.
 
     >>> import jaxhess
-    >>> config = jaxhess.DecoderConfig(
-    ...     vocab_size=100, max_positions=64, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64
-    ... )
+    >>> sizes = dict(embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
+    >>> config = jaxhess.DecoderConfig(vocab_size=100, max_positions=64, **sizes)
     >>> jaxhess.DecoderConfig.from_dict(config.to_dict()) == config
     True
 

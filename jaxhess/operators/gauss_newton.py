@@ -53,7 +53,7 @@ class GaussNewton(LossOperator):
     >>> import jax.numpy as jnp, jaxhess
     >>> loss = jaxhess.SoftmaxCrossEntropy(lambda w, inputs: inputs @ w)
     >>> batch = jnp.ones((2, 1)), jnp.array([0, 0])  # inputs and labels
-    >>> jaxhess.GaussNewton(loss, jnp.zeros((1, 2)), [batch]).to_matrix()  # diag(p) - pp', p = (1/2, 1/2)
+    >>> jaxhess.GaussNewton(loss, jnp.zeros((1, 2)), [batch]).to_matrix().round(4)  # diag(p) - pp', p = (1/2, 1/2)
     Array([[ 0.25, -0.25],
            [-0.25,  0.25]], dtype=float32)
 
