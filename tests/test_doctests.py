@@ -31,7 +31,8 @@ def public_names() -> list[str]:
 @pytest.mark.parametrize("name", public_names())
 def test_every_public_name_has_an_example_that_runs(name, monkeypatch):
     monkeypatch.chdir(ROOT)  # the examples load scripts/tiny
-    found = [test for test in FINDER.find(pkgutil.resolve_name(name), name, globs={}) if test.examples]
+    public = pkgutil.resolve_name(":".join(name.rsplit(".", 1)))
+    found = [test for test in FINDER.find(public, name, globs={}) if test.examples]
     assert name in {test.name for test in found}, f"The docstring of {name} has no example."
     for test in found:
         printed: list[str] = []

@@ -44,13 +44,14 @@ CHECK_EVERY = 5
 class Eigenpairs:
     """Eigenvalues with eigenvectors and how good they are; the leading one first.
 
-    >>> import jax.numpy as jnp, jaxhess, tempfile
-    >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 4.0])))
-    >>> pairs = jaxhess.leading_eigenpairs(A, 2)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     pairs.save(folder)
-    ...     jaxhess.Eigenpairs.load(folder).values.round(3)
-    array([4., 2.])
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess, tempfile
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 4.0])))
+        >>> pairs = jaxhess.leading_eigenpairs(A, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pairs.save(folder)
+        ...     jaxhess.Eigenpairs.load(folder).values.round(3)
+        array([4., 2.])
 
     Attributes:
         values: [k] float64, Ritz values.
@@ -145,11 +146,12 @@ def leading_eigenpairs(
     holds `count` vectors instead of one for each step. Ghosts are left out, and values that their residual bounds do
     not tell apart.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
-    >>> pairs = jaxhess.leading_eigenpairs(A, 1)
-    >>> pairs.values.round(3), abs(pairs.vectors).round(3), pairs.converged
-    (array([3.]), Array([[0.707, 0.707]], dtype=float32), array([ True]))
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> pairs = jaxhess.leading_eigenpairs(A, 1)
+        >>> pairs.values.round(3), abs(pairs.vectors).round(3), pairs.converged
+        (array([3.]), Array([[0.707, 0.707]], dtype=float32), array([ True]))
 
     Args:
         operator: Symmetric.

@@ -32,11 +32,12 @@ DISAGREE = 1e-3
 class Estimate:
     """A value that random probes estimate.
 
-    >>> import jaxhess
-    >>> trace = jaxhess.Estimate(value=4.0, standard_error=0.5, freedom=9)
-    >>> low, high = trace.interval()  # 95%, Student's t
-    >>> round(low, 2), round(high, 2)
-    (2.87, 5.13)
+    Examples:
+        >>> import jaxhess
+        >>> trace = jaxhess.Estimate(value=4.0, standard_error=0.5, freedom=9)
+        >>> low, high = trace.interval()  # 95%, Student's t
+        >>> round(low, 2), round(high, 2)
+        (2.87, 5.13)
 
     Attributes:
         value: The estimate.

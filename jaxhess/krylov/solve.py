@@ -21,11 +21,12 @@ from jaxhess.vectors import Vector, add_scaled, dot, norm, scale, widen
 class Solution(NamedTuple):
     """What conjugate gradients found, and how far it can be trusted.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, -1.0])))  # not positive definite
-    >>> found = jaxhess.conjugate_gradients(A, jnp.ones(2))
-    >>> found.converged, found.nonpositive_curvature, len(found.history)
-    (False, True, 1)
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, -1.0])))  # not positive definite
+        >>> found = jaxhess.conjugate_gradients(A, jnp.ones(2))
+        >>> found.converged, found.nonpositive_curvature, len(found.history)
+        (False, True, 1)
 
     Attributes:
         solution: x, a tree like b in at least float32.
@@ -81,11 +82,12 @@ def conjugate_gradients(
     as long as that takes off a quarter. Vectors are in at least float32, sharded like the operator's: b, x, r, p, and
     b over its length.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
-    >>> found = jaxhess.conjugate_gradients(A, jnp.array([3.0, 0.0]))
-    >>> found.solution.round(3), found.converged
-    (Array([ 2., -1.], dtype=float32), True)
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> found = jaxhess.conjugate_gradients(A, jnp.array([3.0, 0.0]))
+        >>> found.solution.round(3), found.converged
+        (Array([ 2., -1.], dtype=float32), True)
 
     Args:
         operator: Symmetric; positive definite once damped.

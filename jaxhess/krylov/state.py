@@ -25,13 +25,14 @@ class LanczosState:
     Several runs that advance together (see `start_batch`) are one state: every field but `step` then has a leading
     axis over runs.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
-    >>> state = jaxhess.lanczos_segment(A, jaxhess.start_lanczos(jnp.array([1.0, 0.0]), steps=2), end=2)
-    >>> state.alphas.round(3), state.betas.round(3)  # T is A, and the second step ends the Krylov space
-    (Array([2., 2.], dtype=float32), Array([1., 0.], dtype=float32))
-    >>> int(state.size), bool(state.broken)
-    (2, True)
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> state = jaxhess.lanczos_segment(A, jaxhess.start_lanczos(jnp.array([1.0, 0.0]), steps=2), end=2)
+        >>> state.alphas.round(3), state.betas.round(3)  # T is A, and the second step ends the Krylov space
+        (Array([2., 2.], dtype=float32), Array([1., 0.], dtype=float32))
+        >>> int(state.size), bool(state.broken)
+        (2, True)
 
     Attributes:
         step: int32 scalar, products done.
@@ -68,10 +69,11 @@ class LanczosState:
 def start_lanczos(probe: Vector, steps: int, storage: Storage = Storage()) -> LanczosState:
     """The state before the first step, from any nonzero probe; vectors are stored in its shardings.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> state = jaxhess.start_lanczos(jnp.array([1.0, 0.0]), steps=2)
-    >>> int(state.step), state.alphas.shape, state.current
-    (0, (2,), Array([1., 0.], dtype=float32))
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> state = jaxhess.start_lanczos(jnp.array([1.0, 0.0]), steps=2)
+        >>> int(state.step), state.alphas.shape, state.current
+        (0, (2,), Array([1., 0.], dtype=float32))
 
     Args:
         probe: Where the Krylov space starts; of floating point.

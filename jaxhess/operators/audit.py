@@ -24,10 +24,11 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
     large curvature. Four products of the operator, two of the reference; at most four vectors at once beside those of
     the reference.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> facts = jaxhess.audit(jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]])))
-    >>> facts["reference"], facts["asymmetry"] < 1e-6, facts["relative_error"]["random"] < 1e-6
-    ('MatrixOperator in float64', True, True)
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> facts = jaxhess.audit(jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]])))
+        >>> facts["reference"], facts["asymmetry"] < 1e-6, facts["relative_error"]["random"] < 1e-6
+        ('MatrixOperator in float64', True, True)
 
     Returns:
         asymmetry: |u'Hv - v'Hu| / |Hv|: of the order of the products' relative error where that is not symmetric.

@@ -32,11 +32,12 @@ class LinearizedHessian(LinearOperator):
     parameters for a model of 6.8M at 512 tokens. Where the loss rematerialises whole layers, so does every product, and
     little is gained: turn `remat` off.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> H = jaxhess.Hessian(lambda w, x: jnp.mean(jnp.exp(x @ w)), jnp.ones(2), [jnp.eye(2)])
-    >>> fast = jaxhess.linearize(H)
-    >>> bool(jnp.allclose(fast @ jnp.ones(2), H @ jnp.ones(2))), fast.residual_bytes > 0
-    (True, True)
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> H = jaxhess.Hessian(lambda w, x: jnp.mean(jnp.exp(x @ w)), jnp.ones(2), [jnp.eye(2)])
+        >>> fast = jaxhess.linearize(H)
+        >>> bool(jnp.allclose(fast @ jnp.ones(2), H @ jnp.ones(2))), fast.residual_bytes > 0
+        (True, True)
 
     Attributes:
         hessian: What was linearised.
@@ -100,10 +101,11 @@ def _(operator: LinearizedHessian, v: Vector) -> str:
 def residual_bytes(hessian: Hessian) -> int:
     """Bytes per device that `linearize(hessian)` would keep, from the compiled program; nothing is computed.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> H = jaxhess.Hessian(lambda w, x: jnp.mean(jnp.exp(x @ w)), jnp.zeros(2), [jnp.eye(2)])
-    >>> jaxhess.residual_bytes(H) < 1000
-    True
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> H = jaxhess.Hessian(lambda w, x: jnp.mean(jnp.exp(x @ w)), jnp.zeros(2), [jnp.eye(2)])
+        >>> jaxhess.residual_bytes(H) < 1000
+        True
     """
     return sum(map(_output_bytes, _programs(hessian)))
 
@@ -113,10 +115,11 @@ def linearize(
 ) -> LinearizedHessian:
     """The same operator with the primal pass done once and kept.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> H = jaxhess.Hessian(lambda w, x: jnp.mean(jnp.exp(x @ w)), jnp.zeros(2), [jnp.eye(2)])
-    >>> jaxhess.linearize(H, budget=1e6) @ jnp.ones(2)
-    Array([0.5, 0.5], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> H = jaxhess.Hessian(lambda w, x: jnp.mean(jnp.exp(x @ w)), jnp.zeros(2), [jnp.eye(2)])
+        >>> jaxhess.linearize(H, budget=1e6) @ jnp.ones(2)
+        Array([0.5, 0.5], dtype=float32)
 
     Args:
         hessian: Restricted or not.

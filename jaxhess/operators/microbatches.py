@@ -18,9 +18,10 @@ from jaxhess.errors import InputError
 class Microbatches:
     """Batches of one shape, stacked: every leaf of `stacked` has a leading axis that runs over them.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> len(jaxhess.Microbatches({"inputs": jnp.zeros((3, 8, 2)), "targets": jnp.zeros((3, 8))}))
-    3
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> len(jaxhess.Microbatches({"inputs": jnp.zeros((3, 8, 2)), "targets": jnp.zeros((3, 8))}))
+        3
     """
 
     stacked: Any

@@ -15,10 +15,11 @@ from jaxhess.vectors import Vector, widen
 def product_dtypes(operator: LinearOperator) -> tuple[str, ...]:
     """The dtypes that products are computed in, by default those of the vectors.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> from jaxhess.operators.precision import product_dtypes
-    >>> product_dtypes(jaxhess.MatrixOperator(jnp.eye(2)) + jaxhess.MatrixOperator(jnp.eye(2, dtype=jnp.bfloat16)))
-    ('bfloat16', 'float32')
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.precision import product_dtypes
+        >>> product_dtypes(jaxhess.MatrixOperator(jnp.eye(2)) + jaxhess.MatrixOperator(jnp.eye(2, dtype=jnp.bfloat16)))
+        ('bfloat16', 'float32')
     """
     found = parts(operator)
     if found:
@@ -32,11 +33,13 @@ def exact_operator(operator: LinearOperator, dtype: str) -> LinearOperator | Non
 
     By default there is one for operators made of others that all have one.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> from jaxhess.operators.precision import exact_operator
-    >>> D = jaxhess.FiniteDifferenceHessian(lambda w, x: jnp.sum(x * w**2), jnp.ones(2, jnp.bfloat16), [jnp.ones(2)])
-    >>> exact_operator(D, "float32") @ jnp.ones(2)
-    Array([2., 2.], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.precision import exact_operator
+        >>> w, batches = jnp.ones(2, jnp.bfloat16), [jnp.ones(2)]
+        >>> D = jaxhess.FiniteDifferenceHessian(lambda w, x: jnp.sum(x * w**2), w, batches)
+        >>> exact_operator(D, "float32") @ jnp.ones(2)
+        Array([2., 2.], dtype=float32)
     """
     wide = [exact_operator(part, dtype) for part in parts(operator)]
     known = [part for part in wide if part is not None]

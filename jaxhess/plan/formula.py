@@ -30,12 +30,13 @@ and its attention scores; or of a slice's logits and rows. Fitted to programs co
 class Memory:
     """Bytes on one device.
 
-    >>> import convert
-    >>> from jaxhess import plan
-    >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
-    >>> memory = plan.memory(job)
-    >>> memory.total == memory.arguments + memory.temporaries
-    True
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> memory = plan.memory(job)
+        >>> memory.total == memory.arguments + memory.temporaries
+        True
 
     Attributes:
         theta: Parameters.
@@ -82,12 +83,13 @@ class Memory:
 def memory(job: Job) -> Memory:
     """What the job takes on each device.
 
-    >>> import convert
-    >>> from jaxhess import plan
-    >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
-    >>> memory = plan.memory(job)
-    >>> memory.total > memory.theta + 2 * memory.vector  # the parameters and the last two Lanczos vectors
-    True
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> memory = plan.memory(job)
+        >>> memory.total > memory.theta + 2 * memory.vector  # the parameters and the last two Lanczos vectors
+        True
     """
     sizes = _Sizes.of(job)
     params = jax.tree.leaves(job.params())
@@ -124,12 +126,13 @@ def flops(job: Job) -> float:
     two of these. The last product of a layer is not computed again, for nothing needs its result; attention scores are
     computed once more, where there is more than one chunk of queries.
 
-    >>> import convert
-    >>> from jaxhess import plan
-    >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
-    >>> import dataclasses
-    >>> 2 < plan.flops(job) / plan.flops(dataclasses.replace(job, seq_len=16)) < 3  # attention takes the square
-    True
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> import dataclasses
+        >>> 2 < plan.flops(job) / plan.flops(dataclasses.replace(job, seq_len=16)) < 3  # attention takes the square
+        True
     """
     config, sizes = job.config, _Sizes.of(job)
     chunks = -(-job.seq_len // config.query_chunk)
@@ -156,12 +159,13 @@ def traffic(job: Job) -> dict[str, float]:
     twice. `data`: the gradient's shares are summed; the two halves of an exact product's are added only after that, so
     that both are scattered.
 
-    >>> import convert
-    >>> from jaxhess import plan
-    >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), axes={"fsdp": 4})
-    >>> received = plan.traffic(job)
-    >>> received["all-gather"] > received["reduce-scatter"] > received["all-reduce"] == 0
-    True
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), axes={"fsdp": 4})
+        >>> received = plan.traffic(job)
+        >>> received["all-gather"] > received["reduce-scatter"] > received["all-reduce"] == 0
+        True
     """
     config, sizes = job.config, _Sizes.of(job)
     data, fsdp, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
