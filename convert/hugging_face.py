@@ -36,6 +36,14 @@ def export(
 ) -> None:
     """Writes `model` as a Hugging Face checkpoint; the directory appears complete or not at all.
 
+    Examples:
+        >>> import convert, tempfile
+        >>> model = convert.load("scripts/tiny")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     convert.export(model, folder, tokenizer_source="scripts/tiny")
+        ...     convert.load(folder).num_params == model.num_params
+        True
+
     Args:
         model: All its arrays must be addressable from this process.
         directory: New, empty, or a checkpoint to replace with `overwrite`.

@@ -36,6 +36,11 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
     read by slice and moved to its place before the next is read. Of several processes each reads the parts of its own
     devices.
 
+    Examples:
+        >>> import convert
+        >>> convert.load("scripts/tiny").param_dtype
+        'float32'
+
     Args:
         path_or_hub_id: A Hugging Face directory, a directory that `python -m convert` wrote, or a hub id.
         mesh: Where the weights shall live (`jaxhess.distributed.mesh.make_mesh`); None: on the first device.
@@ -72,6 +77,12 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
 def load_config(path_or_hub_id: str | Path, dtype: str | None = None) -> DecoderConfig:
     """The configuration that `load` with the same arguments gives its model; no weight is read.
 
+    Examples:
+        >>> import convert
+        >>> config = convert.load_config("scripts/tiny", dtype="bfloat16")
+        >>> config.dtype, config.num_heads * config.head_dim == config.embed_dim
+        ('bfloat16', True)
+
     Raises:
         FileNotFoundError, ValueError, ImportError: As for `load`, as far as names, shapes and headers tell.
     """
@@ -81,6 +92,11 @@ def load_config(path_or_hub_id: str | Path, dtype: str | None = None) -> Decoder
 
 def read_config(path_or_hub_id: str | Path, dtype: str | None = None) -> DecoderConfig:
     """The configuration alone, of a checkpoint or of one that has no weights here: of a `config.json` by itself.
+
+    Examples:
+        >>> import convert
+        >>> convert.read_config("scripts/tiny/config.json") == convert.load_config("scripts/tiny")
+        True
 
     Args:
         path_or_hub_id: A `config.json` (under any name), a directory with one, a directory that `python -m convert`

@@ -44,7 +44,16 @@ def save(
     tokenizer_source: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes `model` as an Orbax checkpoint, which `convert.load` reads onto any mesh; arguments as for `export`."""
+    """Writes `model` as an Orbax checkpoint, which `convert.load` reads onto any mesh; arguments as for `export`.
+
+    Examples:
+        >>> import convert, tempfile
+        >>> model = convert.load("scripts/tiny")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     convert.save(model, folder)
+        ...     convert.load(folder, dtype="bfloat16").num_params == model.num_params
+        True
+    """
     with appearing(Path(directory), overwrite) as partial:
         write_orbax(model, partial, hf_config)
         processes.on_first(lambda: add_tokenizer(tokenizer_source, partial))

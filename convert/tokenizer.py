@@ -15,6 +15,12 @@ from jaxhess.files.arrays import check_regular
 def load_tokenizer(path_or_hub_id: str | Path) -> Any:
     """The `transformers` tokenizer in a directory (converted or not) or of a hub id.
 
+    Examples:
+        >>> import convert
+        >>> tokenizer = convert.load_tokenizer("scripts/tiny")
+        >>> tokenizer.decode(tokenizer("Hello world").input_ids)
+        'Hello world'
+
     Raises:
         FileNotFoundError: No such directory or id, or no tokenizer files in it.
         ValueError: The files cannot be read as a tokenizer, or only by code of their own, which is not run.

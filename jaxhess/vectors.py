@@ -160,6 +160,13 @@ def random_probe(key: jax.Array, like: Vector, distribution: Distribution = "nor
     that does not see the sharding: the same key gives the same bits on one device and on many. Draw shards in place:
     nothing is ever whole on one device.
 
+    Examples:
+        >>> import jax, jax.numpy as jnp, jaxhess
+        >>> like = {"b": jnp.zeros(1), "w": jax.ShapeDtypeStruct((100, 100), jnp.bfloat16)}
+        >>> probe = jaxhess.random_probe(jax.random.key(0), like, "rademacher")
+        >>> probe["w"].shape, probe["w"].dtype, jnp.unique(probe["w"])
+        ((100, 100), dtype(bfloat16), Array([-1, 1], dtype=bfloat16))
+
     Args:
         key: A typed key, `random_key(seed)`.
         like: Arrays or `jax.ShapeDtypeStruct`s that give structure, shapes, dtypes and (where set) shardings.

@@ -36,6 +36,12 @@ class TokenBatch(NamedTuple):
 class TokenBlocks:
     """Sequences on the host, ready to be cut into microbatches.
 
+    Examples:
+        >>> import jaxhess, numpy as np
+        >>> blocks = jaxhess.TokenBlocks(tokens=np.arange(12).reshape(3, 4), weights=np.ones((3, 3)))
+        >>> blocks.num_sequences, blocks.seq_len, blocks.microbatches(2).tokens.shape
+        (3, 3, (2, 2, 4))
+
     Attributes:
         tokens: [N, T + 1] int32; other integer types are converted.
         weights: [N, T] float32, not negative: `weights[n, t]` is the weight of predicting `tokens[n, t + 1]`, 1 where

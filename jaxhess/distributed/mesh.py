@@ -40,6 +40,12 @@ WHOLE_BELOW = 2**14
 def make_mesh(axes: Mapping[str, int] | str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `axes` (`{"fsdp": 4, "tensor": 2}` or `"fsdp=4,tensor=2"`) over `devices`.
 
+    Examples:
+        >>> import jax, jaxhess
+        >>> mesh = jaxhess.make_mesh("fsdp=1", devices=jax.devices()[:1])
+        >>> dict(mesh.shape)
+        {'data': 1, 'fsdp': 1, 'tensor': 1}
+
     Args:
         axes: Sizes by axis; axes not named have size 1. None: `fsdp` over every device, which is the least memory on
             each, and right for any model.

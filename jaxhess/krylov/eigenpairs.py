@@ -43,6 +43,15 @@ CHECK_EVERY = 5
 class Eigenpairs:
     """Eigenvalues with eigenvectors and how good they are; the leading one first.
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess, tempfile
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 4.0])))
+        >>> pairs = jaxhess.leading_eigenpairs(A, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pairs.save(folder)
+        ...     jaxhess.Eigenpairs.load(folder).values.round(3)
+        array([4., 2.])
+
     Attributes:
         values: [k] float64, Ritz values.
         vectors: Unit eigenvectors, a pytree like the operator's vectors with a leading axis [k, ...].
@@ -135,6 +144,13 @@ def leading_eigenpairs(
     `XLA_FLAGS=--xla_gpu_deterministic_ops=true`), and adds up the vectors as they come by; it doubles the products, and
     holds `count` vectors instead of one for each step. Ghosts are left out, and values that their residual bounds do
     not tell apart.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> pairs = jaxhess.leading_eigenpairs(A, 1)
+        >>> pairs.values.round(3), abs(pairs.vectors).round(3), pairs.converged
+        (array([3.]), Array([[0.707, 0.707]], dtype=float32), array([ True]))
 
     Args:
         operator: Symmetric.

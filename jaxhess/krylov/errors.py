@@ -32,6 +32,13 @@ DISAGREE = 1e-3
 class Estimate:
     """A value that random probes estimate.
 
+    Examples:
+        >>> import jaxhess
+        >>> trace = jaxhess.Estimate(value=4.0, standard_error=0.5, freedom=9)
+        >>> low, high = trace.interval()  # 95%, Student's t
+        >>> round(low, 2), round(high, 2)
+        (2.87, 5.13)
+
     Attributes:
         value: The estimate.
         standard_error: Its own estimated standard deviation over draws of the probes; NaN where the data do not tell.

@@ -75,6 +75,13 @@ def hutchinson(
     `diagonal`). Both are known far better than the samples' own scatter tells; for their degrees of freedom see
     `jaxhess.krylov.errors.of_forms`. Unknown for one sample. Memory: one batch, for Rademacher probes and a vector.
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> trace = jaxhess.hutchinson(A, samples=100)
+        >>> abs(trace.value - 4) < 4 * trace.standard_error
+        True
+
     Args:
         operator: Symmetric.
         samples: Probes, and products.
@@ -123,6 +130,13 @@ def frobenius_norm(
     E|Av|^2 = tr(A'A) = F^2; the standard error of that mean is divided by 2 F (delta method), unknown for one sample;
     the interval is one of log F (`jaxhess.krylov.errors.of_squares`). The root of an unbiased mean is low by about
     the squared standard error over 2 F. Arguments and exceptions are those of `hutchinson`.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> norm = jaxhess.frobenius_norm(A, samples=100)
+        >>> abs(norm.value - 10**0.5) < 4 * norm.standard_error
+        True
     """
     check_count("samples", samples, 1, "one probe needs one product")
     lengths = _over_probes(
@@ -146,6 +160,13 @@ def diagonal(operator: LinearOperator, samples: int, *, seed: int = 0, batch_siz
 
     An entry's scatter is nearly normal where it sums many A_ij; where one dominates, the few samples of a sign may all
     agree, in 2^(1 - samples) of the runs, and the error then comes out as zero.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[3.0, 1.0], [1.0, 2.0]]))
+        >>> found = jaxhess.diagonal(A, samples=100)
+        >>> bool((abs(found.value - jnp.array([3.0, 2.0])) < 4 * found.standard_error).all())
+        True
     """
     check_count("samples", samples, 1, "one probe needs one product")
     key = random_key(seed)

@@ -43,6 +43,15 @@ def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> 
 
     Scalars stay on device. After a breakdown `previous` keeps the last vector, `current` is zero, and further steps
     only count. `state` is donated: its buffers become those of the result.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 4.0])))
+        >>> state = jaxhess.start_lanczos(jnp.ones(3), steps=3)
+        >>> for end in (2, 3):  # between segments a run saves itself, and shows how far it is
+        ...     state = jaxhess.lanczos_segment(A, state, end)
+        >>> round(float(state.alphas.sum()), 3)  # the trace, after as many steps as there are rows
+        7.0
     """
     return _segment_program(state)(operator, state, jnp.int32(end))
 

@@ -55,6 +55,12 @@ def hutch_plus_plus(operator: LinearOperator, products: int, *, seed: int = 0, b
     rank at most products/3 leaves no second term: the trace is exact up to rounding. Unbiased; worth its sketch where a
     few eigenvalues dominate. Memory: products/3 vectors beside a batch.
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> rank_one = jaxhess.MatrixOperator(jnp.ones((100, 100)))  # where the trace is exact
+        >>> round(jaxhess.hutch_plus_plus(rank_one, products=12).value, 2)
+        100.0
+
     Args:
         operator: Symmetric.
         products: With A, in all: a third each for AS, AQ and the remaining probes, which get what does not divide. From
@@ -110,6 +116,13 @@ def xtrace(operator: LinearOperator, products: int, *, seed: int = 0, batch_size
     An operator of rank below m is known entirely from any m - 1 of its products: P is then the whole sketch in every
     one of the m estimates, and the trace exact up to rounding. The same is taken where the sketch is of rank below m
     only within rounding (`DEPENDENT`).
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> decaying = jaxhess.MatrixOperator(jnp.diag(0.5 ** jnp.arange(40.0)))
+        >>> trace = jaxhess.xtrace(decaying, products=20)
+        >>> abs(trace.value - 2) < 0.01
+        True
 
     Args:
         operator: Symmetric; that is used, A'Q = AQ.

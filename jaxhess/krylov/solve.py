@@ -21,6 +21,13 @@ from jaxhess.vectors import Vector, add_scaled, dot, norm, scale, widen
 class Solution(NamedTuple):
     """What conjugate gradients found, and how far it can be trusted.
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, -1.0])))  # not positive definite
+        >>> found = jaxhess.conjugate_gradients(A, jnp.ones(2))
+        >>> found.converged, found.nonpositive_curvature, len(found.history)
+        (False, True, 1)
+
     Attributes:
         solution: x, a tree like b in at least float32.
         history: [steps + 1] float64, |r_k| / |b| by the recursion, from r_0 = b on; where the run was restarted and at
@@ -74,6 +81,13 @@ def conjugate_gradients(
     the two part (Greenbaum 1997); if it is not within the tolerance the run restarts from x and the measured residual,
     as long as that takes off a quarter. Vectors are in at least float32, sharded like the operator's: b, x, r, p, and
     b over its length.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> found = jaxhess.conjugate_gradients(A, jnp.array([3.0, 0.0]))
+        >>> found.solution.round(3), found.converged
+        (Array([ 2., -1.], dtype=float32), True)
 
     Args:
         operator: Symmetric; positive definite once damped.

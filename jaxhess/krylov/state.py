@@ -23,6 +23,15 @@ from jaxhess.vectors import Vector, named_sharding, norm, scale
 class LanczosState:
     """Lanczos runs that advance together, one or several, after `step` products each; there is room for `m`.
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> state = jaxhess.lanczos_segment(A, jaxhess.start_lanczos(jnp.array([1.0, 0.0]), steps=2), end=2)
+        >>> state.alphas.round(3), state.betas.round(3)  # T is A, and the second step ends the Krylov space
+        (Array([2., 2.], dtype=float32), Array([1., 0.], dtype=float32))
+        >>> int(state.size), bool(state.broken)
+        (2, True)
+
     Attributes:
         step: int32 scalar, products done.
         size: [runs] int32, rows of T that are valid; smaller than `step` only after a breakdown.
@@ -66,6 +75,12 @@ def start_lanczos(probes: Iterable[Vector], steps: int, storage: Storage = Stora
     """The state before the first step of as many runs as there are probes, in the probes' shardings.
 
     Runs that advance together share the primal pass of their products and the gathers of weights.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> state = jaxhess.start_lanczos(jnp.array([1.0, 0.0]), steps=2)
+        >>> int(state.step), state.alphas.shape, state.current
+        (0, (2,), Array([1., 0.], dtype=float32))
 
     Args:
         probes: Where the Krylov spaces start: nonzero vectors of floating point, `[probe]` for one run.

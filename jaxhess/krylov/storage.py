@@ -20,8 +20,10 @@ ScalarDtype = Literal["float32", "float64"]
 class Storage:
     """What a Lanczos run keeps, with defaults for whoever has the memory; `docs/numerics.md` says what each costs.
 
-    >>> Storage(reorthogonalize=8, basis_dtype="bfloat16").reorthogonalize
-    8
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> jaxhess.Storage(reorthogonalize=8, basis_dtype=jnp.bfloat16).basis_dtype
+        'bfloat16'
 
     Attributes:
         reorthogonalize: Which vectors are kept, beside the last two, to make every new one orthogonal to. "full": all

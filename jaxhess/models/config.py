@@ -20,6 +20,13 @@ class RopeConfig:
     `kind` names the frequency rule (see `jaxhess.models.rotary`); the fields below `kind` are read only by the rules
     that need them.
 
+    Examples:
+        >>> import jaxhess
+        >>> rope = jaxhess.RopeConfig(theta=500000.0, kind="llama3", factor=8.0, original_max_positions=8192)
+        >>> jaxhess.RopeConfig(kind="yarn")
+        Traceback (most recent call last):
+        jaxhess.errors.InputError: original_max_positions is None; it must be positive.
+
     Raises:
         ValueError: A number that is not positive or out of range, or two that contradict each other.
     """
@@ -56,6 +63,13 @@ class RopeConfig:
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """One decoder-only transformer.
+
+    Examples:
+        >>> import jaxhess
+        >>> sizes = dict(embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64)
+        >>> config = jaxhess.DecoderConfig(vocab_size=100, max_positions=64, **sizes)
+        >>> jaxhess.DecoderConfig.from_dict(config.to_dict()) == config
+        True
 
     Attributes:
         vocab_size: Rows of the embedding, V.

@@ -97,7 +97,16 @@ class NextTokenLoss:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """Configuration and parameters, optionally sharded over `mesh`."""
+    """Configuration and parameters, optionally sharded over `mesh`.
+
+    Examples:
+        >>> import convert, jax.numpy as jnp
+        >>> model = convert.load("scripts/tiny")
+        >>> model.logits(jnp.ones((1, 3), jnp.int32)).shape == (1, 3, model.config.vocab_size)
+        True
+        >>> model.configured(dtype="bfloat16").config.dtype, model.param_dtype
+        ('bfloat16', 'float32')
+    """
 
     config: DecoderConfig
     params: Params

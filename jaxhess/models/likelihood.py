@@ -173,6 +173,13 @@ class SoftmaxCrossEntropy:
 
     A batch is (inputs, labels) or (inputs, labels, weights), labels [B, ...] integers, weights [B, ...].
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> loss = jaxhess.SoftmaxCrossEntropy(lambda w, inputs: inputs @ w)
+        >>> total, count = loss(jnp.zeros((3, 4)), (jnp.ones((2, 3)), jnp.array([0, 1])))
+        >>> round(float(total / count), 4)  # log 4
+        1.3863
+
     Attributes:
         logits: `logits(params, inputs)` -> [B, ..., V]. Static: reuse the same function object.
     """

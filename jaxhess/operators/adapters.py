@@ -29,15 +29,16 @@ def as_scipy(operator: LinearOperator, batch_size: int = 1) -> scipy.sparse.lina
     keeps some twenty on the host: for large models there is `jaxhess.leading_eigenpairs`. Products are compiled at the
     first one, once for `matvec` and, unless `batch_size` is 1, once more for `matmat`.
 
-    >>> import jax.numpy as jnp, jaxhess
-    >>> from scipy.sparse.linalg import eigsh
-    >>> def loss(params, batch):
-    ...     inputs, targets = batch
-    ...     return jnp.mean((inputs @ params["w"] + params["b"] - targets) ** 2)
-    >>> batch = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.zeros(2)
-    >>> H = jaxhess.Hessian(loss, {"b": jnp.zeros(()), "w": jnp.zeros(2)}, [batch])
-    >>> eigsh(jaxhess.as_scipy(H), k=1, return_eigenvectors=False).round(3)
-    array([5.303], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from scipy.sparse.linalg import eigsh
+        >>> def loss(params, batch):
+        ...     inputs, targets = batch
+        ...     return jnp.mean((inputs @ params["w"] + params["b"] - targets) ** 2)
+        >>> batch = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.zeros(2)
+        >>> H = jaxhess.Hessian(loss, {"b": jnp.zeros(()), "w": jnp.zeros(2)}, [batch])
+        >>> eigsh(jaxhess.as_scipy(H), k=1, return_eigenvectors=False).round(3)
+        array([5.303], dtype=float32)
 
     Args:
         operator: Symmetric.
@@ -93,11 +94,12 @@ def as_lineax(operator: LinearOperator) -> lineax.FunctionLinearOperator:
     they are arguments, and operators that differ only in them share a compiled program. `lineax.CG` asks for one more
     tag (see the example): it is right for a Gauss-Newton matrix, a Fisher, and a Hessian shifted to be positive.
 
-    >>> import jax.numpy as jnp, jaxhess, lineax
-    >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
-    >>> positive = lineax.TaggedLinearOperator(jaxhess.as_lineax(A), lineax.positive_semidefinite_tag)
-    >>> lineax.linear_solve(positive, jnp.array([3.0, 0.0]), lineax.CG(rtol=1e-5, atol=1e-5)).value.round(3)
-    Array([ 2., -1.], dtype=float32)
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess, lineax
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> positive = lineax.TaggedLinearOperator(jaxhess.as_lineax(A), lineax.positive_semidefinite_tag)
+        >>> lineax.linear_solve(positive, jnp.array([3.0, 0.0]), lineax.CG(rtol=1e-5, atol=1e-5)).value.round(3)
+        Array([ 2., -1.], dtype=float32)
 
     Raises:
         ImportError: lineax is not installed.

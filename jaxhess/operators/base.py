@@ -24,6 +24,13 @@ class LinearOperator(abc.ABC):
     constants captured by it. Two are equal if they are the same object (`eq=False`), because comparing
     arrays gives an array. What else is known of one are functions that dispatch on its type, with defaults that suit
     most: `operators.facts` (for records and error messages) and `operators.precision`.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> (2 * A.shifted(1.0) - A).to_matrix()
+        Array([[4., 1.],
+               [1., 4.]], dtype=float32)
     """
 
     @abc.abstractmethod

@@ -25,6 +25,13 @@ def describe(operator: LinearOperator) -> dict[str, Any]:
 
     By default those of its fields that are numbers, text, or operators. A name that ends in `_per_device` is a fact
     that may change when a run is resumed on another mesh.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.facts import describe
+        >>> A = jaxhess.MatrixOperator(jnp.eye(2))
+        >>> describe(2 * A)
+        {'kind': 'ScaledOperator', 'operator': {'kind': 'MatrixOperator'}, 'factor': 2}
     """
     described: dict[str, Any] = {"kind": type(operator).__name__}
     fields: Any = dataclasses.fields(operator) if dataclasses.is_dataclass(operator) else ()
@@ -51,6 +58,12 @@ def validate(operator: LinearOperator) -> dict[str, Any]:
     """Facts about the operator's inputs, as JSON for a record; raises if products would be meaningless.
 
     By default those of the operators it is made of; where two have a name in common, the first one's.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.facts import validate
+        >>> validate(jaxhess.Hessian(lambda w, x: jnp.sum(w * x), jnp.ones(2), [jnp.ones(2)]))
+        {'loss': 2.0, 'count': 1.0}
     """
     facts: dict[str, Any] = {}
     for part in reversed(parts(operator)):
@@ -63,6 +76,13 @@ def checksum(operator: LinearOperator) -> str:
     """Tells the arrays that the operator is made of from others; the same on any mesh.
 
     Of an operator made of others, single numbers are left to `describe`.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.facts import checksum
+        >>> A = jaxhess.MatrixOperator(jnp.eye(2))
+        >>> checksum(A) == checksum(2 * A) != checksum(jaxhess.MatrixOperator(2 * jnp.eye(2)))
+        True
     """
     if not parts(operator):
         return vectors.checksum(operator)
@@ -72,14 +92,30 @@ def checksum(operator: LinearOperator) -> str:
 
 @functools.singledispatch
 def shares_work(operator: LinearOperator) -> bool:
-    """Whether several products at once (`vmap` of `mv`) cost less than one after the other, by default yes."""
+    """Whether several products at once (`vmap` of `mv`) cost less than one after the other, by default yes.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.facts import shares_work
+        >>> loss, w, batches = lambda w, x: jnp.sum(w * x), jnp.ones(2), [jnp.ones(2)]
+        >>> [shares_work(kind(loss, w, batches)) for kind in (jaxhess.Hessian, jaxhess.FiniteDifferenceHessian)]
+        [True, False]
+    """
     found = parts(operator)
     return not found or any(map(shares_work, found))
 
 
 @functools.singledispatch
 def explain_non_finite(operator: LinearOperator, v: Vector) -> str:
-    """Where a product with v that came out non-finite went wrong, for an error message; "" where that is not known."""
+    """Where a product with v that came out non-finite went wrong, for an error message; "" where that is not known.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.facts import explain_non_finite
+        >>> H = jaxhess.Hessian(lambda w, x: jnp.sum(x * w**2), jnp.ones(2), [jnp.ones(2), jnp.array([1.0, jnp.inf])])
+        >>> explain_non_finite(H, jnp.ones(2))
+        'the product over microbatch 1 alone is not finite'
+    """
     return ""
 
 

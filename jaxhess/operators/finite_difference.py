@@ -44,6 +44,14 @@ class FiniteDifferenceHessian(LossOperator):
     error: e^2 / 6 times the third derivative of the gradient along u, and the gradient's rounding over e. `Hessian` has
     neither error at 8/6 of the matrix products. See `LossOperator` for the other fields.
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> def loss(w, x):
+        ...     return jnp.mean((x @ w) ** 4)
+        >>> D = jaxhess.FiniteDifferenceHessian(loss, jnp.ones(2), [jnp.eye(2)], step=0.01)
+        >>> (D @ jnp.ones(2)).round(1)
+        Array([6., 6.], dtype=float32)
+
     Attributes:
         step: The size of the shift; "auto": measured for every vector on the first microbatch, which costs eight to
             sixteen of its gradients as a rule beside the two of every microbatch (`step_size.balanced_length`), in

@@ -50,6 +50,14 @@ class GaussNewton(LossOperator):
     of the logits themselves; equal to the Hessian for logits linear in the parameters. About 5/3 of a gradient's
     matrix products.
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> loss = jaxhess.SoftmaxCrossEntropy(lambda w, inputs: inputs @ w)
+        >>> batch = jnp.ones((2, 1)), jnp.array([0, 0])  # inputs and labels
+        >>> jaxhess.GaussNewton(loss, jnp.zeros((1, 2)), [batch]).to_matrix().round(4)  # diag(p) - pp', p = (1/2, 1/2)
+        Array([[ 0.25, -0.25],
+               [-0.25,  0.25]], dtype=float32)
+
     Raises:
         ValueError: The loss is not a `LikelihoodLoss`.
     """
@@ -81,6 +89,14 @@ class EmpiricalFisher(GaussNewton):
 
     The outer product is taken per prediction (for a language model, per token), at the data's own targets: it is
     neither the Fisher matrix nor close to the Hessian away from a perfect fit (Kunstner, Balles and Hennig 2019).
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> loss = jaxhess.SoftmaxCrossEntropy(lambda w, inputs: inputs @ w)
+        >>> w, batch = jnp.log(jnp.array([[3.0, 1.0]])), (jnp.ones((2, 1)), jnp.array([0, 0]))
+        >>> jaxhess.EmpiricalFisher(loss, w, [batch]).to_matrix().round(4)  # gg', g = p - e_0, p = (3/4, 1/4)
+        Array([[ 0.0625, -0.0625],
+               [-0.0625,  0.0625]], dtype=float32)
     """
 
     def product_sum(self, v: Vector, batch: Any) -> tuple[Vector, jax.Array]:
@@ -95,6 +111,14 @@ class MonteCarloFisher(GaussNewton):
 
     Like the empirical Fisher with drawn targets in place of the data's, S of them per prediction: an unbiased estimate
     of `GaussNewton`, made by `MonteCarloFisher.draw`. The targets are drawn once, so the operator is one fixed matrix.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jaxhess
+        >>> loss = jaxhess.SoftmaxCrossEntropy(lambda w, inputs: inputs @ w)
+        >>> w, batch = jnp.log(jnp.array([[3.0, 1.0]])), (jnp.ones((2, 1)), jnp.array([0, 0]))
+        >>> F = jaxhess.MonteCarloFisher.draw(loss, w, [batch], key=jax.random.key(0), samples=1000)
+        >>> bool(jnp.allclose(F.to_matrix(), jaxhess.GaussNewton(loss, w, [batch]).to_matrix(), atol=0.05))
+        True
 
     Attributes:
         drawn: For every group of batches the targets, stacked.

@@ -35,6 +35,17 @@ class LossOperator(LinearOperator):
     Dividing once, by the count over all batches, makes it independent of how the data is cut into microbatches or
     padded. Matrix products run in full float32 where the parameters are float32 (no TF32).
 
+    Examples:
+        >>> import jax, jax.numpy as jnp, jaxhess
+        >>> def loss(params, batch):
+        ...     return jnp.mean((batch @ params["w"] + params["b"]) ** 2)
+        >>> H = jaxhess.Hessian(loss, {"b": jnp.ones(1), "w": jnp.ones(2)}, [jnp.eye(2)])
+        >>> H.dim, H.restrict("w").dim, H.in_dtype("bfloat16").shape_dtype["b"].dtype
+        (3, 2, dtype(bfloat16))
+        >>> value, gradient = jax.jit(type(H).value_and_gradient)(H)
+        >>> float(value), gradient["b"]
+        (4.0, Array([4.], dtype=float32))
+
     Attributes:
         loss: `loss(params, batch) -> (sum, count)`, twice differentiable in forward-over-reverse mode: no `custom_vjp`.
             The count is not negative and does not depend on the parameters.
@@ -237,7 +248,7 @@ def validate_loss(operator: LossOperator) -> dict[str, Any]:
         total, count, seen = total + sums.sum(), count + counts.sum(), seen + len(group)
     if count == 0:
         raise InputError("The count of the loss is 0 over all batches: no token or example has weight.")
-    return {"loss": total / count, "count": count}
+    return {"loss": float(total / count), "count": float(count)}
 
 
 @explain_non_finite.register

@@ -16,7 +16,13 @@ from jaxhess.vectors import Vector
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class MatrixOperator(LinearOperator):
-    """A dense symmetric matrix [n, n]; its vectors are arrays [n]."""
+    """A dense symmetric matrix [n, n]; its vectors are arrays [n].
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]])) @ jnp.array([1.0, 0.0])
+        Array([2., 1.], dtype=float32)
+    """
 
     matrix: jax.Array
 

@@ -16,7 +16,13 @@ from jaxhess.errors import InputError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Microbatches:
-    """Batches of one shape, stacked: every leaf of `stacked` has a leading axis that runs over them."""
+    """Batches of one shape, stacked: every leaf of `stacked` has a leading axis that runs over them.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> len(jaxhess.Microbatches({"inputs": jnp.zeros((3, 8, 2)), "targets": jnp.zeros((3, 8))}))
+        3
+    """
 
     stacked: Any
 

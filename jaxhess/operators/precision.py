@@ -13,7 +13,14 @@ from jaxhess.vectors import Vector, widen
 
 @functools.singledispatch
 def product_dtypes(operator: LinearOperator) -> tuple[str, ...]:
-    """The dtypes that products are computed in, by default those of the vectors."""
+    """The dtypes that products are computed in, by default those of the vectors.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.precision import product_dtypes
+        >>> product_dtypes(jaxhess.MatrixOperator(jnp.eye(2)) + jaxhess.MatrixOperator(jnp.eye(2, dtype=jnp.bfloat16)))
+        ('bfloat16', 'float32')
+    """
     found = parts(operator)
     if found:
         return tuple(sorted({dtype for part in found for dtype in product_dtypes(part)}))
@@ -25,6 +32,14 @@ def exact_operator(operator: LinearOperator, dtype: str) -> LinearOperator | Non
     """The operator that this one approximates, computed in `dtype`; None where there is no such thing.
 
     By default there is one for operators made of others that all have one.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.precision import exact_operator
+        >>> w, batches = jnp.ones(2, jnp.bfloat16), [jnp.ones(2)]
+        >>> D = jaxhess.FiniteDifferenceHessian(lambda w, x: jnp.sum(x * w**2), w, batches)
+        >>> exact_operator(D, "float32") @ jnp.ones(2)
+        Array([2., 2.], dtype=float32)
     """
     wide = [exact_operator(part, dtype) for part in parts(operator)]
     known = [part for part in wide if part is not None]

@@ -22,6 +22,16 @@ from jaxhess.plan.job import Job
 class Compiled:
     """Facts of the compiled Lanczos segment; bytes and operations are those of one device.
 
+    Examples:
+        >>> import jax, jaxhess
+        >>> from jaxhess import plan
+        >>> sizes = dict(embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8)
+        >>> config = jaxhess.DecoderConfig(vocab_size=10, max_positions=8, **sizes)
+        >>> job = plan.Job(config, seq_len=8, sequences=1, steps=2)
+        >>> found = plan.compiled(job, jaxhess.make_mesh("fsdp=1", jax.devices()[:1]))
+        >>> found.arguments > 0, sum(found.traffic.values())  # one device receives nothing
+        (True, 0)
+
     Attributes:
         arguments: Bytes of parameters, batch and Lanczos state.
         outputs: Bytes of the state, which takes the place of the one that came in.
@@ -42,6 +52,16 @@ class Compiled:
 
 def compiled(job: Job, mesh: Mesh | None = None) -> Compiled:
     """The job's program, compiled for this mesh (of simulated devices, as a rule) but never run.
+
+    Examples:
+        >>> import jax, jaxhess
+        >>> from jaxhess import plan
+        >>> sizes = dict(embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8)
+        >>> config = jaxhess.DecoderConfig(vocab_size=10, max_positions=8, **sizes)
+        >>> job = plan.Job(config, seq_len=8, sequences=1, steps=2)
+        >>> found = plan.compiled(job, jaxhess.make_mesh("fsdp=1", jax.devices()[:1]))
+        >>> 0.5 < found.flops / plan.flops(job) < 2
+        True
 
     Args:
         job: What to compile; no weight and no token of it exist.
@@ -69,7 +89,18 @@ def compiled(job: Job, mesh: Mesh | None = None) -> Compiled:
 
 
 def gradient_traffic(job: Job, mesh: Mesh) -> dict[str, float]:
-    """Bytes that one gradient of the job's loss receives on each device, through each kind of collective."""
+    """Bytes that one gradient of the job's loss receives on each device, through each kind of collective.
+
+    Examples:
+        >>> import jax, jaxhess
+        >>> from jaxhess import plan
+        >>> sizes = dict(embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8)
+        >>> config = jaxhess.DecoderConfig(vocab_size=10, max_positions=8, **sizes)
+        >>> job = plan.Job(config, seq_len=8, sequences=1, steps=2)
+        >>> received = plan.gradient_traffic(job, jaxhess.make_mesh("fsdp=1", jax.devices()[:1]))
+        >>> sum(received.values())
+        0
+    """
     return bytes_by_kind(collective_traffic(gradient.lower(job.operator(mesh)).compile()))
 
 

@@ -30,6 +30,14 @@ and its attention scores; or of a slice's logits and rows. Fitted to programs co
 class Memory:
     """Bytes on one device.
 
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> memory = plan.memory(job)
+        >>> memory.total == memory.arguments + memory.temporaries
+        True
+
     Attributes:
         theta: Parameters.
         vector: One Lanczos vector; a run holds two.
@@ -73,7 +81,16 @@ class Memory:
 
 
 def memory(job: Job) -> Memory:
-    """What the job takes on each device."""
+    """What the job takes on each device.
+
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> memory = plan.memory(job)
+        >>> memory.total > memory.theta + 2 * memory.vector  # the parameters and the last two Lanczos vectors
+        True
+    """
     sizes = _Sizes.of(job)
     params = jax.tree.leaves(job.params())
     state = job.state(job.shape)
@@ -108,6 +125,14 @@ def flops(job: Job) -> float:
     takes 11 (3 forward, 3 again, 5 backward, for the gradient itself is not formed), a gradient 4, finite differences
     two of these. The last product of a layer is not computed again, for nothing needs its result; attention scores are
     computed once more, where there is more than one chunk of queries.
+
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> import dataclasses
+        >>> 2 < plan.flops(job) / plan.flops(dataclasses.replace(job, seq_len=16)) < 3  # attention takes the square
+        True
     """
     config, sizes = job.config, _Sizes.of(job)
     chunks = -(-job.seq_len // config.query_chunk)
@@ -133,6 +158,14 @@ def traffic(job: Job) -> dict[str, float]:
     layer, either way: after attention and after the feed-forward, forward, backward, and the first of them again, each
     twice. `data`: the gradient's shares are summed; the two halves of an exact product's are added only after that, so
     that both are scattered.
+
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), axes={"fsdp": 4})
+        >>> received = plan.traffic(job)
+        >>> received["all-gather"] > received["reduce-scatter"] > received["all-reduce"] == 0
+        True
     """
     config, sizes = job.config, _Sizes.of(job)
     data, fsdp, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))

@@ -27,6 +27,13 @@ Product = Literal["exact", "finite-difference"]
 class Job:
     """A spectrum to compute, one probe at a time; fields are the options of `scripts/spectrum.py` of the same names.
 
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> job.devices, job.products, job.microbatches
+        (1, 120, 8)
+
     Attributes:
         config: The model; its `dtype` is what the weights are stored in.
         axes: Sizes of the mesh axes; those left out are 1.

@@ -27,6 +27,14 @@ measured; the times of a plan scale with it."""
 class Forecast:
     """What a job takes on one kind of hardware.
 
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> found = plan.forecast(job, "H100")
+        >>> found.fits, found.needed < found.usable < 80e9
+        (True, True)
+
     Attributes:
         needed, usable: Bytes on each device.
         host: Bytes of a server's own memory for the vectors kept there, and `host_present`, what it has.
@@ -48,6 +56,13 @@ class Forecast:
 
 def forecast(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Forecast:
     """The job on `hardware`, a name in `ACCELERATORS`, by the formulas.
+
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> plan.forecast(job, "H100").device_hours < 0.1
+        True
 
     Raises:
         ValueError: Unknown hardware, or one whose peak in the job's dtype is not known.
@@ -79,6 +94,17 @@ def changes(job: Job, hardware: str) -> list[tuple[str, Job]]:
     of re-orthogonalisation, of the weights), more devices.
     Where none of them is enough alone: microbatch, chunk of queries, re-orthogonalisation and dtypes at their smallest
     together, on as many devices as it takes. Empty where nothing up to 4,096 devices helps.
+
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> config = convert.read_config("scripts/tiny/config.json")
+        >>> job = plan.Job(config, seq_len=128, sequences=2**18, microbatch=2**16)
+        >>> plan.forecast(job, "H100").fits
+        False
+        >>> words, changed = plan.changes(job, "H100")[0]
+        >>> words, plan.forecast(changed, "H100").fits
+        ('--microbatch 8192', True)
     """
     device = accelerator(hardware)
 

@@ -52,9 +52,10 @@ class Section:
 def page(title: str, sections: Iterable[Section], notes: Iterable[str] = (), warnings: Iterable[str] = ()) -> str:
     """The HTML of a page: title, notes, warnings, sections. It needs no other file, and all text is escaped.
 
-    >>> html = page("Two < three", [Section("Numbers", [Table(("n", "n²"), [("2", "4"), ("3", "9")])])])
-    >>> "<title>Two &lt; three</title>" in html, "<td>9</td>" in html
-    (True, True)
+    Examples:
+        >>> html = page("Two < three", [Section("Numbers", [Table(("n", "n²"), [("2", "4"), ("3", "9")])])])
+        >>> "<title>Two &lt; three</title>" in html, "<td>9</td>" in html
+        (True, True)
     """
     return _template().render(title=title, sections=sections, notes=notes, warnings=warnings)
 

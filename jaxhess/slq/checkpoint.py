@@ -36,7 +36,19 @@ SAVE = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
 
 
 class Interrupted(RuntimeError):
-    """A run was stopped by SIGTERM and its state saved."""
+    """A run was stopped by SIGTERM and its state saved.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess, os, signal, tempfile
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.arange(1.0, 11.0)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     try:  # SIGTERM, as a scheduler sends it before it ends a job
+        ...         stop, saved = lambda _: os.kill(os.getpid(), signal.SIGTERM), jaxhess.Checkpoint(folder + "/run")
+        ...         jaxhess.spectrum(A, steps=4, probes=1, checkpoint=saved, callback=stop)
+        ...     except jaxhess.Interrupted as error:
+        ...         print(error)
+        stopped by SIGTERM after step 1 of probe 1; what was done is saved
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +58,16 @@ class Checkpoint:
     Each save is a directory of its own (Orbax), complete or not there at all; the one before it is removed afterwards.
     Killed at any moment, also during a save, a run goes on from the last one and ends, on the same mesh, in the same
     bits. (On GPUs that needs `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.)
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess, tempfile
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.arange(1.0, 11.0)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = jaxhess.Checkpoint(folder + "/unfinished", every=2, resume=True)
+        ...     result = jaxhess.spectrum(A, steps=4, probes=1, checkpoint=saved)
+        ...     saved.unfinished()  # until the result is saved elsewhere
+        ...     saved.remove()
+        True
 
     Attributes:
         folder: Directory of the saves; made if missing.

@@ -45,6 +45,14 @@ SEGMENT_SECONDS = 1.0
 class Progress(NamedTuple):
     """What a run has done so far.
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.arange(1.0, 11.0)))
+        >>> seen = []
+        >>> result = jaxhess.spectrum(A, steps=3, probes=2, callback=seen.append)
+        >>> seen[-1].step, seen[-1].together, seen[-1].probes
+        (3, 2, 2)
+
     Attributes:
         probe: The first of the probes that advance together now, counted from 0.
         together: How many these are.
@@ -78,6 +86,16 @@ def spectrum(
     info: dict[str, Any] | None = None,
 ) -> Spectrum:
     """The spectral distribution of `operator` by stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017, section 3).
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.arange(1.0, 101.0)))
+        >>> result = jaxhess.spectrum(A, steps=30, probes=4)
+        >>> round(result.extreme().largest.value, 1)
+        100.0
+        >>> low, high = result.trace().interval(0.999)
+        >>> low < 5050 < high
+        True
 
     Args:
         operator: Symmetric; `Hessian(loss, params, batches)` or any other.

@@ -52,6 +52,14 @@ Array = npt.NDArray[np.float64]
 class Spectrum:
     """Lanczos coefficients of every probe, each probe a unit vector uniform on the sphere.
 
+    Examples:
+        >>> import jaxhess
+        >>> result = jaxhess.Spectrum(alphas=[[2.0, 2.0]], betas=[[1.0, 0.0]], sizes=[2], dim=2)
+        >>> result.ritz_values.round(3), result.weights.round(3)
+        (array([[1., 3.]]), array([[0.5, 0.5]]))
+        >>> round(result.trace().value, 3)
+        4.0
+
     Attributes:
         alphas: [probes, steps] float64 diagonals of T; NaN beyond a probe's size.
         betas: [probes, steps] float64 norms after each step; NaN beyond a probe's size. The last one bounds residuals;
