@@ -47,7 +47,7 @@ def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> 
     Examples:
         >>> import jax.numpy as jnp, jaxhess
         >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 4.0])))
-        >>> state = jaxhess.start_lanczos(jnp.ones(3), steps=3)
+        >>> state = jaxhess.start_lanczos([jnp.ones(3)], steps=3)
         >>> for end in (2, 3):  # between segments a run saves itself, and shows how far it is
         ...     state = jaxhess.lanczos_segment(A, state, end)
         >>> round(float(state.alphas.sum()), 3)  # the trace, after as many steps as there are rows

@@ -26,11 +26,11 @@ class LanczosState:
     Examples:
         >>> import jax.numpy as jnp, jaxhess
         >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
-        >>> state = jaxhess.lanczos_segment(A, jaxhess.start_lanczos(jnp.array([1.0, 0.0]), steps=2), end=2)
+        >>> state = jaxhess.lanczos_segment(A, jaxhess.start_lanczos([jnp.array([1.0, 0.0])], steps=2), end=2)
         >>> state.alphas.round(3), state.betas.round(3)  # T is A, and the second step ends the Krylov space
-        (Array([2., 2.], dtype=float32), Array([1., 0.], dtype=float32))
-        >>> int(state.size), bool(state.broken)
-        (2, True)
+        (Array([[2., 2.]], dtype=float32), Array([[1., 0.]], dtype=float32))
+        >>> state.size, state.broken
+        (Array([2], dtype=int32), Array([ True], dtype=bool))
 
     Attributes:
         step: int32 scalar, products done.
@@ -78,9 +78,12 @@ def start_lanczos(probes: Iterable[Vector], steps: int, storage: Storage = Stora
 
     Examples:
         >>> import jax.numpy as jnp, jaxhess
-        >>> state = jaxhess.start_lanczos(jnp.array([1.0, 0.0]), steps=2)
-        >>> int(state.step), state.alphas.shape, state.current
-        (0, (2,), Array([1., 0.], dtype=float32))
+        >>> state = jaxhess.start_lanczos([jnp.array([2.0, 0.0]), jnp.array([0.0, 1.0])], steps=3)
+        >>> int(state.step), state.alphas.shape
+        (0, (2, 3))
+        >>> state.current  # of length one
+        Array([[1., 0.],
+               [0., 1.]], dtype=float32)
 
     Args:
         probes: Where the Krylov spaces start: nonzero vectors of floating point, `[probe]` for one run.

@@ -30,6 +30,13 @@ class Directions:
 class Noise:
     """How far an operator's products are from those of a symmetric, linear, exactly computed matrix.
 
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> noise = jaxhess.audit(A, reference=False)
+        >>> noise.nonlinearity < 1e-6, noise.reference, noise.relative_error
+        (True, 'none: not asked for', None)
+
     Attributes:
         asymmetry: |u'Hv - v'Hu| / |Hv|: of the order of the products' relative error where that is not symmetric.
         nonlinearity: |H(u - 2v) - (Hu - 2Hv)| / |H(u - 2v)|.

@@ -23,8 +23,10 @@ leading axis."""
 class Block:
     """The patterns and layers that were asked for: see `restriction`.
 
-    >>> print(Block(("mlp", "norm"), (0, 3)))
-    mlp norm in layers 0,3
+    Examples:
+        >>> from jaxhess.operators.restriction import Block
+        >>> print(Block(("mlp", "norm"), (0, 3)))
+        mlp norm in layers 0,3
     """
 
     patterns: tuple[str, ...] = ()

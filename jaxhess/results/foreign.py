@@ -93,6 +93,12 @@ def coefficients(ritz_values: npt.ArrayLike, weights: npt.ArrayLike) -> tuple[Ar
     By the rotations of Gragg and Harrod (1984), which lose no accuracy however small a weight is. Nodes without weight
     are left out and equal ones merged: no tridiagonal has them.
 
+    Examples:
+        >>> from jaxhess.results.foreign import coefficients
+        >>> alphas, betas = coefficients([1.0, 3.0], [0.5, 0.5])
+        >>> alphas.round(3), betas.round(3)
+        (array([2., 2.]), array([ 1., nan]))
+
     Raises:
         ValueError: The lists differ in length or are empty, a value is not finite, a weight is negative, or they do not
             sum to one within 1%.
@@ -127,6 +133,13 @@ def to_json(spectrum: Spectrum) -> str:
     """The spectrum as a JSON object: Ritz values, weights and bounds of every probe, coefficients, record, summary.
 
     null where a probe took fewer steps, or something is unknown.
+
+    Examples:
+        >>> import jaxhess, json
+        >>> from jaxhess.results.foreign import to_json
+        >>> result = jaxhess.Spectrum(alphas=[[2.0, 2.0]], betas=[[1.0, 0.0]], sizes=[2], dim=2)
+        >>> json.loads(to_json(result))["alphas"]
+        [[2.0, 2.0]]
     """
     names = ("ritz_values", "weights", "residual_bounds", "ghosts", "alphas", "betas", "sizes", "dim")
     fields = {name: json_ready(getattr(spectrum, name)) for name in names}
@@ -135,7 +148,15 @@ def to_json(spectrum: Spectrum) -> str:
 
 
 def to_csv(spectrum: Spectrum) -> str:
-    """One row per Ritz value: probe (from 0), ritz_value, weight, residual_bound (empty if unknown), ghost (0 or 1)."""
+    """One row per Ritz value: probe (from 0), ritz_value, weight, residual_bound (empty if unknown), ghost (0 or 1).
+
+    Examples:
+        >>> import jaxhess
+        >>> from jaxhess.results.foreign import to_csv
+        >>> result = jaxhess.Spectrum(alphas=[[2.0, 2.0]], betas=[[1.0, 0.0]], sizes=[2], dim=2)
+        >>> print(to_csv(result).splitlines()[0])
+        probe,ritz_value,weight,residual_bound,ghost
+    """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)

@@ -119,8 +119,10 @@ def warn_of_narrow_vectors(folder: Path, info: Mapping[str, Any], arrays: Mappin
 def block_of_old_text(text: str) -> Block:
     """The restriction that a run of an earlier version has in words: its patterns, `in layers`, its layers.
 
-    >>> block_of_old_text("attention norm in layers 0,3")
-    Block(patterns=('attention', 'norm'), layers=(0, 3))
+    Examples:
+        >>> from jaxhess.results.old_runs import block_of_old_text
+        >>> block_of_old_text("attention norm in layers 0,3")
+        Block(patterns=('attention', 'norm'), layers=(0, 3))
 
     Raises:
         InputError: The text is none of these.

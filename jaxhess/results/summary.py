@@ -11,7 +11,16 @@ from jaxhess.slq.spectrum import Spectrum
 
 
 def summary(spectrum: Spectrum) -> dict[str, Any]:
-    """Extremes, trace, norm and moments with their errors, counts and checks, JSON-ready: what is not known is None."""
+    """Extremes, trace, norm and moments with their errors, counts and checks, JSON-ready: what is not known is None.
+
+    Examples:
+        >>> import jaxhess
+        >>> from jaxhess.results.summary import summary
+        >>> result = jaxhess.Spectrum(alphas=[[2.0, 2.0]], betas=[[1.0, 0.0]], sizes=[2], dim=2)
+        >>> found = summary(result)
+        >>> found["dim"], found["num_probes"], round(found["trace"]["value"], 3)
+        (2, 1, 4.0)
+    """
     smallest, largest = spectrum.extreme()
     degree = spectrum.exact_degree
     moments = {str(k): spectrum.moment(k).to_dict() for k in range(1, 5) if degree is None or k <= degree}
@@ -43,6 +52,13 @@ def checks(spectrum: Spectrum) -> dict[str, float]:
     `second_moment`: sum w theta^2 = alpha_1^2 + beta_1^2, relative; only over probes of more than one step.
     Rounding leaves about 1e-15 times the number of steps; in the first moment also times the ratio of the largest
     to the root mean square eigenvalue. Anything above shows that T or its diagonalisation is broken.
+
+    Examples:
+        >>> import jaxhess
+        >>> from jaxhess.results.summary import checks
+        >>> result = jaxhess.Spectrum(alphas=[[2.0, 2.0]], betas=[[1.0, 0.0]], sizes=[2], dim=2)
+        >>> all(violation < 1e-12 for violation in checks(result).values())
+        True
     """
     theta, weights = np.nan_to_num(spectrum.ritz_values), spectrum.weights
     root = np.hypot(spectrum.alphas[:, 0], spectrum.betas[:, 0])

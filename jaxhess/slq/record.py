@@ -167,8 +167,12 @@ class FoundPairs:
 class RunRecord:
     """The record of a run.
 
-    >>> RunRecord(lanczos=Lanczos(storage=Storage(reorthogonalize="none"))).lanczos.storage.reorthogonalize
-    'none'
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> A = jaxhess.MatrixOperator(jnp.array([[2.0, 1.0], [1.0, 2.0]]))
+        >>> run = jaxhess.spectrum(A.shifted(1.0), steps=2, probes=1).run
+        >>> run.operator.kind, run.operator.details, run.lanczos.storage.reorthogonalize
+        ('ShiftedOperator', {'shift': 1.0}, 'full')
 
     Attributes:
         probes, lanczos: How the spectrum was made. Standard errors and ghosts depend on the distribution of the probes,
