@@ -104,7 +104,7 @@ class Options:
     eigenpair_tolerance: float = 1e-3
     """Residual bound, relative to the largest eigenvalue, at which an eigenpair has converged."""
     eigenpair_steps: int = 100
-    """The most Lanczos steps for the eigenpairs."""
+    """The most Lanczos steps for the eigenpairs. With `full` they go on from those of the last probes."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """Storage of the weights; by default the checkpoint's own."""
     compute_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
@@ -219,7 +219,7 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
     )
     if options.overwrite and not options.resume:
         checkpoint.remove()
-    with _Bar(console) as bar:
+    with _Bar(console, bool(options.eigenpairs) and options.storage.reorthogonalize == "full") as bar:
         result = jaxhess.spectrum(
             operator,
             steps=options.steps,
@@ -231,10 +231,11 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
             checkpoint=checkpoint if options.checkpoint_every else None,
             callback=bar.show,
         )
+        state = bar.last
     result = dataclasses.replace(result, run=dataclasses.replace(result.run, noise=noise, job=job))
     processes.on_first(lambda: _write(output, result))
     if options.eigenpairs:
-        result = with_eigenpairs(options, operator, result, output, console)
+        result = with_eigenpairs(options, operator, result, output, console, state)
         processes.on_first(lambda: _write(output, result))
     checkpoint.remove()
     if processes.index() == 0:
@@ -249,7 +250,12 @@ def _write(output: Output, result: jaxhess.Spectrum) -> None:
 
 
 def with_eigenpairs(
-    options: Options, operator: jaxhess.LinearOperator, result: jaxhess.Spectrum, output: Output, console: Console
+    options: Options,
+    operator: jaxhess.LinearOperator,
+    result: jaxhess.Spectrum,
+    output: Output,
+    console: Console,
+    state: jaxhess.LanczosState | None,
 ) -> jaxhess.Spectrum:
     """The spectrum with leading eigenvalues and their residuals in its record; eigenvectors go to the run folder."""
     pairs = jaxhess.leading_eigenpairs(
@@ -259,6 +265,7 @@ def with_eigenpairs(
         steps=options.eigenpair_steps,
         seed=options.seed,
         storage=options.storage,
+        state=state,
     )
     for value, residual, converged in zip(pairs.values, pairs.residuals, pairs.converged, strict=True):
         console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{'' if converged else ', not converged'})")
@@ -364,8 +371,10 @@ def _layers(text: str | None, count: int) -> list[int] | None:
 class _Bar:
     """Progress with the current extreme Ritz values and the time left; a line per probe where there is no terminal."""
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, console: Console, keep: bool):
+        """`keep`: the state after the last step, whose basis then serves the eigenpairs too, stays as `last`."""
+        self.console, self.keep = console, keep
+        self.last: jaxhess.LanczosState | None = None
         columns = ("[bold]{task.description}", BarColumn(), "{task.completed}/{task.total} products")
         texts = [c if not isinstance(c, str) else TextColumn(c) for c in columns]
         self.bar = Progress(
@@ -386,6 +395,8 @@ class _Bar:
         self.bar.stop()
 
     def show(self, progress: jaxhess.Progress) -> None:
+        if self.keep and progress.step == progress.steps and progress.probe + progress.together == progress.probes:
+            self.last = progress.state
         pairs = zip(progress.alphas, progress.betas, strict=True)
         theta = [quadrature(*pair).ritz_values for pair in pairs]
         extremes = f"{min(t[0] for t in theta):.4g} to {max(t[-1] for t in theta):.4g}"

@@ -23,7 +23,7 @@ from jaxhess.files.run_folder import read_arrays
 from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import lanczos_segment, lanczos_vectors
 from jaxhess.krylov.quadrature import Quadrature, quadrature
-from jaxhess.krylov.state import LanczosState, start_lanczos
+from jaxhess.krylov.state import LanczosState, extended, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator, compiled_mv
 from jaxhess.operators.facts import non_finite, validate
@@ -135,6 +135,7 @@ def leading_eigenpairs(
     steps: int = 100,
     seed: int = 0,
     storage: Storage = Storage(),
+    state: LanczosState | None = None,
     callback: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
 ) -> Eigenpairs:
     """The leading eigenpairs by Lanczos (Paige 1971; Parlett 1998, chapter 13), stopped when they have converged.
@@ -162,6 +163,9 @@ def leading_eigenpairs(
         seed: Of the starting vector, other than those of `spectrum`. A vector finds one direction of each eigenspace:
             of a multiple eigenvalue one eigenvector.
         storage: What is kept of the Lanczos vectors, and how.
+        state: Runs with this operator and "full" re-orthogonalisation, such as `Progress.state` of a spectrum's last
+            segment. Its first run takes the place of a new one, and goes on if its steps do not suffice; then `seed`
+            and `storage` do not matter. The state is used up: its buffers are freed.
         callback: Called on the host with the step, the wanted Ritz values so far, and their residual bounds.
 
     Returns:
@@ -169,23 +173,33 @@ def leading_eigenpairs(
         eigenvalues), or where without full re-orthogonalisation not so many could be told apart.
 
     Raises:
-        ValueError: `count` is below 1 or above the dimension or `steps`; an option is out of range.
+        InputError: `count` is below 1 or above the dimension or `steps`; an option is out of range; the state keeps no
+            basis of all vectors.
         FloatingPointError: A product is not finite.
     """
     _check(operator, count, which, tolerance, steps)
     storage.check_available()
     key = jax.random.fold_in(random_key(seed), 0xE16E)
     validate(operator)
-    probe = random_probe(key, operator.shape_dtype)
-    keeps_all = storage.reorthogonalize == "full"
-    state = start_lanczos([probe], steps, storage)
+    if state is None:
+        probe = random_probe(key, operator.shape_dtype)
+        keeps_all = storage.reorthogonalize == "full"
+        state = start_lanczos([probe], steps, storage)
+        if keeps_all:
+            del probe
+    elif state.reorthogonalize == "full":
+        keeps_all = True
+    else:
+        raise InputError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")
     rounding = unit_roundoff(operator, state.current)
-    if keeps_all:
-        del probe
-    done, ended = 0, False
+    looked_at, done, ended = 0, int(state.step), False
     while not ended:
-        done = min(done + CHECK_EVERY, steps)
-        state = lanczos_segment(operator, state, done)
+        if looked_at == done:  # not so in the beginning, for a state that has taken steps
+            if state.runs > 1 or state.alphas.shape[1] < steps:
+                state = extended(state, max(steps, done))
+            done = min(done + CHECK_EVERY, steps)
+            state = lanczos_segment(operator, state, done)
+        looked_at = done
         alphas, betas, errors = state.tridiagonal()
         size = len(alphas)
         if not np.isfinite(alphas + betas).all():
@@ -196,7 +210,7 @@ def leading_eigenpairs(
         converged = bounds <= tolerance * np.abs(nodes.ritz_values).max()
         if callback is not None:
             callback(size, nodes.ritz_values[chosen], bounds)
-        ended = bool(state.broken[0]) or done == steps or (len(chosen) == count and bool(converged.all()))
+        ended = bool(state.broken[0]) or done >= steps or (len(chosen) == count and bool(converged.all()))
         ended = processes.agreed(ended)  # each machine's LAPACK rounds in its own way
     limit = tolerance * float(np.abs(nodes.ritz_values).max())
     found = (nodes.ritz_values[chosen].tolist(), limit, _coefficients(alphas, betas, chosen).tolist())
@@ -204,10 +218,11 @@ def leading_eigenpairs(
     values, limit, coefficients = np.asarray(agreed[0]), agreed[1], np.asarray(agreed[2])
     coefficients = coefficients.reshape(-1, size)
     if keeps_all:
-        padded = np.zeros((len(values), steps))
+        padded = np.zeros((len(values), state.alphas.shape[1]))
         padded[:, :size] = coefficients
         vectors = lanczos_vectors(state, padded)
-        del state
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
     else:
         del state
         vectors = _second_pass(operator, start_lanczos([probe], steps, storage), coefficients)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.errors import InputError
-from jaxhess.krylov.basis import on_memory, stacked_sharding, write_row, zeros
+from jaxhess.krylov.basis import HOST, moved, on_memory, stacked_sharding, write_row, zeros
 from jaxhess.krylov.storage import Reorthogonalize, Storage
 from jaxhess.vectors import Vector, named_sharding, norm, scale
 
@@ -159,6 +159,50 @@ def abstract_lanczos(like: Vector, steps: int, storage: Storage = Storage(), run
         basis=basis,
         reorthogonalize=storage.reorthogonalize,
     )
+
+
+def extended(state: LanczosState, steps: int) -> LanczosState:
+    """The first run of a state with "full" re-orthogonalisation, with room for so many steps, at least its own.
+
+    The state is used up: its basis moves leaf by leaf, so that never more than one leaf is there twice.
+    """
+    before = state.alphas.shape[1]
+
+    def first(x: jax.Array, more: int = 0) -> jax.Array:
+        found = jnp.pad(x[:1], [(0, 0), (0, more)]) if more else x[:1]
+        return jax.device_put(found, x.sharding)
+
+    current = jax.tree.map(first, state.current)
+    leaves, treedef = jax.tree.flatten(state.basis)
+    basis = []
+    for old, q in zip(leaves, jax.tree.leaves(current), strict=True):
+        spare = int(old.sharding.memory_kind == HOST)
+        struct = jax.ShapeDtypeStruct((1, steps + spare, *old.shape[2:]), old.dtype, sharding=old.sharding)
+        basis.append(_mover(old.sharding, before)(zeros(struct), old, q, state.step))
+        jax.block_until_ready(basis[-1])
+        old.delete()
+    return dataclasses.replace(
+        state,
+        size=first(state.size),
+        broken=first(state.broken),
+        alphas=first(state.alphas, steps - before),
+        betas=first(state.betas, steps - before),
+        step_errors=first(state.step_errors, steps - before),
+        previous=jax.tree.map(first, state.previous),
+        current=current,
+        basis=jax.tree.unflatten(treedef, basis),
+    )
+
+
+@functools.cache
+def _mover(sharding: Any, rows: int) -> Any:
+    def move(new: jax.Array, old: jax.Array, q: jax.Array, step: jax.Array) -> jax.Array:
+        def one(new: jax.Array, old: jax.Array, q: jax.Array) -> jax.Array:
+            return write_row(moved(old, new, rows), step, q)  # the vector after the last step had no row
+
+        return over_runs(one, 1)(new, jax.lax.slice_in_dim(old, 0, 1), q)
+
+    return jax.jit(move, donate_argnums=0, out_shardings=sharding)
 
 
 def over_runs(f: Callable[..., Any], runs: int, in_axes: Any = 0, out_axes: Any = 0) -> Callable[..., Any]:

@@ -60,6 +60,8 @@ class Progress(NamedTuple):
         step, steps: Of these probes: done, and asked for.
         alphas, betas: Of each of them, [size] each.
         seconds: Since the run started, or was resumed.
+        state: Of the Lanczos runs. Its buffers are given to the next segment: only that after the last step of the last
+            probes may be kept, for `leading_eigenpairs`. While it is, its memory is.
     """
 
     probe: int
@@ -70,6 +72,7 @@ class Progress(NamedTuple):
     alphas: list[np.ndarray]
     betas: list[np.ndarray]
     seconds: float
+    state: LanczosState
 
 
 def spectrum(
@@ -316,7 +319,7 @@ class _Run:
         sizes = self.sizes[chosen]
         alphas, betas = ([row[:m] for row, m in zip(x[chosen], sizes, strict=True)] for x in (self.alphas, self.betas))
         step = int(state.step)
-        return Progress(chosen.start, len(sizes), self.probes, step, self.steps, alphas, betas, self.seconds)
+        return Progress(chosen.start, len(sizes), self.probes, step, self.steps, alphas, betas, self.seconds, state)
 
     def _save(self, saver: Saver, probe: int, state: LanczosState | None, must: bool) -> None:
         """Saves what the probes before this one gave, and the state of those that advance now.

@@ -7,7 +7,8 @@ import orbax.checkpoint as ocp
 import pytest
 from small_models import Diagonal
 
-from jaxhess import MatrixOperator, Storage, leading_eigenpairs
+from jaxhess import MatrixOperator, Storage, lanczos_segment, leading_eigenpairs, random_probe, spectrum, start_lanczos
+from jaxhess.krylov.quadrature import quadrature
 
 EIGENVALUES = np.concatenate([np.linspace(-1, 1, 195), [5.0, 8.0, 20.0, -6.0, -12.0]])
 BASIS = np.linalg.qr(np.random.default_rng(0).normal(size=(200, 200)))[0]
@@ -42,6 +43,44 @@ def test_a_run_stops_when_the_pairs_have_converged(operator):
     pairs = leading_eigenpairs(operator, 1, tolerance=1e-3, steps=100, callback=lambda *x: seen.append(x))
     assert pairs.steps == seen[-1][0] <= 15
     assert seen[-1][2][0] <= 1e-3 * 20 < (seen[-2][2][0] if len(seen) > 1 else np.inf)
+
+
+@pytest.mark.parametrize("storage", [Storage(), Storage(basis_memory="host"), Storage(basis_dtype="bfloat16")], ids=str)
+@pytest.mark.parametrize(("room", "probes"), [(60, 1), (60, 3), (4, 1), (4, 3)])
+def test_a_state_goes_on_and_gives_the_pairs_of_a_run_of_its_own(operator, storage, room, probes):
+    """4 steps do not suffice: more are taken. With the host's memory there is one run."""
+    drawn = [random_probe(jax.random.key(k), operator.shape_dtype) for k in range(probes)]
+    drawn = drawn[:1] if storage.basis_memory == "host" else drawn
+    state = lanczos_segment(operator, start_lanczos(drawn, room, storage), room)
+    steps, tolerance = [], 1e-4 if storage.basis_dtype is None else 1e-2  # combinations of rows in bfloat16
+    found = leading_eigenpairs(
+        operator, 2, tolerance=tolerance, steps=60, state=state, callback=lambda done, *_: steps.append(done)
+    )
+    whole = lanczos_segment(operator, start_lanczos(drawn[:1], 60, storage), found.steps)
+    assert steps[0] == room
+    assert steps == [60] if room == 60 else found.steps > room
+    np.testing.assert_allclose(quadrature(*whole.tridiagonal()).ritz_values[-1], found.values[0], rtol=1e-6)
+    assert found.converged.all()
+    np.testing.assert_allclose(found.values, [20, -12], rtol=2 * tolerance)
+    dense, vectors = np.asarray(operator.matrix, np.float64), np.asarray(found.vectors, np.float64)
+    true = np.linalg.norm(vectors @ dense - found.values[:, None] * vectors, axis=1)
+    np.testing.assert_allclose(found.residuals, true, atol=2e-6 * 20)
+
+
+def test_a_spectrum_hands_out_its_last_state(operator):
+    seen = []
+    spectrum(operator, steps=40, probes=2, callback=seen.append)
+    products = []
+    found = leading_eigenpairs(operator, 2, steps=40, state=seen[-1].state, callback=lambda *x: products.append(x))
+    assert len(products) == 1  # no step more
+    np.testing.assert_allclose(found.values, [20, -12], rtol=1e-3)
+    assert found.converged.all()
+
+
+def test_a_state_without_all_vectors_is_refused(operator):
+    probe = random_probe(jax.random.key(0), operator.shape_dtype)
+    with pytest.raises(ValueError, match="does not keep all Lanczos vectors"):
+        leading_eigenpairs(operator, 2, state=start_lanczos([probe], 20, Storage(4)))
 
 
 def test_what_has_not_converged_is_said(operator):
