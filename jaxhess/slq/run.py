@@ -25,15 +25,7 @@ from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validate
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
-from jaxhess.slq.record import (
-    Lanczos,
-    Probes,
-    Program,
-    ProgramMemory,
-    RunRecord,
-    inputs_record,
-    operator_record,
-)
+from jaxhess.slq.record import Lanczos, Probes, Program, ProgramMemory, RunRecord, inputs_record, operator_record
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.vectors import Distribution, Vector, random_key, random_probe
 

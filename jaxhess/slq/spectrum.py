@@ -353,10 +353,8 @@ class Spectrum:
     @functools.cached_property
     def _ghosts(self) -> list[Ghosts]:
         settled = independent(self.run.lanczos.reorthogonalize, self.run.lanczos.orthogonality, self.sizes)
-        return [
-            unflagged(nodes) if known else classify(nodes, self.run.rounding)
-            for nodes, known in zip(self._quadratures, settled, strict=True)
-        ]
+        rows = zip(self._quadratures, settled, strict=True)
+        return [unflagged(nodes) if known else classify(nodes, self.run.rounding) for nodes, known in rows]
 
     def _padded(self, field: int, fill: float) -> Array:
         rows = np.full(self.alphas.shape, fill)

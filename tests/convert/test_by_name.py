@@ -18,7 +18,7 @@ from jaxhess.operators.restriction import restriction
 from jaxhess.slq.job import Job, Model
 from jaxhess.slq.record import FoundPairs, OperatorRecord, RunRecord
 from scripts import export as script
-from scripts import torch_reference
+from scripts.validation import torch_reference
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
