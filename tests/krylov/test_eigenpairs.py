@@ -8,6 +8,7 @@ import pytest
 from small_models import Diagonal
 
 from jaxhess import MatrixOperator, Storage, leading_eigenpairs
+from jaxhess.errors import InputError
 
 EIGENVALUES = np.concatenate([np.linspace(-1, 1, 195), [5.0, 8.0, 20.0, -6.0, -12.0]])
 BASIS = np.linalg.qr(np.random.default_rng(0).normal(size=(200, 200)))[0]
@@ -77,7 +78,7 @@ def test_vectors_are_trees_like_the_operators_and_are_saved(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.restore(tmp_path / "pairs" / "vectors")
     np.testing.assert_array_equal(stored["layers/kernel"], pairs.vectors["layers"]["kernel"])
-    with pytest.raises(FileExistsError, match="overwrite=True"):
+    with pytest.raises(InputError, match="overwrite=True"):
         pairs.save(tmp_path / "pairs")
     pairs.save(tmp_path / "pairs", overwrite=True)
 
