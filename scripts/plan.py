@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import spectrum  # beside this file
+import run_options  # beside this file
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +29,7 @@ from jaxhess.plan.hardware import ACCELERATORS
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(spectrum.Options):
+class Options(run_options.Options):
     """The options of `scripts/spectrum.py`, and four more. `--model` may also be a config.json; what a plan does not
     depend on (--data, --out, --seed and others) is ignored."""
 

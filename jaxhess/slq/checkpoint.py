@@ -157,7 +157,6 @@ class Saver:
         """
         import orbax.checkpoint as ocp
 
-        checkpoint.check()
         self.every = checkpoint.every
         self.folder = folder = Path(checkpoint.folder).absolute()
         self._saved: dict[str, Any] = {}

@@ -74,7 +74,7 @@ def test_errors_are_one_sentence(arguments, message, capsys):
 
 
 def test_a_plan_becomes_a_run_by_one_word():
-    run_fields = {field.name for field in script.dataclasses.fields(script.spectrum.Options)}
+    run_fields = {field.name for field in script.dataclasses.fields(script.run_options.Options)}
     assert run_fields < {field.name for field in script.dataclasses.fields(script.Options)}
     assert read("python scripts/plan.py").model == str(TINY)
 
