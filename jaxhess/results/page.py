@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -49,6 +50,11 @@ class Section:
     parts: Sequence[str | Table | Picture]
 
 
+def facts(values: Mapping[str, Any], title: str = "") -> Table:
+    """A table of names and values; those of nested dictionaries are named with dots, unknown ones left out."""
+    return Table(("name", "value"), list(_flat(values)), title)
+
+
 def page(title: str, sections: Iterable[Section], notes: Iterable[str] = (), warnings: Iterable[str] = ()) -> str:
     """The HTML of a page: title, notes, warnings, sections. It needs no other file, and all text is escaped.
 
@@ -58,6 +64,17 @@ def page(title: str, sections: Iterable[Section], notes: Iterable[str] = (), war
         (True, True)
     """
     return _template().render(title=title, sections=sections, notes=notes, warnings=warnings)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[Sequence[str]]:
+    """Names and values, without what is not known."""
+    for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value not in (None, []):
+            yield prefix + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @functools.cache

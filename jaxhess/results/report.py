@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from jaxhess.krylov.errors import Estimate
 from jaxhess.krylov.ghosts import relative_tolerance
 from jaxhess.operators.audit import Noise
 from jaxhess.results.figures import CENTRAL_MASS, density_figure, distribution_figure, png, stem_figure
-from jaxhess.results.page import Picture, Section, Table, page
+from jaxhess.results.page import Picture, Section, Table, facts, page
 from jaxhess.results.summary import checks
 from jaxhess.slq.extremes import Extreme
 from jaxhess.slq.record import FoundPairs, RunRecord
@@ -289,19 +288,8 @@ def _record(run: RunRecord, info: dict[str, Any]) -> Iterator[Table]:
     del parts["noise"], parts["eigenpairs"]  # they have sections of their own
     plain = {name: value for name, value in parts.items() if not isinstance(value, dict)}
     for title, values in ({"run": plain} | {n: v for n, v in parts.items() if isinstance(v, dict)}).items():
-        if rows := list(_flat(values)):
-            yield Table(("name", "value"), rows, title)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[Sequence[str]]:
-    """Names and values, without what is not known."""
-    for key, value in values.items():
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            value = {str(number): item for number, item in enumerate(value)}
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value not in (None, []):
-            yield prefix + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if (table := facts(values, title)).rows:
+            yield table
 
 
 def _number(x: float, digits: int) -> str:

@@ -1,230 +1,264 @@
 """What re-orthogonalisation buys: ghosts, extreme eigenvalues and spectra without it, in part and in full, by steps.
 
+    python -m scripts.studies.ghosts
+
 With no options: the small GPT-NeoX model and the text in scripts/tiny, four minutes on two cores. Every variant starts
-from the same probe.
+from the same probe. The reference is full re-orthogonalisation of float64 vectors, over the same products.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import wasserstein_distance
 
-import convert
 import jaxhess
-from convert.text import load_blocks
-from jaxhess.command import one_sentence, terminal
 from jaxhess.distributed.memory import bytes_per_device
 from jaxhess.errors import InputError
-from jaxhess.files.output import Output
-from jaxhess.files.run_folder import json_ready
 from jaxhess.krylov import compile_segment, lanczos_segment, orthogonality_loss, start_lanczos
 from jaxhess.krylov.ghosts import classify, independent, unflagged
 from jaxhess.krylov.quadrature import Quadrature, quadrature
-from jaxhess.krylov.storage import Storage
+from jaxhess.krylov.storage import Reorthogonalize, Storage
 from jaxhess.operators.facts import validate
 from jaxhess.operators.precision import unit_roundoff
-from jaxhess.results.figures import png
+from jaxhess.results.page import Table
+from jaxhess.results.study import Claim, Range, Study
 from jaxhess.vectors import random_key
+from scripts.studies.harness import FOUNDATION, HESSFORMER, ModelOptions, command, picture
 
-TINY = Path(__file__).parent / "tiny"
-RECORD, PLOT = "ghosts.json", "ghosts.png"
+NAME = "ghosts"
+NOTE = """Errors of the extreme Ritz values are relative; W1 is the Wasserstein-1 distance in mean |eigenvalue|; both
+against float64 vectors with full re-orthogonalisation. |Q'Q − I| is over the stored vectors. Dotted: how far the
+reference is from itself with one step fewer."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The reference is full re-orthogonalisation of vectors and scalars in float64, over the same products."""
+class Options(ModelOptions):
+    """The model, its text, and how far."""
 
-    model: str = str(TINY)
-    """Hugging Face checkpoint directory, directory made by `python -m convert`, or hub id."""
-    data: str = str(TINY / "sample.txt")
-    """Text file, folder of text, .npy/.npz of tokens, `random`, or hub:NAME[@CONFIG][:SPLIT[:COLUMN]]."""
-    seq_len: int = 64
-    """Predicted tokens per sequence."""
-    sequences: int = 2
-    """Sequences taken from the start of the data."""
-    microbatch: int = 2
-    """Sequences whose activations exist at once."""
     steps: tuple[int, ...] = (10, 20, 40, 80)
     """Step counts to look at; the runs take the largest of them."""
     windows: tuple[int, ...] = (4, 16)
     """Sizes of the sliding window."""
-    seed: int = 0
-    """Of the probe."""
-    mesh: str | None = None
-    """Device mesh, for example fsdp=8; by default fsdp over all devices."""
-    out: Path | None = None
-    """Folder for table, plots and JSON; by default runs/<date>-ghosts."""
-    overwrite: bool = False
-    """Replace a finished study in that folder; files that no such command wrote are never replaced."""
+    narrow: bool = True
+    """Also with basis and vectors in bfloat16."""
+
+    def variants(self) -> dict[str, Storage]:
+        """What is compared, the reference first."""
+        found = {
+            "reference": Storage("full", vector_dtype="float64", scalar_dtype="float64"),
+            "none": Storage("none"),
+            **{f"window {r}": Storage(r) for r in self.windows},
+            "full": Storage("full"),
+        }
+        if self.narrow:
+            kinds: tuple[Reorthogonalize, ...] = ("none", *self.windows[-1:], "full")
+            found |= {"full, bf16 basis": Storage("full", basis_dtype="bfloat16")}
+            found |= {f"{kind}, bf16 vectors": Storage(kind, vector_dtype="bfloat16") for kind in kinds}
+        return found
+
+
+SMALL = Options(seq_len=16, mesh="fsdp=1", steps=(10, 40), windows=(8,), narrow=False)
+
+
+class AfterSteps(NamedTuple):
+    """What a run has after so many steps, beside the reference.
+
+    Attributes:
+        steps: How many.
+        ghosts: Ritz values flagged as copies or spurious.
+        largest, smallest: Errors of the extreme Ritz values, relative to the reference's after all steps.
+        distance: Wasserstein-1 distance to the reference after the same steps, in mean |eigenvalue|.
+        one_step_fewer: The same of the reference to itself without the last step: what the number of nodes does.
+    """
+
+    steps: int
+    ghosts: int
+    largest: float
+    smallest: float
+    distance: float
+    one_step_fewer: float
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-    """One way to store and re-orthogonalise."""
+class Run:
+    """A Lanczos run: its tridiagonal, loss of orthogonality, time and memory (vectors held, in parameters' size)."""
 
     name: str
     storage: Storage
+    alphas: np.ndarray
+    betas: np.ndarray
+    step_errors: np.ndarray
+    orthogonality_loss: float
+    rounding: float
+    seconds_per_step: float
+    stored_vectors: float
+    temporary_bytes: int | None
+
+    def quadrature(self, steps: int) -> Quadrature:
+        """Ritz values and weights after so many steps."""
+        return quadrature(self.alphas[:steps], self.betas[:steps], self.step_errors[:steps])
+
+    def after(self, steps: int, reference: Run) -> AfterSteps:
+        """Beside the reference, which has taken as many steps or more."""
+        nodes, exact = self.quadrature(steps), reference.quadrature(steps)
+        truth = reference.quadrature(reference.alphas.size).ritz_values
+        measured = None if math.isnan(self.orthogonality_loss) else (self.orthogonality_loss,)
+        orthogonal = bool(independent(self.storage.reorthogonalize, measured, np.array([steps]))[0])
+        ghosts = (unflagged(nodes) if orthogonal else classify(nodes, self.rounding)).flags
+        return AfterSteps(
+            steps,
+            int(ghosts.sum()),
+            abs(nodes.ritz_values[-1] / truth[-1] - 1),
+            abs(nodes.ritz_values[0] / truth[0] - 1),
+            distance(nodes, exact),
+            distance(reference.quadrature(steps - 1), exact),
+        )
 
 
-def variants(options: Options) -> list[Variant]:
-    """What is compared, the reference first."""
-    return [
-        Variant("reference", Storage(vector_dtype="float64", scalar_dtype="float64")),
-        Variant("none", Storage("none")),
-        *(Variant(f"window {r}", Storage(r)) for r in options.windows),
-        Variant("full", Storage()),
-        Variant("full, bf16 basis", Storage(basis_dtype="bfloat16")),
-        Variant("none, bf16 vectors", Storage("none", "bfloat16")),
-        *(Variant(f"{r}, bf16 vectors", Storage(r, "bfloat16")) for r in options.windows[-1:]),
-        Variant("full, bf16 vectors", Storage(vector_dtype="bfloat16")),
-    ]
-
-
-def run(options: Options) -> dict[str, Any]:
-    """The whole study; returns what it also saved."""
-    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-ghosts"
-    with Output(out, (RECORD, PLOT), options.overwrite) as output:
-        return study(options, output)
-
-
-def study(options: Options, output: Output) -> dict[str, Any]:
-    """The study, in a folder that no other writes into."""
+def study(options: Options) -> Study:
+    """All variants."""
     if not options.steps or min(options.steps) < 2 or any(r < 2 for r in options.windows):
         raise InputError(f"--steps {options.steps} and --windows {options.windows}: each must be at least 2.")
-    config = convert.load_config(options.model, "float32")
-    config.check_length(options.seq_len)
-    console, began = terminal(), time.perf_counter()
-    mesh = jaxhess.make_mesh(options.mesh)
-    blocks = load_blocks(
-        options.data,
-        options.model,
-        seq_len=options.seq_len,
-        vocab_size=config.vocab_size,
-        sequences=options.sequences,
-        seed=options.seed,
+    blocks = options.blocks()
+    with jax.enable_x64(True):
+        hessian = options.hessian(blocks, "float32")
+        validate(hessian)
+        runs = [
+            lanczos(name, storage, hessian, max(options.steps), options.seed)
+            for name, storage in options.variants().items()
+        ]
+    found = {run.name: [run.after(steps, runs[0]) for steps in sorted(options.steps)] for run in runs}
+    return Study(
+        "Lanczos with and without re-orthogonalisation",
+        tuple(claims(found, options.described(hessian))),
+        (table(runs, found),),
+        (picture(NAME, figure(found), NOTE),),
+        {
+            "parameters": hessian.dim,
+            "data_fingerprint": blocks.fingerprint(),
+            "runs": [dataclasses.asdict(run) for run in runs],
+            "after_steps": {name: [row._asdict() for row in rows] for name, rows in found.items()},
+        },
     )
-    jax.config.update("jax_enable_x64", True)
-    model = convert.load(options.model, mesh=mesh, dtype="float32")
-    batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
-    hessian = jaxhess.Hessian(model.loss(), model.params, batches)
-    validate(hessian)
-    results = []
-    for variant in variants(options):
-        found = measure(variant, hessian, max(options.steps), options.seed)
-        results.append(found)
-        console.print(f"{variant.name}: {found['seconds_per_step']:.2f} s per step", style="dim")
-    record = {
-        "options": dataclasses.asdict(options),
-        "parameters": model.num_params,
-        "data_fingerprint": blocks.fingerprint(),
-        "variants": [compared(found, results[0], options.steps) for found in results],
-        "seconds": time.perf_counter() - began,
-    }
-    text = json.dumps(json_ready(record), indent=1, allow_nan=False) + "\n"
-    output.write({PLOT: png(plot(record)), RECORD: text.encode()})
-    print_table(console, record)
-    console.print(f"written to {output.folder} in {record['seconds']:.0f} s")
-    return record
 
 
-def measure(variant: Variant, operator: jaxhess.LinearOperator, steps: int, seed: int) -> dict[str, Any]:
-    """One run: its tridiagonal, loss of orthogonality, time and memory."""
-    probe = jaxhess.random_probe(random_key(seed), operator.shape_dtype)
-    state = start_lanczos([probe], steps, variant.storage)
+def claims(found: dict[str, list[AfterSteps]], model: str) -> Iterator[Claim]:
+    """What the papers say of Lanczos without re-orthogonalisation, in part, and in bfloat16, after all steps.
+
+    The error of an extreme value, and of a distance, is that of full re-orthogonalisation in float32.
+    """
+    none, full = (found[name][-1] for name in ("none", "full"))
+    narrow = found["full, bf16 vectors"][-1] if "full, bf16 vectors" in found else None
+    window = next((rows[-1] for name, rows in reversed(found.items()) if name.startswith("window")), None)
+    figures, fewer = "Section 3.2, Figures 3(c) and 3(d)", none.one_step_fewer
+    extremes = "larger relative error of the extreme Ritz values"
+    # fmt: off
+    rows: list[tuple[str, str, str, str, str, Range, float | None, float]] = [
+        (HESSFORMER, figures, "Without orthogonalisation ghost eigenvalues appear.", "multiple ghosts",
+         "ghosts without it, less those with full", (1, None), none.ghosts - full.ghosts, 0.0),
+        (HESSFORMER, figures, "Without orthogonalisation the spectral support is kept.", "the same support",
+         extremes, (None, 0.01), max(none[2:4]), max(full[2:4])),
+        (HESSFORMER, figures, "Without orthogonalisation the shape of the bulk is kept.", "the same shape",
+         "Wasserstein-1 distance from full, in that of one step fewer", (None, 1), none.distance / fewer,
+         full.distance / fewer),
+        (FOUNDATION, "Design tradeoffs, Reorthogonalization", "Re-orthogonalisation is essential for outliers.",
+         "essential", "relative error of the largest Ritz value without it", (0.01, None), none.largest, full.largest),
+        (FOUNDATION, "Method Summary; Mechanism 2, break condition", "A sliding window controls ghosts.", "control",
+         "ghosts with the largest window over those without", (None, 0.1),
+         window.ghosts / none.ghosts if window and none.ghosts else None, 0.0),
+        (FOUNDATION, "Design tradeoffs, Precision", "Vectors in bfloat16 leave the spectrum nearly as it is.",
+         "minimal spectral deviation", f"{extremes}, re-orthogonalised in full", (None, 0.01),
+         max(narrow[2:4]) if narrow else None, max(full[2:4])),
+    ]
+    # fmt: on
+    for *row, holds, ours, error in rows:
+        source, place, statement, paper, quantity = row
+        yield Claim(source, place, statement, paper, f"{quantity}, after {none.steps} steps", holds, ours, error, model)
+
+
+def lanczos(name: str, storage: Storage, operator: jaxhess.LinearOperator, steps: int, seed: int) -> Run:
+    """One run over the operator, from the probe of this seed."""
+    state = start_lanczos([jaxhess.random_probe(random_key(seed), operator.shape_dtype)], steps, storage)
     memory = compile_segment(operator, state).memory_analysis()
-    kept = {"vectors": (state.previous, state.current), "basis": state.basis}
-    held = {name: bytes_per_device(jax.tree.leaves(x)) for name, x in kept.items()}
-    one = bytes_per_device(jax.tree.leaves(operator.shape_dtype))
+    held = sum(bytes_per_device(jax.tree.leaves(x)) for x in ((state.previous, state.current), state.basis))
     state = jax.block_until_ready(lanczos_segment(operator, state, 1))  # compiles what is not yet
     began = time.perf_counter()
     state = jax.block_until_ready(lanczos_segment(operator, state, steps))
     seconds = (time.perf_counter() - began) / max(steps - 1, 1)
-    alphas, betas, errors = state.tridiagonal()
-    return {
-        "name": variant.name,
-        **dataclasses.asdict(variant.storage),
-        "alphas": alphas,
-        "betas": betas,
-        "step_errors": errors,
-        "orthogonality_loss": float(orthogonality_loss(state)[0]),
-        "seconds_per_step": seconds,
-        "stored_vectors": sum(held.values()) / one,
-        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
-        "rounding": unit_roundoff(operator, state.current),
-    }
+    alphas, betas, step_errors = state.tridiagonal()
+    return Run(
+        name,
+        storage,
+        alphas,
+        betas,
+        step_errors,
+        float(orthogonality_loss(state)[0]),
+        unit_roundoff(operator, state.current),
+        seconds,
+        held / bytes_per_device(jax.tree.leaves(operator.shape_dtype)),
+        memory.temp_size_in_bytes if memory else None,
+    )
 
 
-def compared(found: dict[str, Any], reference: dict[str, Any], steps: tuple[int, ...]) -> dict[str, Any]:
-    """The run with ghosts, errors of the extremes and distances to the reference after each number of steps.
-
-    `one_step_fewer` is the reference's own distance to itself without the last step: what the number of nodes does.
-    """
-    rows = []
-    truth = _quadrature(reference, max(steps)).ritz_values
-    for k in sorted(steps):
-        nodes, exact = (_quadrature(r, k) for r in (found, reference))
-        measured = None if np.isnan(found["orthogonality_loss"]) else (found["orthogonality_loss"],)
-        orthogonal = bool(independent(found["reorthogonalize"], measured, np.array([k]))[0])
-        ghosts = (unflagged(nodes) if orthogonal else classify(nodes, found["rounding"])).flags
-        rows.append(
-            {
-                "steps": k,
-                "ghosts": int(ghosts.sum()),
-                "largest_error": abs(nodes.ritz_values[-1] / truth[-1] - 1),
-                "smallest_error": abs(nodes.ritz_values[0] / truth[0] - 1),
-                "wasserstein_1": _distance(nodes, exact),
-                "one_step_fewer": _distance(_quadrature(reference, k - 1), exact),
-            }
-        )
-    return {**found, "by_steps": rows}
-
-
-def _quadrature(run: dict[str, Any], steps: int) -> Quadrature:
-    return quadrature(*(run[name][:steps] for name in ("alphas", "betas", "step_errors")))
-
-
-def _distance(a: Quadrature, b: Quadrature) -> float:
+def distance(a: Quadrature, b: Quadrature) -> float:
     """Wasserstein-1 distance of two spectra, in mean |eigenvalue| of the second."""
-    distance = wasserstein_distance(a.ritz_values, b.ritz_values, a.weights, b.weights)
-    return float(distance / (b.weights @ np.abs(b.ritz_values)))
+    apart = wasserstein_distance(a.ritz_values, b.ritz_values, a.weights, b.weights)
+    return float(apart / (b.weights @ np.abs(b.ritz_values)))
+
+
+def table(runs: list[Run], found: dict[str, list[AfterSteps]]) -> Table:
+    """Every variant after the largest number of steps."""
+    rows = []
+    for run in runs:
+        last = found[run.name][-1]
+        loss, temporaries = run.orthogonality_loss, run.temporary_bytes
+        rows.append(
+            (
+                run.name,
+                str(last.ghosts),
+                *(f"{x:.0e}" for x in (last.largest, last.smallest, last.distance)),
+                "" if math.isnan(loss) else f"{loss:.0e}",
+                f"{run.stored_vectors:.3g}",
+                "" if temporaries is None else f"{temporaries / 1e6:.0f}",
+                f"{run.seconds_per_step:.2f}",
+            )
+        )
+    head = ("", "ghosts", "largest", "smallest", "W1", "|Q'Q − I|", "vectors held", "temporaries, MB", "s per step")
+    return Table(
+        head, rows, f"After {last.steps} steps (W1 of the reference with one fewer: {last.one_step_fewer:.0e})"
+    )
 
 
 COLORS = ("#1b2a41", "#c8553d", "#e09f3e", "#b08968", "#588157", "#2f6fb3", "#5fa8d3", "#8d5a97", "#6c757d", "#d4a5a5")
 
 
-def plot(record: dict[str, Any]) -> Figure:
+def figure(found: dict[str, list[AfterSteps]]) -> Figure:
     """Ghosts, errors of the extremes, distance, each against the number of steps."""
-    figure = Figure(figsize=(13, 9), dpi=130, layout="constrained", facecolor="white")
-    panels = figure.subplots(2, 2)
+    drawn = Figure(figsize=(13, 9), dpi=130, layout="constrained", facecolor="white")
+    panels = drawn.subplots(2, 2)
     titles = {
         "ghosts": "Ritz values flagged as ghosts",
-        "wasserstein_1": "Wasserstein-1 distance to the reference, in mean |eigenvalue|",
-        "largest_error": "error of the largest Ritz value, relative to the reference's last",
-        "smallest_error": "error of the smallest Ritz value, relative to the reference's last",
+        "distance": "Wasserstein-1 distance to the reference, in mean |eigenvalue|",
+        "largest": "error of the largest Ritz value, relative to the reference's last",
+        "smallest": "error of the smallest Ritz value, relative to the reference's last",
     }
     for panel, (key, title) in zip(panels.flat, titles.items(), strict=True):
-        for color, found in zip(COLORS, record["variants"], strict=False):
-            rows = found["by_steps"]
-            values = [row[key] if key == "ghosts" else max(row[key], 1e-16) for row in rows]
-            if key == "wasserstein_1" and found["name"] == "reference":
+        for color, (name, rows) in zip(COLORS, found.items(), strict=False):
+            steps, values = [row.steps for row in rows], [getattr(row, key) for row in rows]
+            dashes = "--" if "bf16" in name else "-"
+            if (key, name) == ("distance", "reference"):
+                panel.plot(steps, [row.one_step_fewer for row in rows], "k:", label="reference, one step fewer")
                 continue
-            dashes = "--" if "bf16" in found["name"] else "-"
-            panel.plot([r["steps"] for r in rows], values, "o", ls=dashes, ms=4, color=color, label=found["name"])
-        if key == "wasserstein_1":
-            rows = record["variants"][0]["by_steps"]
-            fewer = [row["one_step_fewer"] for row in rows]
-            panel.plot([r["steps"] for r in rows], fewer, "k:", label="reference, one step fewer")
+            floor = values if key == "ghosts" else np.maximum(values, 1e-16)
+            panel.plot(steps, floor, "o", ls=dashes, ms=4, color=color, label=name)
         panel.set_yscale("symlog" if key == "ghosts" else "log")
         panel.set_ylim(bottom=-0.5 if key == "ghosts" else 1e-16)
         panel.set_title(title, fontsize=11)
@@ -232,44 +266,13 @@ def plot(record: dict[str, Any]) -> Figure:
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
     shown = {name: line for panel in panels.flat for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
-    figure.suptitle(f"Lanczos with and without re-orthogonalisation, {record['parameters']:,} parameters", fontsize=12)
-    return figure
-
-
-def print_table(console: Console, record: dict[str, Any]) -> None:
-    """Every variant after the largest number of steps."""
-    last = max(record["options"]["steps"])
-    table = Table(title=f"After {last} steps", box=None, padding=(0, 0, 0, 1))
-    for heading in ("", "ghosts", "largest", "smallest", "W1", "|Q'Q-I|", "vectors", "MB", "s/step"):
-        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    for found in record["variants"]:
-        row = found["by_steps"][-1]
-        loss, temporaries = found["orthogonality_loss"], found["temporary_bytes"]
-        table.add_row(
-            found["name"],
-            str(row["ghosts"]),
-            *(f"{row[key]:.0e}" for key in ("largest_error", "smallest_error", "wasserstein_1")),
-            "" if np.isnan(loss) else f"{loss:.0e}",
-            f"{found['stored_vectors']:.3g}",
-            "" if temporaries is None else f"{temporaries / 1e6:.0f}",
-            f"{found['seconds_per_step']:.2f}",
-        )
-    console.print(table)
-    fewer = record["variants"][0]["by_steps"][-1]["one_step_fewer"]
-    console.print(f"W1 of the reference after {last - 1} steps from the reference after {last}: {fewer:.0e}.")
-    console.print(
-        "Errors of the extreme Ritz values are relative; W1 is in mean |eigenvalue|; both against float64 vectors with "
-        "full re-orthogonalisation. |Q'Q-I| is over the stored vectors. Vectors are those held, in parameters' size; "
-        "MB are temporaries of the program (a CPU widens a bf16 basis)."
-    )
+    drawn.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    return drawn
 
 
 def main() -> None:
     """Reads the options and runs."""
-    options = tyro.cli(Options, description=__doc__)
-    with one_sentence():
-        run(options)
+    command(NAME, study, Options, __doc__)
 
 
 if __name__ == "__main__":

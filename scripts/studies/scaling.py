@@ -1,6 +1,8 @@
 """How the cost of one Hessian product grows: time, FLOPs, memory and traffic against tokens, layers, width, sequence
 length and devices, on simulated devices; the exponents; the second paper's runtime law and its FSDP overhead.
 
+    python -m scripts.studies.scaling
+
 Processor time is what is measured and fitted: simulated devices share the machine's cores, so that it is the work of
 all of them together, and other work on the machine does not count. The first run of every program is not timed.
 """
@@ -8,40 +10,39 @@ all of them together, and other work on the machine does not count. The first ru
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
-import statistics
 import time
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from rich.console import Console
-from rich.table import Table
 
 import jaxhess
-from jaxhess.command import one_sentence, simulated_devices, terminal
+from jaxhess.command import simulated_devices
 from jaxhess.data import TokenBlocks
 from jaxhess.distributed.memory import temporary_bytes
 from jaxhess.distributed.mesh import data_shards, make_mesh, parse_axes
 from jaxhess.errors import InputError
-from jaxhess.files.output import Output
-from jaxhess.files.run_folder import json_ready
 from jaxhess.models import initialize
 from jaxhess.operators.base import compiled_mv
 from jaxhess.plan.collectives import bytes_by_kind, collective_traffic
 from jaxhess.plan.compiled import gradient
 from jaxhess.plan.hlo import matmul_flops, read_program
-from jaxhess.plan.law import power_law, runtime_law
-from jaxhess.results.figures import png
+from jaxhess.plan.law import Affine, power_law, runtime_law
+from jaxhess.results.page import Table
+from jaxhess.results.study import Claim, Range, Study
 from jaxhess.vectors import random_probe
+from scripts.studies.harness import FOUNDATION, HESSFORMER, StudyOptions, command, picture
 
-RECORD, PLOT = "scaling.json", "scaling.png"
+NAME = "scaling"
+CAPTION = """Processor time against every size, with the exponent of exact products; products against gradients, with
+the runtime law of arXiv 2602.00816; memory and traffic of one device. Points without a time are only compiled."""
+PROGRAMS = ("gradient", "exact", "finite-difference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,11 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(StudyOptions):
     """What is varied, one size at a time, and how often each program is run."""
 
     base: Sizes = Sizes()
     """The sizes that are not varied."""
-
     tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Tokens of the batch."""
     layers: tuple[int, ...] = (2, 4, 8, 16)
@@ -79,112 +79,168 @@ class Options:
     """Devices of all other programs."""
     rounds: int = 3
     """Timed runs of every program; the median counts."""
-    out: Path | None = None
-    """Folder for scaling.json and scaling.png; by default nothing is written."""
-    overwrite: bool = False
-    """Replace an earlier result in that folder; files that no such command wrote are never replaced."""
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Everything measured and fitted, as it is written to scaling.json."""
+SMALL = Options(
+    base=Sizes(512, 2, 64, 32),
+    tokens=(512, 2048),
+    layers=(2,),
+    widths=(32, 64),
+    lengths=(32,),
+    devices=(2, 4),
+    rounds=5,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program: what it takes on one device, and the processor seconds of all in each timed run."""
+
+    parameters: int
+    flops: float
+    temporaries: int
+    received: int
+    compile_seconds: float
+    times: list[float]
+
+    @property
+    def seconds(self) -> float:
+        """The median run; NaN if none was timed."""
+        return float(np.median(self.times)) if self.times else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """The programs of one size on one mesh, by name."""
+
+    at: int
+    programs: dict[str, Program]
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        return self.programs["gradient"].parameters
+
+
+def study(options: Options) -> Study:
+    """Everything measured and fitted."""
     if options.rounds < 1 or min(*options.devices, options.mesh_devices) < 1:
         raise InputError("--rounds, --devices and --mesh-devices must be at least 1.")
-    if options.out is None:
-        return measure(options)
-    with Output(options.out, (RECORD, PLOT), options.overwrite) as output:
-        facts = measure(options)
-        text = json.dumps(json_ready(facts), indent=1) + "\n"
-        output.write({PLOT: png(figure(facts), dpi=120), RECORD: text.encode()})
-    return facts
+    simulated_devices(max(*options.devices, options.mesh_devices))
+    mesh, base = f"fsdp={options.mesh_devices}", options.base
 
+    def programs(
+        mesh: str, sizes: Sizes, names: tuple[str, ...] = PROGRAMS[:2], timed: bool = True
+    ) -> dict[str, Program]:
+        return {name: measured(mesh, sizes, name, options.rounds if timed else 0) for name in names}
 
-def measure(options: Options) -> dict[str, Any]:
-    """All of it, printed."""
-    measured, base = _Measured(options.rounds), dataclasses.asdict(options.base)
-    mesh = f"fsdp={options.mesh_devices}"
-    every = ("gradient", "exact", "finite-difference")
+    def sweep(size: str, values: tuple[int, ...], names: tuple[str, ...] = PROGRAMS[:2]) -> list[Point]:
+        return [Point(n, programs(mesh, dataclasses.replace(base, **{size: n}), names)) for n in values]
+
     sweeps = {
-        "tokens": [measured.at(mesh, {**base, "tokens": n}, every) for n in options.tokens],
-        "layers": [measured.at(mesh, {**base, "layers": n}) for n in options.layers],
-        "width": [measured.at(mesh, {**base, "width": n}) for n in options.widths],
-        "length": [measured.at(mesh, {**base, "length": n}) for n in options.lengths],
-        "devices": [measured.at(f"fsdp={n}", {**base, "devices": n}, timed=False) for n in options.devices],
-    }  # fmt: skip
-    cut = measured.at(mesh, base, every)
-    whole = measured.at(f"data={options.mesh_devices}", base, every)
-    facts = {
-        "options": dataclasses.asdict(options),
-        "sweeps": sweeps,
-        "exponents": {axis: _exponents(axis, points) for axis, points in sweeps.items()},
-        "runtime_law": {hvp: _law(sweeps["tokens"], hvp)._asdict() for hvp in ("exact", "finite-difference")},
-        "fsdp_overhead": {what: cut[what]["seconds"] / whole[what]["seconds"] - 1 for what in every},
+        "tokens": sweep("tokens", options.tokens, PROGRAMS),
+        "layers": sweep("layers", options.layers),
+        "width": sweep("width", options.widths),
+        "length": sweep("length", options.lengths),
+        "devices": [Point(n, programs(f"fsdp={n}", base, timed=False)) for n in options.devices],
     }
-    _print(terminal(), facts)
-    return facts
+    cut, whole = (programs(f"{axis}={options.mesh_devices}", base, PROGRAMS) for axis in ("fsdp", "data"))
+    overhead = {name: np.divide(cut[name].times, whole[name].seconds) - 1 for name in PROGRAMS}
+    exponents = {axis: exponents_of(axis, points) for axis, points in sweeps.items()}
+    laws = {name: law(sweeps["tokens"], name) for name in PROGRAMS[1:]}
+    return Study(
+        "How the cost of a Hessian product grows",
+        tuple(claims(options, sweeps, overhead)),
+        tuple(tables(sweeps, exponents, laws, overhead)),
+        (picture(NAME, figure(sweeps, exponents, laws), CAPTION),),
+        {
+            "sweeps": {axis: [dataclasses.asdict(point) for point in points] for axis, points in sweeps.items()},
+            "exponents": exponents,
+            "runtime_law": {name: found._asdict() for name, found in laws.items()},
+            "fsdp_overhead": overhead,
+        },
+    )
 
 
-class _Measured:
-    """Points, each measured once."""
+def claims(options: Options, sweeps: dict[str, list[Point]], overhead: dict[str, np.ndarray]) -> Iterator[Claim]:
+    """What the papers say of cost. A factor given as an integer is taken as that integer after rounding."""
+    points = [point.programs for points in sweeps.values() for point in points]
+    factors = [programs["exact"].flops / programs["gradient"].flops for programs in points]
+    memory = [programs["exact"].temporaries / programs["gradient"].temporaries for programs in points]
+    slopes = [law(sweeps["tokens"], "finite-difference", i).slope for i in range(options.rounds)]
+    devices, work = [p.at for p in sweeps["devices"]], [p.programs["exact"].flops for p in sweeps["devices"]]
+    base = options.base
+    model = f"random Llama, {base.layers} layers, width {base.width}; {options.mesh_devices} simulated devices"
+    exponent = power_law(devices, work).exponent if len(set(devices)) > 1 else None
+    # fmt: off
+    rows: list[tuple[str, str, str, str, str, Range, float | None, float, str]] = [
+        (FOUNDATION, "Architecture Onboarding, Critical path", "A product by finite differences takes two gradients.",
+         "T_HvP ≈ 2 T_grad + T_vec", "slope of its processor time against the gradient's", (1.5, 2.5),
+         float(np.mean(slopes)), spread(slopes), ""),
+        (FOUNDATION, "Abstract", "The full operator costs a modest constant factor more than first-order training.",
+         "a modest constant factor", "FLOPs of an exact product in gradients, over all sizes", (1, 4),
+         (max(factors) + min(factors)) / 2, (max(factors) - min(factors)) / 2, ""),
+        (FOUNDATION, "Failure signatures; Appendix B", "FSDP makes a small model slower than replicated parameters.",
+         "about 35% overhead", "additional processor time of the gradient", (0.3, 0.4),
+         float(np.mean(overhead["gradient"])), spread(overhead["gradient"]),
+         "simulated devices share one memory: no network takes part"),
+        (FOUNDATION, "Key Results", "Work is divided nearly linearly over devices.", "near-linear scaling across nodes",
+         "exponent of FLOPs per device against devices", (-1.1, -0.9), exponent, 0.0,
+         "operations are counted, and not the time on several nodes"),
+        (HESSFORMER, "Section 2", "The second backward pass doubles the memory of activations.", "doubles",
+         "temporaries of an exact product over those of the gradient", (1.5, 2.5),
+         (max(memory) + min(memory)) / 2, (max(memory) - min(memory)) / 2, ""),
+        (HESSFORMER, "Section 3.1", "Fully sharded parameters do not allow for a double backward pass.", "not possible",
+         "relative distance of the exact product under fsdp from the one of replicated parameters", (0.1, None),
+         sharded_distance(options), 0.0, ""),
+    ]
+    # fmt: on
+    for *row, holds, ours, error, obstacle in rows:
+        source, place, statement, paper, quantity = row
+        yield Claim(source, place, statement, paper, quantity, holds, ours, error, model, obstacle)
 
-    def __init__(self, rounds: int):
-        self.rounds = rounds
-        self.programs: dict[tuple, dict[str, Any]] = {}
 
-    def at(
-        self, mesh: str, sizes: dict[str, int], what: tuple[str, ...] = ("gradient", "exact"), timed: bool = True
-    ) -> dict[str, Any]:
-        """The sizes, the number of parameters, and facts about every program of `what`."""
-        shape = {field.name: sizes[field.name] for field in dataclasses.fields(Sizes)}
-        point: dict[str, Any] = {**sizes, "mesh": mesh}
-        missing = [name for name in what if (mesh, *shape.values(), name, timed) not in self.programs]
-        if missing:
-            operators, vector = _problem(mesh, **shape)
-            for name in missing:
-                self.programs[mesh, *shape.values(), name, timed] = self._facts(operators[name], name, vector, timed)
-        for name in what:
-            point[name] = self.programs[mesh, *shape.values(), name, timed]
-        point["parameters"] = point[what[0]]["parameters"]
-        return point
+def spread(values: Sequence[float] | np.ndarray) -> float:
+    """Twice the standard error of the mean of these rounds; of one round all that is known is its own size."""
+    return float(2 * np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else abs(float(values[0]))
 
-    def _facts(self, operator: Any, name: str, vector: Any, timed: bool) -> dict[str, Any]:
-        function, arguments = (gradient, (operator,)) if name == "gradient" else (compiled_mv, (operator, vector))
-        began = time.process_time()
-        compiled = function.lower(*arguments).compile()
-        program = read_program(compiled)
-        facts = {
-            "parameters": operator.dim,
-            **({"compile_seconds": time.process_time() - began} if timed else {}),
-            "flops": matmul_flops(program),
-            "temporaries": temporary_bytes(compiled),
-            "received": sum(bytes_by_kind(collective_traffic(program)).values()),
-        }
-        if timed:
-            jax.block_until_ready(compiled(*arguments))
-            facts["seconds"] = statistics.median(self._seconds(compiled, arguments) for _ in range(self.rounds))
-        return facts
 
-    @staticmethod
-    def _seconds(compiled: jax.stages.Compiled, arguments: tuple) -> float:
+@functools.cache
+def measured(mesh: str, sizes: Sizes, name: str, rounds: int) -> Program:
+    """The gradient or product of this name, compiled, and run once more than it is timed."""
+    operators, vector = problem(mesh, sizes)
+    operator = operators[name]
+    function, arguments = (gradient, (operator,)) if name == "gradient" else (compiled_mv, (operator, vector))
+    began = time.process_time()
+    compiled = function.lower(*arguments).compile()
+    seconds = time.process_time() - began
+    read = read_program(compiled)
+    times = []
+    for _ in range(rounds and rounds + 1):
         began = time.process_time()
         jax.block_until_ready(compiled(*arguments))
-        return time.process_time() - began
+        times.append(time.process_time() - began)
+    received = sum(bytes_by_kind(collective_traffic(read)).values())
+    return Program(operator.dim, matmul_flops(read), temporary_bytes(compiled), int(received), seconds, times[1:])
 
 
-def _problem(axes: str, tokens: int, layers: int, width: int, length: int) -> tuple[dict[str, Any], Any]:
+@functools.lru_cache(maxsize=1)
+def problem(axes: str, sizes: Sizes) -> tuple[dict[str, Any], Any]:
     """Operators on a random Llama and random tokens, by the name of their product, and a vector."""
     config = jaxhess.DecoderConfig(
         vocab_size=256,
-        embed_dim=width,
-        num_layers=layers,
+        embed_dim=sizes.width,
+        num_layers=sizes.layers,
         num_heads=4,
         num_kv_heads=4,
-        head_dim=width // 4,
-        mlp_dim=8 * width // 3 // 16 * 16,
-        max_positions=length,
+        head_dim=sizes.width // 4,
+        mlp_dim=8 * sizes.width // 3 // 16 * 16,
+        max_positions=sizes.length,
     )
     mesh = make_mesh(axes, simulated_devices(math.prod(parse_axes(axes).values())))
-    if tokens % (length * data_shards(mesh)):
-        raise InputError(f"{tokens} tokens are not sequences of {length} for each of {data_shards(mesh)} devices.")
+    tokens, length, shards = sizes.tokens, sizes.length, data_shards(mesh)
+    if tokens % (length * shards):
+        raise InputError(f"{tokens} tokens are not sequences of {length} for each of {shards} devices.")
     model = initialize(config, jax.random.key(0), mesh)
     ids = np.random.default_rng(0).integers(0, 256, (tokens // length, length + 1)).astype(np.int32)
     blocks = TokenBlocks(ids, np.ones((len(ids), length), np.float32))
@@ -195,53 +251,95 @@ def _problem(axes: str, tokens: int, layers: int, width: int, length: int) -> tu
     return {"gradient": exact, "exact": exact, "finite-difference": central}, vector
 
 
-def _exponents(axis: str, points: list[dict[str, Any]]) -> dict[str, float]:
+def sharded_distance(options: Options) -> float:
+    """How far the exact product under fsdp is from that of replicated parameters, relative to the latter."""
+    products = []
+    for axis in ("fsdp", "data"):
+        operators, vector = problem(f"{axis}={options.mesh_devices}", options.base)
+        products.append([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(operators["exact"] @ vector)])
+    cut, whole = map(np.concatenate, products)
+    return float(np.linalg.norm(cut - whole) / np.linalg.norm(whole))
+
+
+def exponents_of(axis: str, points: list[Point]) -> dict[str, float]:
     """Of everything about the exact product against this axis; of width, against parameters."""
-    x = [point["parameters" if axis == "width" else axis] for point in points]
-    found = {}
+    x, found = places(axis, points), {}
     for what in ("seconds", "flops", "temporaries", "received", "compile_seconds"):
-        y = [point["exact"].get(what, 0) for point in points]
+        y = [getattr(point.programs["exact"], what) for point in points]
         if min(y) > 0 and len(set(x)) > 1:
             found[what] = power_law(x, y).exponent
     return found
 
 
-def _law(points: list[dict[str, Any]], hvp: str) -> Any:
-    return runtime_law([p["gradient"]["seconds"] for p in points], [p[hvp]["seconds"] for p in points])
+def places(axis: str, points: list[Point]) -> list[int]:
+    """What points are drawn and fitted against."""
+    return [point.parameters if axis == "width" else point.at for point in points]
 
 
-def figure(facts: dict[str, Any]) -> Figure:
+def law(points: list[Point], name: str, round_: int | None = None) -> Affine:
+    """The runtime law of a product over the tokens, by the median runs or by those of one round."""
+
+    def seconds(program: Program) -> float:
+        return program.seconds if round_ is None else program.times[round_]
+
+    return runtime_law(*([seconds(point.programs[n]) for point in points] for n in ("gradient", name)))
+
+
+def tables(
+    sweeps: dict[str, list[Point]],
+    exponents: dict[str, dict[str, float]],
+    laws: dict[str, Affine],
+    overhead: dict[str, np.ndarray],
+) -> Iterator[Table]:
+    """Every sweep, the exponents, and what was fitted and compared."""
+    head = ("parameters", "product, s", "in gradients", "GFLOPs", "temporaries, MB", "received, MB", "compile, s")
+    for axis, points in sweeps.items():
+        rows = []
+        for point in points:
+            exact, slope = point.programs["exact"], point.programs["gradient"]
+            numbers = (exact.seconds, exact.seconds / slope.seconds, exact.flops / 1e9, exact.temporaries / 1e6)
+            cells = [
+                "" if math.isnan(x) else f"{x:.3g}" for x in (*numbers, exact.received / 1e6, exact.compile_seconds)
+            ]
+            rows.append((f"{point.at:,}", f"{point.parameters:,}", *cells))
+        found = ", ".join(f"{what} {power:.2f}" for what, power in exponents[axis].items())
+        against = "parameters" if axis == "width" else axis
+        yield Table((axis, *head), rows, f"One exact product. Exponents in {against}: {found or 'none'}")
+    yield Table(
+        ("product", "T_HVP", "largest residual"),
+        [(n, f"{x.slope:.2f} T_grad {1e3 * x.constant:+.1f} ms", f"{x.residual:.0%}") for n, x in laws.items()],
+        "Runtime law",
+    )
+    means = [(name, f"{np.mean(x):+.0%}") for name, x in overhead.items()]
+    yield Table(("program", "more processor time"), means, "fsdp beside replicated parameters")
+
+
+def figure(sweeps: dict[str, list[Point]], exponents: dict[str, dict[str, float]], laws: dict[str, Affine]) -> Figure:
     """Time against every size with its exponent, and products against gradients with the runtime law."""
     drawn = Figure(figsize=(10, 6), layout="constrained")
     panels = drawn.subplots(2, 3).flat
     for axis in ("tokens", "layers", "width", "length"):
-        panel = next(panels)
-        points = facts["sweeps"][axis]
-        x = [point["parameters" if axis == "width" else axis] for point in points]
+        panel, points = next(panels), sweeps[axis]
         for name in ("exact", "gradient"):
-            panel.loglog(x, [point[name]["seconds"] for point in points], "o-", label=name)
+            panel.loglog(places(axis, points), [point.programs[name].seconds for point in points], "o-", label=name)
         label = {"width": "parameters", "length": "tokens in a sequence"}.get(axis, axis)
-        exponent = facts["exponents"][axis].get("seconds")
-        title = "" if exponent is None else f"exponent {exponent:.2f}"
-        panel.set(xlabel=label, ylabel="processor seconds", title=title)
-        _logarithmic(panel, x)
-    panel = next(panels)
-    points = facts["sweeps"]["tokens"]
-    times = np.array([point["gradient"]["seconds"] for point in points])
-    for name, law in facts["runtime_law"].items():
-        (line,) = panel.plot(times, [point[name]["seconds"] for point in points], "o")
-        label = f"{name}: {law['slope']:.2f} T {1e3 * law['constant']:+.0f} ms"
-        panel.plot(times, law["slope"] * times + law["constant"], color=line.get_color(), label=label)
+        power = exponents[axis].get("seconds")
+        panel.set(xlabel=label, ylabel="processor seconds", title="" if power is None else f"exponent {power:.2f}")
+        _logarithmic(panel, places(axis, points))
+    panel, points = next(panels), sweeps["tokens"]
+    times = np.array([point.programs["gradient"].seconds for point in points])
+    for name, found in laws.items():
+        (line,) = panel.plot(times, [point.programs[name].seconds for point in points], "o")
+        label = f"{name}: {found.slope:.2f} T {1e3 * found.constant:+.0f} ms"
+        panel.plot(times, found.slope * times + found.constant, color=line.get_color(), label=label)
     panel.set(xlabel="gradient T, seconds", ylabel="product, seconds", title="runtime law")
     panel.legend(fontsize="small", framealpha=0.5)
-    panel = next(panels)
-    points = facts["sweeps"]["devices"]
-    x = [point["devices"] for point in points]
+    panel, points = next(panels), sweeps["devices"]
     for what, label in (("temporaries", "temporaries"), ("received", "received through collectives")):
-        pairs = [(n, point["exact"][what] / 1e6) for n, point in zip(x, points, strict=True) if point["exact"][what]]
+        pairs = [(p.at, getattr(p.programs["exact"], what) / 1e6) for p in points if getattr(p.programs["exact"], what)]
         panel.loglog(*zip(*pairs, strict=True), "o-", label=label)
     panel.set(xlabel="devices (fsdp)", ylabel="MB on each device", title="one product")
-    _logarithmic(panel, x)
+    _logarithmic(panel, places("devices", points))
     return drawn
 
 
@@ -254,44 +352,10 @@ def _logarithmic(panel: Axes, x: list[int]) -> None:
     panel.legend(fontsize="small", framealpha=0.5)
 
 
-def _print(console: Console, facts: dict[str, Any]) -> None:
-    for axis, points in facts["sweeps"].items():
-        table = Table(
-            axis, "parameters", "product, s", "in gradients", "GFLOPs", "temporaries, MB", "received, MB", "compile, s"
-        )
-        for point in points:
-            exact = point["exact"]
-            seconds = exact.get("seconds")
-            table.add_row(
-                f"{point[axis]:,}",
-                f"{point['parameters']:,}",
-                "" if seconds is None else f"{seconds:.3g}",
-                "" if seconds is None else f"{seconds / point['gradient']['seconds']:.2f}",
-                f"{exact['flops'] / 1e9:.4g}",
-                f"{exact['temporaries'] / 1e6:.4g}",
-                f"{exact['received'] / 1e6:.4g}",
-                f"{exact['compile_seconds']:.2g}" if "compile_seconds" in exact else "",
-            )
-        console.print(table)
-        against = "parameters" if axis == "width" else axis
-        console.print(
-            f"exponents in {against}: " + ", ".join(f"{k} {v:.2f}" for k, v in facts["exponents"][axis].items())
-        )
-    for hvp, law in facts["runtime_law"].items():
-        console.print(
-            f"{hvp}: T_HVP = {law['slope']:.2f} T_grad {1e3 * law['constant']:+.1f} ms (within {law['residual']:.0%})"
-        )
-    overhead = ", ".join(f"{what} {share:+.0%}" for what, share in facts["fsdp_overhead"].items())
-    console.print(f"fsdp over replicated parameters: {overhead} of processor time")
-
-
 def main() -> None:
-    """Reads the options and measures."""
-    options = tyro.cli(Options, description=__doc__)
-    with one_sentence():
-        jax.config.update("jax_platforms", "cpu")
-        simulated_devices(max(*options.devices, options.mesh_devices))
-        run(options)
+    """Reads the options and runs."""
+    jax.config.update("jax_platforms", "cpu")
+    command(NAME, study, Options, __doc__)
 
 
 if __name__ == "__main__":

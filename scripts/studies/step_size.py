@@ -1,59 +1,47 @@
 """Finite-difference Hessian products against the step: error of products and of Ritz values, by dtype and by vector.
 
+    python -m scripts.studies.step_size
+
 With no options: the small GPT-NeoX model and the text in scripts/tiny, a few minutes on two cores.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import time
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-import convert
 import jaxhess
-from convert.text import load_blocks
-from jaxhess.command import one_sentence, terminal
 from jaxhess.errors import InputError
-from jaxhess.files.output import Output
-from jaxhess.files.run_folder import json_ready
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.results.figures import format_number, png
+from jaxhess.results.figures import format_number
+from jaxhess.results.page import Table
+from jaxhess.results.study import Claim, Range, Study
 from jaxhess.vectors import Vector, cast, check_seed, norm, random_key, random_probe, size
+from scripts.studies.harness import FOUNDATION, ModelOptions, command, picture
 
-TINY = Path(__file__).parent / "tiny"
-RECORD, PLOT = "step_size.json", "step_size.png"
+NAME = "step_size"
 PAPER = (1e-4, 1e-3)
 """The per-coordinate steps that arXiv 2602.00816 recommends."""
 
+CAPTION = """Above: relative error of products along a random vector, Lanczos vectors and single coordinates. Below: of
+the extreme Ritz values of short Lanczos runs, with one step for all vectors. Left of the best step rounding dominates,
+right of it truncation. Shaded: the steps of arXiv 2602.00816."""
+
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(ModelOptions):
     """Steps are per coordinate: the root mean square entry of the shift."""
 
-    model: str = str(TINY)
-    """Hugging Face checkpoint directory, directory made by `python -m convert`, or hub id."""
-    data: str = str(TINY / "sample.txt")
-    """Text file, folder of text, .npy/.npz of tokens, `random`, or hub:NAME[@CONFIG][:SPLIT[:COLUMN]]."""
-    seq_len: int = 64
-    """Predicted tokens per sequence."""
-    sequences: int = 2
-    """Sequences taken from the start of the data."""
-    microbatch: int = 2
-    """Sequences whose activations exist at once."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32", "bfloat16")
     """Of weights and computation."""
     reference: Literal["float64", "float32"] = "float64"
@@ -70,154 +58,203 @@ class Options:
     """Lanczos vectors to take beside a random one and single coordinates; the first is the random one."""
     ritz_steps: int = 8
     """Lanczos steps of the runs whose extreme Ritz values are compared."""
-    seed: int = 0
-    """Of the random vector."""
-    mesh: str | None = None
-    """Device mesh, for example fsdp=8; by default fsdp over all devices."""
-    out: Path | None = None
-    """Folder for the table and the plot; by default runs/<date>-step-size."""
-    overwrite: bool = False
-    """Replace a finished study in that folder; files that no such command wrote are never replaced."""
+
+    def check(self) -> None:
+        """Raises InputError where the options make no study."""
+        if not 0 < self.smallest < self.largest < math.inf:
+            raise InputError(f"--smallest {self.smallest} --largest {self.largest}: 0 < smallest < largest is needed.")
+        if self.per_decade < 1 or self.ritz_steps < 1:
+            raise InputError(f"--per-decade {self.per_decade} and --ritz-steps {self.ritz_steps} must be at least 1.")
+        if any(k < 2 for k in self.lanczos):
+            raise InputError(
+                f"--lanczos {' '.join(map(str, self.lanczos))}: the first Lanczos vector is the random one."
+            )
+        check_seed(self.seed)
+        if not self.dtypes:
+            raise InputError("--dtypes names none; it takes float32, bfloat16, float16.")
+
+    @property
+    def grid(self) -> list[float]:
+        """Steps from the smallest to the largest, evenly spaced in the logarithm."""
+        decades = math.log10(self.largest / self.smallest)
+        return np.geomspace(self.smallest, self.largest, round(decades * self.per_decade) + 1).tolist()
+
+    def near(self, low: float, high: float) -> list[int]:
+        """Indices of the grid's steps from low to high, and of those nearest to them."""
+        slack = 10 ** (0.5 / self.per_decade)
+        return [i for i, step in enumerate(self.grid) if low / slack < step < high * slack]
 
 
-def run(options: Options) -> dict[str, Any]:
-    """The whole study; returns what it also saved."""
-    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-step-size"
-    with Output(out, (RECORD, PLOT), options.overwrite) as output:
-        return studies(options, output)
+SMALL = Options(seq_len=16, mesh="fsdp=1", smallest=1e-6, largest=1e-2, lanczos=(2,), ritz_steps=4)
 
 
-def studies(options: Options, output: Output) -> dict[str, Any]:
-    """The study of every dtype, in a folder that no other writes into."""
-    check_options(options)
-    config = convert.load_config(options.model, options.dtypes[0])
-    config.check_length(options.seq_len)
-    if options.reference == "float64":
-        jax.config.update("jax_enable_x64", True)
-    console = terminal()
-    began = time.perf_counter()
-    mesh = jaxhess.make_mesh(options.mesh)
-    blocks = load_blocks(
-        options.data,
-        options.model,
-        seq_len=options.seq_len,
-        vocab_size=config.vocab_size,
-        sequences=options.sequences,
-        seed=options.seed,
+class AtStep(NamedTuple):
+    """A step, and the relative error there."""
+
+    step: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorErrors:
+    """Relative errors of the products along one vector.
+
+    Attributes:
+        name: Of the vector.
+        errors: At every step of the grid.
+        exact: Of the exact product in the same dtype.
+        automatic: At the step that `step="auto"` takes.
+        best: At the best step of the grid.
+        predicted: The step at which a / e + b e^2 is least: (a / 2b)^(1/3). a is fitted to the steps below a third of
+            the best one; b is measured where truncation is all of the error, in the reference's precision.
+    """
+
+    name: str
+    errors: list[float]
+    exact: float
+    automatic: AtStep
+    best: AtStep
+    predicted: float
+
+
+class Extremes(NamedTuple):
+    """Of the smallest and of the largest Ritz value."""
+
+    smallest: float
+    largest: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DtypeErrors:
+    """All errors in one dtype; those of Ritz values for exact products, automatic steps, and every step of the grid."""
+
+    dtype: str
+    vectors: list[VectorErrors]
+    ritz_values: Extremes
+    ritz_exact: Extremes
+    ritz_automatic: Extremes
+    ritz_fixed: list[Extremes]
+
+
+Measured = Callable[[DtypeErrors], list[float]]
+"""The errors of a dtype of which a claim is about the largest."""
+
+
+def study(options: Options) -> Study:
+    """The study of every dtype."""
+    options.check()
+    blocks = options.blocks()
+    with jax.enable_x64(options.reference == "float64"):
+        operators = (options.hessian(blocks, dtype) for dtype in options.dtypes)
+        found = [errors_of(options, operator, blocks.tokens) for operator in operators]
+        hessian = options.hessian(blocks, options.dtypes[0])
+    return Study(
+        "Finite-difference Hessian products against the step",
+        tuple(claims(options, found, options.described(hessian))),
+        tuple(tables(options, found)),
+        (picture(NAME, figure(options, found), CAPTION),),
+        {
+            "parameters": hessian.dim,
+            "data_fingerprint": blocks.fingerprint(),
+            "steps": options.grid,
+            "found": [dataclasses.asdict(dtype) for dtype in found],
+        },
     )
-    batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
-    studies = []
-    for dtype in options.dtypes:
-        model = convert.load(options.model, mesh=mesh, dtype=dtype)
-        exact = jaxhess.Hessian(model.loss(), model.params, batches)
-        studies.append(study(options, exact, blocks.tokens, console))
-    record = {
-        "options": dataclasses.asdict(options),
-        "parameters": model.num_params,
-        "data_fingerprint": blocks.fingerprint(),
-        "studies": studies,
-        "seconds": time.perf_counter() - began,
-    }
-    text = json.dumps(json_ready(record), indent=2, allow_nan=False) + "\n"
-    output.write({PLOT: png(plot(record)), RECORD: text.encode()})
-    print_tables(console, record)
-    console.print(f"written to {output.folder} in {record['seconds']:.0f} s")
-    return record
 
 
-def check_options(options: Options) -> None:
-    """Raises ValueError where the options make no study."""
-    if not 0 < options.smallest < options.largest < math.inf:
-        raise InputError(
-            f"--smallest {options.smallest} --largest {options.largest}: 0 < smallest < largest is needed."
-        )
-    if options.per_decade < 1 or options.ritz_steps < 1:
-        raise InputError(f"--per-decade {options.per_decade} and --ritz-steps {options.ritz_steps} must be at least 1.")
-    if any(k < 2 for k in options.lanczos):
-        raise InputError(
-            f"--lanczos {' '.join(map(str, options.lanczos))}: the first Lanczos vector is the random one."
-        )
-    check_seed(options.seed)
-    if not options.dtypes:
-        raise InputError("--dtypes names none; it takes float32, bfloat16, float16.")
+def claims(options: Options, found: list[DtypeErrors], model: str) -> Iterator[Claim]:
+    """What the paper says of steps. Steps outside the grid, and dtypes left out, are not measured."""
+    by_dtype = {dtype.dtype: dtype for dtype in found}
+    recommended, usual = options.near(*PAPER), options.near(PAPER[1], PAPER[1])
+    ritz = f"error of the extreme Ritz values after {options.ritz_steps} steps, divided by the shift realised,"
+
+    def largest_value(step: float) -> Measured:
+        return lambda at: [at.ritz_fixed[i].largest for i in options.near(step, step)]
+
+    def product(at: DtypeErrors) -> list[float]:
+        return [v.errors[i] for v in at.vectors if v.name == "random" or "Lanczos" in v.name for i in usual]
+
+    def balance(at: DtypeErrors) -> list[float]:
+        off = [abs(math.log10(v.best.step / v.predicted)) for v in at.vectors if v.predicted > 0]
+        return [float(np.median(off))] if off else []
+
+    # fmt: off
+    rows: list[tuple[str, Measured, Range, str, str, str, str]] = [
+        *((dtype, lambda at: [max(at.ritz_fixed[i]) for i in recommended], (None, 0.1),
+           "Design tradeoffs, Precision; Figures 5 and 6", "minimal spectral deviation",
+           f"Steps from 1e-4 to 1e-3 leave the spectrum nearly as it is ({dtype}).", f"{ritz} largest of these steps")
+          for dtype in ("float32", "bfloat16")),
+        ("bfloat16", largest_value(1e-5), (0.5, None), "Failure signatures; Figure 3", "resembles a random matrix",
+         "In bfloat16 a step of 1e-5 is too small: no outlier is left.", f"{ritz} of the largest value"),
+        ("bfloat16", largest_value(1e-2), (0.5, None), "Failure signatures; Figure 4", "resembles a random matrix",
+         "In bfloat16 a step of 1e-2 is too large: no outlier is left.", f"{ritz} of the largest value"),
+        ("float32", product, (None, 0.1), "Mechanism 1, core assumption", "acceptable",
+         "The bias of a finite difference is acceptable at the chosen step, here 1e-3, for all Lanczos vectors.",
+         "largest error of a product along a random vector and Lanczos vectors"),
+        ("float32", balance, (None, 0.5), "Mechanism 1, break condition; Theorem 3.1", "a cube root of their ratio",
+         "The best step is where rounding and truncation balance.",
+         "factors of ten from the best step of the grid to (a / 2b)^(1/3), median over vectors"),
+    ]
+    # fmt: on
+    for dtype, measured, holds, place, paper, statement, quantity in rows:
+        at = by_dtype.get(dtype)
+        values = measured(at) if at else []
+        ours = max(values) if values and np.isfinite(values).all() else None
+        # Of Ritz values and products: what rounding alone does to them; of the best step: half of the grid's spacing.
+        error = 0.5 / options.per_decade if measured is balance else max(at.ritz_exact) if at else 0.0
+        yield Claim(FOUNDATION, place, statement, paper, quantity, holds, ours, error, f"{model}, {dtype}")
 
 
-def study(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray, console: Console) -> dict[str, Any]:
+def errors_of(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> DtypeErrors:
     """One dtype's errors: for every vector over the grid, at the automatic step and exactly; and of Ritz values."""
-    dtype = str(jax.tree.leaves(exact.params)[0].dtype)
     reference = exact.in_dtype(options.reference)
     difference = jaxhess.FiniteDifferenceHessian(
         exact.loss, exact.params, exact.batches, 1.0, "coordinate", options.shift
     )
     truncating = dataclasses.replace(difference, loss=reference.loss, params=reference.params)
-    steps = grid(options)
+
+    def at(operator: jaxhess.FiniteDifferenceHessian, step: float, v: Vector, product: Vector) -> float:
+        return distance(dataclasses.replace(operator, step=step) @ v, product)
+
     rows = []
     for name, v in vectors(options, exact.in_dtype("float32"), tokens).items():
-        product = reference @ cast(v, options.reference)
-        length = float(norm(product))
-        errors = [distance(dataclasses.replace(difference, step=s) @ v, product) for s in steps]
-        automatic = per_coordinate(difference.calibrated(v))
-        row = {
-            "vector": name,
-            "errors": errors,
-            "exact_error": distance(exact @ v, product),
-            "automatic": {
-                "step": automatic,
-                "error": distance(dataclasses.replace(difference, step=automatic) @ v, product),
-            },
-        }
-        # Where truncation is all of the error: in the reference's precision, at the automatic step.
-        wide = distance(dataclasses.replace(truncating, step=automatic) @ cast(v, options.reference), product)
-        rows.append(row | law(steps, errors, wide / automatic**2, length))
-        console.print(f"{dtype:9s} {name:34s} {automatic:.1e} automatic", style="dim")
-    return {"dtype": dtype, "steps": steps, "vectors": rows, "ritz": ritz_study(options, exact, reference, difference)}
+        wide = cast(v, options.reference)
+        product = reference @ wide
+        errors = [at(difference, step, v, product) for step in options.grid]
+        automatic = difference.calibrated(v).step / math.sqrt(size(exact.shape_dtype))
+        best = AtStep(*min(zip(options.grid, errors, strict=True), key=lambda pair: np.nan_to_num(pair[1], nan=np.inf)))
+        below = [e * s for s, e in zip(options.grid, errors, strict=True) if s < best.step / 3 and np.isfinite(e)]
+        rounding = float(np.median(below[-3:])) if below else math.nan
+        truncation = at(truncating, automatic, wide, product) / automatic**2
+        predicted = float(np.cbrt(rounding / (2 * truncation))) if truncation > 0 else math.nan
+        found = AtStep(automatic, at(difference, automatic, v, product))
+        rows.append(VectorErrors(name, errors, distance(exact @ v, product), found, best, predicted))
 
-
-def law(steps: list[float], errors: list[float], truncation: float, length: float) -> dict[str, Any]:
-    """The best step of the grid, and the a / e + b e^2 (relative to the product) that the errors follow.
-
-    a from the steps below a third of the best one, b measured apart; the balance is at e = (a / 2b)^(1/3).
-    """
-    usable = np.where(np.isfinite(errors), errors, np.inf)
-    best = int(np.argmin(usable))
-    below = [e * s for s, e in zip(steps, usable, strict=True) if s < steps[best] / 3 and np.isfinite(e)]
-    rounding = float(np.median(below[-3:])) if below else float("nan")
-    return {
-        "product_norm": length,
-        "best": {"step": steps[best], "error": float(usable[best])},
-        "rounding": rounding,
-        "truncation": truncation,
-        "predicted_step": float(np.cbrt(rounding / (2 * truncation))) if truncation > 0 else float("nan"),
-    }
-
-
-def ritz_study(
-    options: Options, exact: jaxhess.Hessian, reference: jaxhess.Hessian, difference: jaxhess.FiniteDifferenceHessian
-) -> dict[str, Any]:
-    """Relative errors of the extreme Ritz values of short Lanczos runs: over the grid, at automatic steps, exact."""
     probe = random_probe(random_key(options.seed), exact.in_dtype("float32").shape_dtype)
+    true = extremes(reference, cast(probe, options.reference), options.ritz_steps)
 
-    def extremes(operator: jaxhess.LinearOperator, dtype: str = "float32") -> np.ndarray:
-        state = jaxhess.start_lanczos([cast(probe, dtype)], options.ritz_steps)
-        state = jaxhess.lanczos_segment(operator, state, options.ritz_steps)
-        alphas, betas, _ = state.tridiagonal()
-        if not np.isfinite(alphas + betas).all() or alphas.size == 0:
-            return np.full(2, np.nan)
-        return quadrature(alphas, betas).ritz_values[[0, -1]]
+    def ritz_errors(operator: jaxhess.LinearOperator) -> Extremes:
+        found = extremes(operator, cast(probe, "float32"), options.ritz_steps)
+        return Extremes(*(abs(x / y - 1) for x, y in zip(found, true, strict=True)))
 
-    true = extremes(reference, options.reference)
-    fixed = [extremes(dataclasses.replace(difference, step=s)) for s in grid(options)]
-    automatic = extremes(dataclasses.replace(difference, step=None))
+    return DtypeErrors(
+        str(jax.tree.leaves(exact.params)[0].dtype),
+        rows,
+        true,
+        ritz_errors(exact),
+        ritz_errors(dataclasses.replace(difference, step=None)),
+        [ritz_errors(dataclasses.replace(difference, step=step)) for step in options.grid],
+    )
 
-    def errors(found: np.ndarray) -> dict[str, float]:
-        return dict(zip(("smallest", "largest"), map(float, np.abs(found / true - 1)), strict=True))
 
-    return {
-        "reference": {"smallest": float(true[0]), "largest": float(true[1])},
-        "fixed": [errors(found) for found in fixed],
-        "automatic": errors(automatic),
-        "exact": errors(extremes(exact)),
-    }
+def extremes(operator: jaxhess.LinearOperator, probe: Vector, steps: int) -> Extremes:
+    """The extreme Ritz values after so many steps; NaN where a product overflowed."""
+    state = jaxhess.lanczos_segment(operator, jaxhess.start_lanczos([probe], steps), steps)
+    alphas, betas, _ = state.tridiagonal()
+    if alphas.size == 0 or not np.isfinite(alphas + betas).all():
+        return Extremes(math.nan, math.nan)
+    values = quadrature(alphas, betas).ritz_values
+    return Extremes(float(values[0]), float(values[-1]))
 
 
 def vectors(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> dict[str, Vector]:
@@ -228,7 +265,7 @@ def vectors(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> dic
         state = jaxhess.start_lanczos([found["random"]], max(options.lanczos), jaxhess.Storage("none"))
         for k in sorted(options.lanczos):
             state = jaxhess.lanczos_segment(exact, state, k - 1)
-            found[f"Lanczos {k}"] = jax.tree.map(lambda x: x[0], state.current)
+            found[f"Lanczos {k}"] = jax.tree.map(lambda x: x[0], state.current)  # the next segment takes its buffers
     common = int(np.bincount(np.asarray(tokens).ravel()).argmax())
     named = {leaf_name(path): k for k, (path, _) in enumerate(jax.tree.flatten_with_path(like)[0])}
     for name, label in (
@@ -238,24 +275,14 @@ def vectors(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> dic
     ):
         if name in named:
             weights = jax.tree.leaves(exact.params)[named[name]]
-            sizes = jnp.abs(weights[common : common + 1]) if name.startswith("embed") else jnp.abs(weights)
+            first = common if name.startswith("embed") else 0
+            sizes = jnp.abs(weights[first : first + 1] if first else weights)
             place = np.array(np.unravel_index(int(jnp.argmax(sizes)), sizes.shape))
-            place[0] += common if name.startswith("embed") else 0
+            place[0] += first
             leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.zeros_like, exact.params))
             leaves[named[name]] = leaves[named[name]].at[tuple(place)].set(1)
             found[label] = jax.tree.unflatten(treedef, leaves)
     return found
-
-
-def grid(options: Options) -> list[float]:
-    """Steps from the smallest to the largest, evenly spaced in the logarithm."""
-    decades = math.log10(options.largest / options.smallest)
-    return [float(s) for s in np.geomspace(options.smallest, options.largest, round(decades * options.per_decade) + 1)]
-
-
-def per_coordinate(calibrated: jaxhess.FiniteDifferenceHessian) -> float:
-    """The step per coordinate of an operator whose step is per unit vector."""
-    return calibrated.step / math.sqrt(size(calibrated.shape_dtype))
 
 
 @jax.jit
@@ -268,31 +295,44 @@ def distance(found: Vector, true: Vector) -> float:
     return float(_distance(found, true))
 
 
+def tables(options: Options, found: list[DtypeErrors]) -> Iterator[Table]:
+    """Errors of products, and of Ritz values, as two tables per dtype."""
+    usual = int(np.argmin(np.abs(np.log(np.array(options.grid) / PAPER[1]))))
+    usual_heading = f"at {options.grid[usual]:.0e}".replace("e-0", "e-")
+    head = ("vector", "exact", "best at", "error", "automatic at", "error", usual_heading, "predicted best")
+    for dtype in found:
+        rows = [
+            (v.name, *(f"{x:.1e}" for x in (v.exact, *v.best, *v.automatic, v.errors[usual], v.predicted)))
+            for v in dtype.vectors
+        ]
+        yield Table(head, rows, f"Relative error of products in {dtype.dtype}")
+        runs = {"exact": dtype.ritz_exact, "automatic step": dtype.ritz_automatic}
+        runs |= {f"step {step:.1e}": errors for step, errors in zip(options.grid, dtype.ritz_fixed, strict=True)}
+        rows = [(name, *(f"{x:.1e}" for x in errors)) for name, errors in runs.items()]
+        yield Table(("products", "smallest", "largest"), rows, f"Error of Ritz values in {dtype.dtype}")
+
+
 COLORS = ("#1b2a41", "#2f6fb3", "#5fa8d3", "#c8553d", "#e09f3e", "#588157", "#8d5a97", "#6c757d")
 
 
-def plot(record: dict[str, Any]) -> Figure:
+def figure(options: Options, found: list[DtypeErrors]) -> Figure:
     """One column per dtype: errors of products above, of Ritz values below."""
-    studies = record["studies"]
-    figure = Figure(figsize=(6.4 * len(studies) + 0.4, 9), dpi=130, layout="constrained", facecolor="white")
-    axes = figure.subplots(2, len(studies), squeeze=False, sharex=True, sharey="row")
-    for column, found in enumerate(studies):
-        _product_panel(axes[0, column], found)
-        _ritz_panel(axes[1, column], found, record["options"]["ritz_steps"])
-        for panel in axes[:, column]:
-            panel.set_xscale("log")
-            panel.set_yscale("log")
+    drawn = Figure(figsize=(6.4 * len(found) + 0.4, 9), dpi=130, layout="constrained", facecolor="white")
+    axes = drawn.subplots(2, len(found), squeeze=False, sharex=True, sharey="row")
+    for (above, below), dtype in zip(axes.T, found, strict=True):
+        _products(above, options, dtype)
+        _ritz_values(below, options, dtype)
+        for panel in (above, below):
+            panel.set(xscale="log", yscale="log", ylim=(1e-7, 30))
             panel.axvspan(*PAPER, color="#f2e8cf", zorder=0)
             panel.grid(alpha=0.25, linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
-        axes[1, column].set_xlabel("step: root mean square entry of the shift")
+        below.set_xlabel("step: root mean square entry of the shift")
     axes[0, 0].set_ylabel("relative error of the product")
     axes[1, 0].set_ylabel("relative error of the Ritz value")
-    axes[0, 0].set_ylim(1e-7, 30)
-    axes[1, 0].set_ylim(1e-7, 30)
     lines = [
-        Line2D([], [], color=COLORS[k], marker="o", markersize=3, label=row["vector"])
-        for k, row in enumerate(studies[0]["vectors"])
+        Line2D([], [], color=color, marker="o", markersize=3, label=vector.name)
+        for color, vector in zip(COLORS, found[0].vectors, strict=False)
     ]
     lines += [
         Line2D([], [], color="black", marker="*", markersize=11, linestyle="none", label="automatic step"),
@@ -301,62 +341,34 @@ def plot(record: dict[str, Any]) -> Figure:
         Line2D([], [], color="black", linestyle=":", label="exact products (above: their median)"),
         Line2D([], [], color="#f2e8cf", linewidth=8, label="steps of arXiv 2602.00816"),
     ]
-    figure.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    figure.suptitle(f"Finite-difference Hessian products, {record['parameters']:,} parameters", fontsize=12)
-    return figure
+    drawn.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return drawn
 
 
-def _product_panel(panel: Any, found: dict[str, Any]) -> None:
-    for color, row in zip(COLORS, found["vectors"], strict=False):
-        panel.plot(found["steps"], row["errors"], "o-", markersize=3, linewidth=1.2, color=color)
-        automatic = row["automatic"]
-        panel.plot(automatic["step"], automatic["error"], "*", markersize=12, color=color, markeredgecolor="white")
-        if math.isfinite(row["predicted_step"]):
-            panel.plot(row["predicted_step"], row["best"]["error"] / 2.5, "|", markersize=11, color=color)
-    panel.axhline(np.median([row["exact_error"] for row in found["vectors"]]), color="black", linestyle=":")
-    panel.set_title(f"products in {found['dtype']}", fontsize=11)
+def _products(panel: Axes, options: Options, dtype: DtypeErrors) -> None:
+    for color, vector in zip(COLORS, dtype.vectors, strict=False):
+        panel.plot(options.grid, vector.errors, "o-", markersize=3, linewidth=1.2, color=color)
+        panel.plot(*vector.automatic, "*", markersize=12, color=color, markeredgecolor="white")
+        if math.isfinite(vector.predicted):
+            panel.plot(vector.predicted, vector.best.error / 2.5, "|", markersize=11, color=color)
+    panel.axhline(np.median([vector.exact for vector in dtype.vectors]), color="black", linestyle=":")
+    panel.set_title(f"products in {dtype.dtype}", fontsize=11)
 
 
-def _ritz_panel(panel: Any, found: dict[str, Any], steps: int) -> None:
-    ritz = found["ritz"]
+def _ritz_values(panel: Axes, options: Options, dtype: DtypeErrors) -> None:
     for name, color in (("largest", COLORS[3]), ("smallest", COLORS[1])):
-        value = format_number(ritz["reference"][name])
-        errors = [e[name] for e in ritz["fixed"]]
-        panel.plot(found["steps"], errors, "o-", markersize=3, color=color, label=f"{name} Ritz value, {value}")
-        panel.axhline(ritz["automatic"][name], color=color, linewidth=1)
-        panel.axhline(ritz["exact"][name], color=color, linewidth=1, linestyle=":")
+        errors = [getattr(extremes, name) for extremes in dtype.ritz_fixed]
+        label = f"{name} Ritz value, {format_number(getattr(dtype.ritz_values, name))}"
+        panel.plot(options.grid, errors, "o-", markersize=3, color=color, label=label)
+        panel.axhline(getattr(dtype.ritz_automatic, name), color=color, linewidth=1)
+        panel.axhline(getattr(dtype.ritz_exact, name), color=color, linewidth=1, linestyle=":")
     panel.legend(fontsize=8, framealpha=0.9, edgecolor="none", loc="lower right")
-    panel.set_title(f"extreme Ritz values after {steps} Lanczos steps in {found['dtype']}", fontsize=11)
-
-
-def print_tables(console: Console, record: dict[str, Any]) -> None:
-    """Errors of products, and of Ritz values, as two tables per dtype."""
-    for found in record["studies"]:
-        usual = int(np.argmin(np.abs(np.log(np.array(found["steps"]) / PAPER[1]))))
-        products = Table(title=f"Relative error of products in {found['dtype']}", box=SIMPLE_HEAD, pad_edge=False)
-        products.add_column("vector", no_wrap=True)
-        usual_heading = f"at {found['steps'][usual]:.0e}".replace("e-0", "e-")
-        for heading in ("exact", "best at", "error", "auto at", "error", usual_heading):
-            products.add_column(heading, justify="right", no_wrap=True)
-        for row in found["vectors"]:
-            numbers = (row["exact_error"], *row["best"].values(), *row["automatic"].values(), row["errors"][usual])
-            products.add_row(row["vector"], *(f"{x:.1e}" for x in numbers))
-        console.print(products)
-        ritz = Table(title=f"Error of Ritz values in {found['dtype']}", box=SIMPLE_HEAD, pad_edge=False)
-        for heading in ("products", "smallest", "largest"):
-            ritz.add_column(heading, justify="left" if heading == "products" else "right")
-        runs = {"exact": found["ritz"]["exact"], "automatic step": found["ritz"]["automatic"]}
-        runs |= {f"step {s:.1e}": e for s, e in zip(found["steps"], found["ritz"]["fixed"], strict=True)}
-        for name, errors in runs.items():
-            ritz.add_row(name, f"{errors['smallest']:.1e}", f"{errors['largest']:.1e}")
-        console.print(ritz)
+    panel.set_title(f"extreme Ritz values after {options.ritz_steps} Lanczos steps in {dtype.dtype}", fontsize=11)
 
 
 def main() -> None:
     """Reads the options and runs."""
-    options = tyro.cli(Options, description=__doc__)
-    with one_sentence():
-        run(options)
+    command(NAME, study, Options, __doc__)
 
 
 if __name__ == "__main__":

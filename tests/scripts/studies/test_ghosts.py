@@ -1,38 +1,35 @@
 """The ghost ablation: a folder with the record and the plots, and one sentence for every bad input."""
 
-import json
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_models import Diagonal, run_command
 
 from jaxhess import Storage
-from jaxhess.files.manifest import write_manifest
-from scripts import ghosts as script
+from scripts.studies import ghosts as script
 
 STEPS = (5, 30)
 
 
 def test_ghosts_appear_without_reorthogonalisation_only():
     entries = np.concatenate([np.linspace(-1, 1, 500), [20.0, 50.0, -30.0]]).astype(np.float32)
-    variants = [
-        script.Variant("reference", Storage()),
-        script.Variant("none", Storage("none")),
-        script.Variant("window 4", Storage(4)),
-    ]
-    runs = [script.measure(v, Diagonal(jnp.asarray(entries)), max(STEPS), seed=0) for v in variants]
-    found = {run["name"]: script.compared(run, runs[0], STEPS) for run in runs}
-    ghosts = {name: [row["ghosts"] for row in run["by_steps"]] for name, run in found.items()}
-    assert ghosts["reference"] == [0, 0]
+    storages = {"reference": Storage("full"), "none": Storage("none"), "window 4": Storage(4), "full": Storage("full")}
+    operator = Diagonal(jnp.asarray(entries))
+    runs = [script.lanczos(name, storage, operator, max(STEPS), seed=0) for name, storage in storages.items()]
+    found = {run.name: [run.after(steps, runs[0]) for steps in STEPS] for run in runs}
+    ghosts = {name: [row.ghosts for row in rows] for name, rows in found.items()}
+    assert ghosts["reference"] == ghosts["full"] == [0, 0]
     assert ghosts["none"][0] == ghosts["window 4"][0] == 0 < min(ghosts["none"][1], ghosts["window 4"][1])
-    for run in found.values():  # the extremes are right all the same
-        assert max(run["by_steps"][-1][f"{name}_error"] for name in ("largest", "smallest")) < 1e-6
-    assert found["reference"]["by_steps"][1]["wasserstein_1"] == 0 < found["none"]["by_steps"][1]["wasserstein_1"]
-    assert [found[n]["stored_vectors"] for n in ("none", "window 4", "reference")] == [2, 6, 32]
-    record = {"options": {"steps": STEPS}, "parameters": 503, "variants": list(found.values())}
-    assert script.plot(record).axes
-    script.print_table(script.terminal(), record)
+    for rows in found.values():  # the extremes are right all the same
+        assert max(rows[-1].largest, rows[-1].smallest) < 1e-6
+    assert found["reference"][1].distance == 0 < found["none"][1].distance
+    assert [run.stored_vectors for run in runs[:3]] == [32, 2, 6]
+    verdicts = [claim.verdict for claim in script.claims(found, "a diagonal matrix")]
+    assert verdicts[:2] == ["holds", "holds"]  # there are ghosts; the support is kept
+    assert verdicts[3:5] == ["does not hold", "does not hold"]  # outliers survive; a window has ghosts
+    assert verdicts[5] == "cannot tell"  # no vectors in bfloat16
+    assert script.figure(found).axes
+    assert len(script.table(runs, found).rows) == 4
 
 
 @pytest.mark.parametrize(
@@ -53,12 +50,3 @@ def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path, capsys):
     assert error.count("\n") == 1
     assert sentence in error
     assert not (tmp_path / "out").exists()
-
-
-def test_a_finished_folder_is_kept(tmp_path, capsys):
-    (tmp_path / script.RECORD).write_text(json.dumps("precious"))
-    write_manifest(tmp_path)
-    with pytest.raises(SystemExit):
-        run_command(script, "--out", str(tmp_path))
-    assert "already holds a finished run" in capsys.readouterr().err
-    assert json.loads((tmp_path / script.RECORD).read_text()) == "precious"

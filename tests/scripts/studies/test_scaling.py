@@ -1,13 +1,14 @@
 """Laws are found where they hold, and the scaling study measures what it says."""
 
-import json
+import dataclasses
 
 import numpy as np
 import pytest
 from small_models import run_command
 
 from jaxhess.plan.law import power_law, runtime_law
-from scripts import scaling as script
+from jaxhess.results.study import Study
+from scripts.studies import scaling as script
 
 
 def test_a_power_law_is_found():
@@ -40,11 +41,12 @@ SMALL = ["--base.tokens", "64", "--base.layers", "1", "--base.width", "16", "--b
 def test_the_study_counts_and_fits(tmp_path):
     sweeps = ["--tokens", "64", "128", "--layers", "1", "--widths", "16", "--lengths", "8", "--devices", "1", "2"]
     run_command(script, *SMALL, *sweeps, "--rounds", "1", "--out", str(tmp_path))
-    facts = json.loads((tmp_path / "scaling.json").read_text())
-    assert (tmp_path / "scaling.png").stat().st_size > 10_000
-    assert facts["exponents"]["tokens"]["flops"] == pytest.approx(1, abs=1e-6)
-    assert facts["exponents"]["layers"] == {}
-    one, two = (point["exact"] for point in facts["sweeps"]["devices"])
+    found = Study.load(tmp_path)
+    assert len(found.figures[0].png) > 10_000
+    assert len(found.claims) == 6
+    assert found.record["exponents"]["tokens"]["flops"] == pytest.approx(1, abs=1e-6)
+    assert found.record["exponents"]["layers"] == {}
+    one, two = (point["programs"]["exact"] for point in found.record["sweeps"]["devices"])
     assert one["received"] == 0
     assert two["received"] > 0
     assert two["flops"] < one["flops"]
@@ -52,18 +54,17 @@ def test_the_study_counts_and_fits(tmp_path):
 
 def test_tokens_that_do_not_fill_sequences_are_refused():
     with pytest.raises(ValueError, match="64 tokens are not sequences of 48 for each of 2 devices"):
-        script._problem("fsdp=2", tokens=64, layers=1, width=16, length=48)
+        script.problem("fsdp=2", script.Sizes(tokens=64, layers=1, width=16, length=48))
 
 
 @pytest.mark.study
 def test_time_is_linear_in_tokens_and_layers_and_compilation_constant_in_depth():
     """Processor time of the whole machine's work for this process, so that other work does not count."""
-    measured = script._Measured(rounds=2)
-    base = {"tokens": 2048, "layers": 4, "width": 128, "length": 64}
     for axis, values in (("tokens", (2048, 4096, 8192)), ("layers", (4, 8, 16))):
-        points = [measured.at("fsdp=2", {**base, axis: n}, ("exact",)) for n in values]
-        exponent = power_law(values, [p["exact"]["seconds"] for p in points]).exponent
+        sizes = [dataclasses.replace(script.Sizes(), **{axis: n}) for n in values]
+        programs = [script.measured("fsdp=2", size, "exact", rounds=2) for size in sizes]
+        exponent = power_law(values, [program.seconds for program in programs]).exponent
         assert 0.9 <= exponent <= 1.1, axis
         if axis == "layers":
-            compilation = [p["exact"]["compile_seconds"] for p in points]
+            compilation = [program.compile_seconds for program in programs]
             assert abs(power_law(values, compilation).exponent) < 0.15

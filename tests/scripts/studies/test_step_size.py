@@ -1,42 +1,40 @@
 """The step-size study: a folder with the table and the plot, and one sentence for every bad input."""
 
-import json
-
-import jax
 import pytest
 from small_models import run_command
 
-from jaxhess import make_mesh
-from scripts import step_size as script
+from jaxhess.results.study import Study
+from scripts.studies import step_size as script
 
 QUICK = "--seq-len 8 --sequences 8 --microbatch 8 --dtypes float32 --reference float32 --smallest 1e-6 --largest 1e-3"
-QUICK += " --per-decade 1 --lanczos 2 --ritz-steps 2"
+QUICK += " --per-decade 1 --lanczos 2 --ritz-steps 2 --mesh fsdp=1"
 
 
 @pytest.mark.slow
-def test_the_folder_holds_a_plot_and_a_record_in_which_the_step_matters_and_is_kept(tmp_path, capsys, monkeypatch):
-    # One device: eight take four times as long to compile.
-    monkeypatch.setattr(script.jaxhess, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[:1]))
+def test_the_folder_holds_a_study_in_which_the_step_matters_and_is_kept(tmp_path, capsys):
     out = tmp_path / "out"
     run_command(script, *QUICK.split(), "--out", str(out))
-    assert {p.name for p in out.iterdir()} == {script.RECORD, script.PLOT, "manifest.json"}
-    assert (out / script.PLOT).read_bytes().startswith(b"\x89PNG")
-    before = (out / script.RECORD).read_bytes()
-    record = json.loads(before)
-    (study,) = record["studies"]
-    assert [round(s, 9) for s in study["steps"]] == [1e-6, 1e-5, 1e-4, 1e-3]
-    rows = {row["vector"]: row for row in study["vectors"]}
+    assert {p.name for p in out.iterdir()} == {"study.json", "study.html", "step_size.png", "manifest.json"}
+    before = (out / "study.json").read_bytes()
+    study = Study.load(out)
+    assert [round(s, 9) for s in study.record["steps"]] == [1e-6, 1e-5, 1e-4, 1e-3]
+    (found,) = study.record["found"]
+    rows = {row["name"]: row for row in found["vectors"]}
     assert set(rows) == {"random", "Lanczos 2", "one norm gain", "one embedding", "largest MLP weight"}
-    assert all(row["exact_error"] == 0 for row in rows.values())  # the reference is the same product
+    assert all(row["exact"] == 0 for row in rows.values())  # the reference is the same product
     # The papers' step suits a random vector and not the one after it.
     assert rows["random"]["errors"][-1] < 0.1 < rows["Lanczos 2"]["errors"][-1]
-    assert all(row["automatic"]["error"] < 3 * row["best"]["error"] for row in rows.values())
-    assert study["ritz"]["automatic"]["largest"] < 1e-2 < study["ritz"]["fixed"][-1]["largest"]
+    assert all(row["automatic"][1] < 3 * row["best"][1] for row in rows.values())
+    assert found["ritz_automatic"][1] < 1e-2 < found["ritz_fixed"][-1][1]
+    verdicts = {claim.statement: claim.verdict for claim in study.claims}
+    assert verdicts.pop("The best step is where rounding and truncation balance.") in ("holds", "cannot tell")
+    # There was no bfloat16.
+    assert list(verdicts.values()) == ["does not hold", "cannot tell", "cannot tell", "cannot tell", "does not hold"]
 
     with pytest.raises(SystemExit):
         run_command(script, *QUICK.split(), "--out", str(out))
     assert "already holds a finished run" in capsys.readouterr().err
-    assert (out / script.RECORD).read_bytes() == before
+    assert (out / "study.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
