@@ -60,7 +60,7 @@ def save_directions(
         block: The parameters that the operator was restricted to; the vectors are zero elsewhere.
 
     Raises:
-        ValueError: The vectors are not like the parameters of this model, or of this block of them.
+        InputError: The vectors are not like the parameters of this model, or of this block of them.
     """
     params = abstract_params(config)
     expected = params if block is None else block.take(params)

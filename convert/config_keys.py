@@ -138,7 +138,7 @@ def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dic
     """The part of a raw `config.json` that describes the function it computes, checked key by key.
 
     Raises:
-        ValueError: A key that we do not understand, or a value of the wrong type or range; the sentence names it.
+        InputError: A key that we do not understand, or a value of the wrong type or range; the sentence names it.
 
     Warns:
         UserWarning: Keys that this family's code in `transformers` does not read.

@@ -24,7 +24,7 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def family_of(hf_config: dict[str, Any], file: str | Path = "config.json") -> Family:
-    """The table of the model that a raw `config.json` describes; ValueError names an unsupported one."""
+    """The table of the model that a raw `config.json` describes; InputError names an unsupported one."""
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
@@ -39,7 +39,7 @@ def decoder_config(
     """The decoder that a raw `config.json` describes, computing in `dtype`; `file` is what errors call it.
 
     Raises:
-        ValueError: An unsupported model, a key that is not understood, a value of the wrong type or range, or an option
+        InputError: An unsupported model, a key that is not understood, a value of the wrong type or range, or an option
             that our decoder cannot represent; the sentence names it.
 
     Warns:
@@ -56,7 +56,7 @@ def decoder_config(
     try:
         return DecoderConfig(**_fields(family, full), dtype=dtype)
     except ValueError as error:
-        raise InputError(f"{file} describes no model that is supported: {one_line(error)}.") from None
+        raise InputError(f"{file} describes no model that is supported: {one_line(error)}.") from error
 
 
 def _fields(family: Family, full: Any) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
     Token ids are left out: the tokenizer knows them.
 
     Raises:
-        ValueError: No supported family has this combination of options.
+        InputError: No supported family has this combination of options.
     """
     for family in FAMILIES.values():
         hf_config = _described_by(family, config)
@@ -116,7 +116,7 @@ def _filled_in(family: Family, relevant: dict[str, Any], file: str | Path) -> An
         # Copied, for it writes into nested dictionaries.
         return CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(relevant))
     except Exception as error:  # its validators raise classes of their own, by release
-        raise InputError(f"{file} is not a valid {family.model_type} configuration: {one_line(error)}.") from None
+        raise InputError(f"{file} is not a valid {family.model_type} configuration: {one_line(error)}.") from error
 
 
 def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:

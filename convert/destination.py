@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxhess.distributed import processes
+from jaxhess.errors import InputError
 from jaxhess.files.manifest import MANIFEST, foreign, write_manifest
-from jaxhess.files.output import free_name
+from jaxhess.files.output import free_name, writing
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
@@ -20,53 +21,41 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     Replaced is only what a conversion wrote, all of it and nothing else: the manifest says what that is.
 
     Raises:
-        FileExistsError: It holds something else, or is a file.
-        OSError: Its parent is a file or cannot be written.
+        InputError: It holds something else, or is a file; its parent is a file or cannot be written.
     """
     processes.on_first(lambda: _check(destination, overwrite))
 
 
 def _check(destination: Path, overwrite: bool) -> None:
-    with _one_sentence(destination):
+    with writing(destination):
         if destination.is_dir():
             if any(destination.iterdir()):
                 _check_replaceable(destination, overwrite)
         elif destination.exists():
-            raise FileExistsError(f"{destination} is a file; give a directory.")
+            raise InputError(f"{destination} is a file; give a directory.")
         parent = next(parent for parent in destination.absolute().parents if parent.exists())
         if not parent.is_dir():
-            raise NotADirectoryError(f"{destination} cannot be made: {parent} is a file.")
+            raise InputError(f"{destination} cannot be made: {parent} is a file.")
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(f"{destination} cannot be made: {parent} cannot be written.")
+            raise InputError(f"{destination} cannot be made: {parent} cannot be written.")
 
 
 def _check_replaceable(destination: Path, overwrite: bool) -> None:
     if not overwrite:
-        raise FileExistsError(f"{destination} is not empty; --overwrite (overwrite=True) replaces it.")
+        raise InputError(f"{destination} is not empty; --overwrite (overwrite=True) replaces it.")
     if not (destination / "config.json").is_file():
-        raise FileExistsError(f"{destination} holds no checkpoint (no config.json), so it is not overwritten.")
+        raise InputError(f"{destination} holds no checkpoint (no config.json), so it is not overwritten.")
     other = foreign(destination)
     if other == MANIFEST:
-        raise FileExistsError(
+        raise InputError(
             f"{destination} has no {MANIFEST} that says that a conversion wrote it, so it is not overwritten: move it, "
             "or choose another directory."
         )
     if other is not None:
-        raise FileExistsError(
+        raise InputError(
             f"{destination} holds {other}, which no conversion wrote, or which was changed since, so it is not "
             "overwritten: move that, or choose another directory."
         )
-
-
-@contextlib.contextmanager
-def _one_sentence(destination: Path) -> Iterator[None]:
-    """Says in words what the operating system refuses; its own text begins with `[Errno`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # ours
-            raise
-        raise type(error)(f"{destination} cannot be made: {error.strerror}.") from None
 
 
 @contextlib.contextmanager
@@ -77,14 +66,14 @@ def appearing(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     is kept beside it, and the error says where.
 
     Raises:
-        FileExistsError: `destination` is not empty (without `overwrite`), or holds what no conversion wrote.
-        OSError: Its parent is a file or cannot be written.
+        InputError: `destination` is not empty (without `overwrite`), or holds what no conversion wrote; its parent is a
+            file or cannot be written; the disk is full.
     """
     check_destination(destination, overwrite)
     destination = destination.absolute()
 
     def made() -> str:
-        with _one_sentence(destination):
+        with writing(destination):
             destination.parent.mkdir(parents=True, exist_ok=True)
             partial = tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
         os.chmod(partial, 0o777 & ~_umask())
@@ -92,7 +81,8 @@ def appearing(destination: Path, overwrite: bool = False) -> Iterator[Path]:
 
     partial = Path(processes.on_first(made))
     try:
-        yield partial
+        with writing(destination):
+            yield partial
         processes.on_first(lambda: _put_in_place(partial, destination, overwrite))
     finally:
         if processes.index() == 0:  # another that ends early must not take it from those that still write
@@ -103,10 +93,10 @@ def _put_in_place(partial: Path, destination: Path, overwrite: bool) -> None:
     write_manifest(partial)
     try:
         _check(destination, overwrite)
-    except OSError as error:
+    except InputError as error:
         place = free_name(destination)
         os.replace(partial, place)
-        raise type(error)(f"{error} What was written is in {place}.") from None
+        raise InputError(f"{error} What was written is in {place}.") from error
     if destination.is_dir() and any(destination.iterdir()):
         replaced = Path(tempfile.mkdtemp(prefix=f".{destination.name}.replaced-", dir=destination.parent))
         os.replace(destination, replaced)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from jaxhess.distributed import processes
+from jaxhess.errors import InputError
 
 _CONFIG_FILES = ["config.json", "generation_config.json"]
 
@@ -32,19 +33,16 @@ def local_directory(path_or_hub_id: str | Path) -> Path:
     reach the hub.
 
     Raises:
-        FileNotFoundError: No such directory, and no such id on the hub (or no way to ask).
+        InputError: No such directory, or not for all processes; no such id on the hub (or no way to ask).
     """
     path = Path(path_or_hub_id).expanduser()
-    found = processes.gathered(path.is_dir())
-    if all(found):
+    if processes.exists(path):
+        if not path.is_dir():
+            raise InputError(f"{path} is a file; a checkpoint is a directory with config.json and its weights.")
         return path
-    if any(found):
-        raise FileNotFoundError(f"{path} is there for process {found.index(True)}, not for {found.index(False)}.")
-    if path.exists():
-        raise FileNotFoundError(f"{path} is a file; a checkpoint is a directory with config.json and its weights.")
     name = _hub_id(str(path_or_hub_id))
     first = processes.on_first(lambda: str(_downloaded(name)))
-    return Path(first) if processes.index() == 0 else _downloaded(name)
+    return processes.on_every(lambda: Path(first) if processes.index() == 0 else _downloaded(name))
 
 
 def _downloaded(name: str) -> Path:
@@ -58,9 +56,9 @@ def _downloaded(name: str) -> Path:
             directory = Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # its client's errors come from several libraries
         reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(
+        raise InputError(
             f"There is no directory {name}, and the hub gives no model of that id ({type(error).__name__}: {reason})."
-        ) from None
+        ) from error
     return directory
 
 
@@ -68,23 +66,22 @@ def hub_config(name: str) -> Path:
     """The `config.json` of that hub id, downloaded unless it was before.
 
     Raises:
-        FileNotFoundError: No such id on the hub (or no way to ask).
+        InputError: No such id on the hub (or no way to ask).
     """
     from huggingface_hub import hf_hub_download
 
+    hub_id = _hub_id(name)
     try:
-        return Path(hf_hub_download(_hub_id(name), "config.json"))
-    except FileNotFoundError:
-        raise
+        return Path(hf_hub_download(hub_id, "config.json"))
     except Exception as error:  # its client's errors come from several libraries
         reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(
+        raise InputError(
             f"There is no file or directory {name}, and the hub gives no config.json of that id "
             f"({type(error).__name__}: {reason})."
-        ) from None
+        ) from error
 
 
 def _hub_id(name: str) -> str:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise FileNotFoundError(f"There is no directory {name}.")
+        raise InputError(f"There is no directory {name}.")
     return name

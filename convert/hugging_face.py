@@ -53,8 +53,8 @@ def export(
         shard_bytes: Weights beyond this go to several files with an index.
 
     Raises:
-        FileExistsError: The directory is not empty, or no checkpoint that could be replaced.
-        ValueError: `hf_config` describes another model, or no supported family describes this one.
+        InputError: The directory is not empty, or no checkpoint that could be replaced; `hf_config` describes another
+            model, or no supported family describes this one.
     """
     with appearing(Path(directory), overwrite) as partial:
         write_hugging_face(model, partial, hf_config, shard_bytes)

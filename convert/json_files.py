@@ -50,12 +50,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        FileNotFoundError: There is no such file (a device or a pipe is none).
-        ValueError: It does not hold a JSON object, or one that names a key twice.
+        InputError: There is no such file (a device or a pipe is none), or it cannot be read; it does not hold a JSON
+            object, or one that names a key twice.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
-    data = parse_json(path.read_bytes(), path)
+        raise InputError(f"{path.parent} has no {path.name}.")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
+    data = parse_json(text, path)
     if not isinstance(data, dict):
         raise InputError(f"{path} does not hold a JSON object.")
     return data
@@ -65,18 +69,18 @@ def parse_json(text: bytes, name: str | Path) -> Any:
     """The value of a JSON text, called `name` in errors.
 
     Raises:
-        ValueError: It is not valid JSON, nested too deeply, or an object names a key twice.
+        InputError: It is not valid JSON, nested too deeply, or an object names a key twice.
     """
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except RecursionError:
         raise InputError(f"{name} is nested too deeply for JSON that describes a checkpoint.") from None
     except ValueError as error:  # also of what is not UTF-8, and of an integer with thousands of digits
-        raise InputError(f"{name} is not valid JSON: {one_line(error)}.") from None
+        raise InputError(f"{name} is not valid JSON: {one_line(error)}.") from error
 
 
 def check(data: Mapping[str, Any], kinds: Mapping[str, Kind], file: str | Path) -> None:
-    """Raises ValueError with file, key, value and what would be right for the first value that is not of its kind."""
+    """Raises InputError with file, key, value and what would be right for the first value that is not of its kind."""
     for key, kind in kinds.items():
         if key in data and not kind.fits(data[key]):
             raise InputError(f"{file} has {key} {shown(data[key])}; it must be {kind.says}.")

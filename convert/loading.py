@@ -48,30 +48,21 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
             the files hold; where they hold several, what `config.json` says, or else the widest.
 
     Raises:
-        FileNotFoundError: There is no such directory or hub id, or a file of the checkpoint is missing.
-        ValueError: An unsupported architecture or option, a damaged file, a tensor that is missing, extra, duplicate or
-            wrongly shaped, a NaN or infinite weight, or float64 without `jax_enable_x64`.
-        ImportError: The weights are `.bin` files and torch is not installed.
+        InputError: There is no such directory or hub id; a file of the checkpoint is missing or damaged; an unsupported
+            architecture or option; a tensor is missing, extra, duplicate or wrongly shaped; a weight is NaN or
+            infinite; float64 without `jax_enable_x64`; `.bin` files without torch. Raised in every process, also where
+            only one of them finds it.
     """
     check_dtype(dtype)
     directory = local_directory(path_or_hub_id)
-    if is_orbax(directory):
-        config = saved_config(directory, dtype)
-        check_dtype(config.dtype)
+    if processes.agreed(is_orbax(directory)):
+        check_dtype(processes.on_every(lambda: saved_config(directory, dtype)).dtype)
         return restore(directory, mesh, dtype)
-    family, config, source, rows = _open(directory, dtype)
+    family, config, source, rows = processes.on_every(lambda: _open(directory, dtype))
     check_dtype(config.dtype)
-    if config.tied_embeddings and processes.index() == 0:
-        _check_tied(family, rows, source)
-    shardings = parameter_shardings(config, mesh)
-    abstract = abstract_params(config)
-    params: Params = {}
-    for row in rows:
-        place = params
-        for key in row.path[:-1]:
-            place = place.setdefault(key, {})
-        place[row.path[-1]] = _place(row, config, source, _leaf(abstract, row.path), _leaf(shardings, row.path))
-    return LanguageModel(config, params, mesh)
+    if config.tied_embeddings:
+        processes.on_first(lambda: _check_tied(family, rows, source))
+    return LanguageModel(config, processes.on_every(lambda: _parameters(config, source, rows, mesh)), mesh)
 
 
 def load_config(path_or_hub_id: str | Path, dtype: str | None = None) -> DecoderConfig:
@@ -84,10 +75,12 @@ def load_config(path_or_hub_id: str | Path, dtype: str | None = None) -> Decoder
         ('bfloat16', True)
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: As for `load`, as far as names, shapes and headers tell.
+        InputError: As for `load`, as far as names, shapes and headers tell.
     """
     directory = local_directory(path_or_hub_id)
-    return saved_config(directory, dtype) if is_orbax(directory) else _open(directory, dtype)[1]
+    if processes.agreed(is_orbax(directory)):
+        return processes.on_every(lambda: saved_config(directory, dtype))
+    return processes.on_every(lambda: _open(directory, dtype))[1]
 
 
 def read_config(path_or_hub_id: str | Path, dtype: str | None = None) -> DecoderConfig:
@@ -104,8 +97,7 @@ def read_config(path_or_hub_id: str | Path, dtype: str | None = None) -> Decoder
         dtype: None: the one that `config.json` names, or float32.
 
     Raises:
-        FileNotFoundError: There is no such file, directory or hub id.
-        ValueError: An unsupported architecture or option, or an unknown dtype.
+        InputError: There is no such file, directory or hub id; an unsupported architecture or option; an unknown dtype.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
@@ -130,7 +122,7 @@ def _open(directory: Path, dtype: str | None) -> tuple[Family, DecoderConfig, So
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raises ValueError for a dtype that is unknown or that JAX would silently narrow."""
+    """Raises InputError for a dtype that is unknown or that JAX would silently narrow."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"Unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.")
     if dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
@@ -148,6 +140,18 @@ def stored_dtype(hf_config: dict[str, Any], rows: list[Row], source: Source) -> 
     if named in DTYPES:
         return str(named)
     return str(jnp.result_type(*found))
+
+
+def _parameters(config: DecoderConfig, source: Source, rows: list[Row], mesh: Mesh | None) -> Params:
+    shardings = parameter_shardings(config, mesh)
+    abstract = abstract_params(config)
+    params: Params = {}
+    for row in rows:
+        place = params
+        for key in row.path[:-1]:
+            place = place.setdefault(key, {})
+        place[row.path[-1]] = _place(row, config, source, _leaf(abstract, row.path), _leaf(shardings, row.path))
+    return params
 
 
 def _place(

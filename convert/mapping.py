@@ -90,7 +90,7 @@ def checked_rows(family: Family, config: DecoderConfig, source: Source) -> list[
     """The rows for the files at hand, after comparing every name and shape; no weight is read.
 
     Raises:
-        ValueError: A tensor is missing, has no place in the model, has the wrong shape or kind, or is there under two
+        InputError: A tensor is missing, has no place in the model, has the wrong shape or kind, or is there under two
             names. The sentence names the tensor.
     """
     names = set(source.tensors)

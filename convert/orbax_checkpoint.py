@@ -84,7 +84,7 @@ def restore(directory: Path, mesh: Mesh | None, dtype: str | None) -> LanguageMo
     """The model in a directory that `write_orbax` filled, on any mesh and in any dtype (None: the one it was saved in).
 
     Raises:
-        ValueError: The files are damaged, of another format, or hold other parameters than `model.json` describes.
+        InputError: The files are damaged, of another format, or hold other parameters than `model.json` describes.
     """
     import orbax.checkpoint as ocp
 
@@ -127,7 +127,7 @@ def saved_config(directory: Path, dtype: str | None = None) -> DecoderConfig:
     """The decoder in a directory of ours, computing in `dtype` (None: in that of its weights).
 
     Raises:
-        ValueError: `model.json` is damaged, of another format, or does not describe a model of this version.
+        InputError: `model.json` is damaged, of another format, or does not describe a model of this version.
     """
     record = read_json(directory / MODEL)
     if record.get("format") != FORMAT:
@@ -139,7 +139,7 @@ def saved_config(directory: Path, dtype: str | None = None) -> DecoderConfig:
         config = DecoderConfig.from_dict(record["config"])
     except ValueError as error:
         reason = str(error).rstrip(".")
-        raise InputError(f"{directory / MODEL} does not describe a model of this version: {reason}.") from None
+        raise InputError(f"{directory / MODEL} does not describe a model of this version: {reason}.") from error
     return dataclasses.replace(config, dtype=dtype or config.dtype)
 
 

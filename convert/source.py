@@ -42,9 +42,8 @@ class Source:
         tensors: Every tensor by name.
 
     Raises:
-        FileNotFoundError: No weights, or a file that the index names is missing.
-        ValueError: A damaged file, an index that disagrees with its files, or a tensor in two files.
-        ImportError: Only `.bin` files, and torch is not installed.
+        InputError: No weights, or a file that the index names is missing; a damaged file, an index that disagrees with
+            its files, or a tensor in two files; only `.bin` files, and torch is not installed.
     """
 
     def __init__(self, directory: Path):
@@ -104,9 +103,9 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
             files = [directory / name for name in sorted(set(index.values()))]
             for file in files:
                 if not file.is_file():
-                    raise FileNotFoundError(f"{file.name} is missing from {directory}, but {index_file.name} names it.")
+                    raise InputError(f"{file.name} is missing from {directory}, but {index_file.name} names it.")
             return files, index
-    raise FileNotFoundError(
+    raise InputError(
         f"{directory} has no weights: no model.safetensors or pytorch_model.bin, nor an index of several such files."
     )
 
@@ -132,9 +131,11 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="numpy") as opened:
             yield opened
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror or error}).") from error
     except SafetensorError as error:
         size = file.stat().st_size
-        raise InputError(f"{file} is truncated or damaged ({size} bytes): {one_line(error)}.") from None
+        raise InputError(f"{file} is truncated or damaged ({size} bytes): {one_line(error)}.") from error
 
 
 def _load_pickle(file: Path) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError:
-        raise ImportError(
+        raise InputError(
             f"{file.name} is a PyTorch file and reading it needs torch; "
             "install the extra: pip install -e '.[torch]' in the repository."
         ) from None
@@ -156,7 +157,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     except Exception as error:  # pickle, zip and torch each have errors of their own
         # torch's own words on a foreign class advise to let the file run code.
         reason = "other things than tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
-        raise InputError(f"{file} is truncated, damaged, or no plain state dictionary: {reason}.") from None
+        raise InputError(f"{file} is truncated, damaged, or no plain state dictionary: {reason}.") from error
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise InputError(f"{file} is no state dictionary of tensors.")
     return loaded

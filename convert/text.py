@@ -8,6 +8,7 @@ from pathlib import Path
 from convert.json_files import one_line, shown
 from convert.tokenizer import load_tokenizer
 from jaxhess.data import TokenBlocks, pack, random_blocks, read_blocks
+from jaxhess.distributed import processes
 from jaxhess.errors import InputError
 from jaxhess.vectors import check_seed
 
@@ -36,7 +37,7 @@ def load_blocks(
         seed: Of random tokens.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: One sentence that names the source and what would be right.
+        InputError: One sentence that names the source and what would be right.
     """
     check_seed(seed)
     if data == "random":
@@ -45,7 +46,8 @@ def load_blocks(
         return random_blocks(seq_len=seq_len, vocab_size=vocab_size, sequences=sequences, seed=seed)
     if not data.startswith(HUB):
         path = Path(data).expanduser()
-        if path.suffix in (".npy", ".npz") or not path.exists():
+        there = processes.exists(path)
+        if path.suffix in (".npy", ".npz") or not there:
             return read_blocks(path, seq_len=seq_len, vocab_size=vocab_size, sequences=sequences)
     tokenizer = load_tokenizer(model)
 
@@ -53,7 +55,7 @@ def load_blocks(
         try:
             ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
         except Exception as error:  # a damaged tokenizer may load and not work
-            raise InputError(f"The tokenizer of {model} does not tokenise: {one_line(error)}.") from None
+            raise InputError(f"The tokenizer of {model} does not tokenise: {one_line(error)}.") from error
         if ids and max(ids) >= vocab_size:
             raise InputError(
                 f"The tokenizer of {model} gives token {max(ids)} ({tokenizer.convert_ids_to_tokens(max(ids))!r}), "
@@ -85,13 +87,12 @@ def hub_documents(address: str) -> Iterator[str]:
     """The texts of a data set, streamed: `NAME[@CONFIG][:SPLIT[:COLUMN]]`.
 
     Raises:
-        ImportError: The `hub` extra is not installed.
-        ValueError: The data set cannot be opened, or has no such column.
+        InputError: The `hub` extra is not installed; the data set cannot be opened, or has no such column.
     """
     try:
         import datasets
     except ImportError:
-        raise ImportError(
+        raise InputError(
             "hub: data needs the `datasets` package; install the extra: pip install -e '.[hub]' in the repository."
         ) from None
     name, split, column, *rest = [*address.split(":"), *("", "", "")[: max(0, 3 - address.count(":") - 1)]]
@@ -109,4 +110,4 @@ def hub_documents(address: str) -> Iterator[str]:
     except GeneratorExit:
         raise
     except Exception as error:  # its errors come from several libraries
-        raise InputError(f"hub:{address} cannot be read ({type(error).__name__}: {one_line(error)}).") from None
+        raise InputError(f"hub:{address} cannot be read ({type(error).__name__}: {one_line(error)}).") from error

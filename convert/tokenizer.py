@@ -22,14 +22,14 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         'Hello world'
 
     Raises:
-        FileNotFoundError: No such directory or id, or no tokenizer files in it.
-        ValueError: The files cannot be read as a tokenizer, or only by code of their own, which is not run.
+        InputError: No such directory or id, or no tokenizer files in it; the files cannot be read as a tokenizer, or
+            only by code of their own, which is not run.
     """
     directory = local_directory(path_or_hub_id)
     if not any(
         (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
-        raise FileNotFoundError(f"{directory} has no tokenizer files (tokenizer.json, tokenizer.model or vocab.json).")
+        raise InputError(f"{directory} has no tokenizer files (tokenizer.json, tokenizer.model or vocab.json).")
     for name in ("config.json", *TOKENIZER_FILES):
         if (directory / name).exists():
             check_regular(directory / name)
@@ -39,7 +39,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         # Left open, transformers asks on the terminal whether the checkpoint's own code shall run.
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # sentencepiece, tokenizers and transformers each have errors of their own
-        raise InputError(f"The tokenizer in {directory} cannot be read: {one_line(error)}.") from None
+        raise InputError(f"The tokenizer in {directory} cannot be read: {one_line(error)}.") from error
 
 
 def add_tokenizer(source: Any, directory: Path) -> None:

@@ -57,13 +57,12 @@ def verify(
         seed: Of the random tokens.
 
     Raises:
-        ImportError: torch is not installed.
-        ValueError: `theirs` is no Hugging Face checkpoint that `transformers` reads.
+        InputError: torch is not installed; `theirs` is no Hugging Face checkpoint that `transformers` reads.
     """
     try:
         import torch
     except ImportError:
-        raise ImportError(
+        raise InputError(
             "--verify needs torch; install the extra: pip install -e '.[torch]' in the repository."
         ) from None
     from transformers import AutoModelForCausalLM
@@ -75,7 +74,7 @@ def verify(
             theirs, dtype=getattr(torch, dtype), attn_implementation="eager"
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"transformers cannot read {theirs}: {' '.join(str(error).split())}") from None
+        raise InputError(f"transformers cannot read {theirs}: {' '.join(str(error).split())}") from error
     model = _in_float32(load(ours, mesh, dtype))
     shards = data_shards(mesh)
     shape = (math.ceil(sequences / shards) * shards, min(length, model.config.max_positions))

@@ -3,6 +3,7 @@
 from jaxhess import plan
 from jaxhess.data import TokenBlocks
 from jaxhess.distributed.mesh import make_mesh
+from jaxhess.errors import InputError
 from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
 from jaxhess.krylov.errors import Estimate
 from jaxhess.krylov.estimators import diagonal, frobenius_norm, hutchinson
@@ -45,6 +46,7 @@ __all__ = [
     "FiniteDifferenceHessian",
     "GaussNewton",
     "Hessian",
+    "InputError",
     "Interrupted",
     "LanczosState",
     "LanguageModel",

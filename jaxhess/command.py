@@ -1,5 +1,5 @@
 """What commands share: simulated devices and quick compilation before JAX starts, and how they end: on bad input with
-one sentence and a non-zero exit, not with a traceback."""
+one sentence and status 2, not with a traceback."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import contextlib
 import importlib.metadata
 import os
 import re
-import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -17,13 +15,8 @@ import jax
 from rich.console import Console
 
 from jaxhess.distributed import processes
-from jaxhess.distributed import supervision as watch
 from jaxhess.errors import InputError
-from jaxhess.files.output import disk_full
 from jaxhess.slq.checkpoint import Interrupted
-
-USER_ERRORS = (ValueError, OSError, FloatingPointError, ImportError)
-"""What the library raises at the door. Set `JAXHESS_TRACEBACK=1` to see where."""
 
 SAVED = 75
 """Exit status of a run that SIGTERM stopped and that is saved (EX_TEMPFAIL of sysexits.h: try again). What a scheduler
@@ -39,7 +32,7 @@ def simulated_devices(count: int) -> list[jax.Device]:
     """So many CPU devices, simulated where JAX has not started yet.
 
     Raises:
-        ValueError: It has, with fewer.
+        InputError: It has, with fewer.
     """
     if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
         with contextlib.suppress(RuntimeError):  # it has started
@@ -56,7 +49,7 @@ def terminal(quiet: bool = False) -> Console:
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Raises ValueError for arguments that no option can mean: an empty one, or one that is no text."""
+    """Raises InputError for arguments that no option can mean: an empty one, or one that is no text."""
     for argument in arguments:
         if argument == "" or re.fullmatch(r"--[^=]*=", argument):
             raise InputError("An argument is empty: leave the option out, or give it a value (. is this folder).")
@@ -69,59 +62,37 @@ def check_arguments(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def one_sentence(several: bool = False) -> Iterator[None]:
-    """Turns an error of `USER_ERRORS` inside the block, or exhausted memory, into `error: ...` and exit status 2.
+    """Turns an InputError inside the block into `error: ...` and exit status 2; other errors keep their traceback.
 
     Args:
         several: The block is written for several processes: where there are some they are joined, and they end
             together, also if only one of them fails. Otherwise they are refused.
     """
-    if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == "interruptible":  # all is loaded
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        check_arguments(sys.argv[1:])
         if several:
             processes.initialize()
         else:
             processes.refuse_several()
+        check_arguments(sys.argv[1:])
         yield
-        watch.finish()
-    except (*USER_ERRORS, MemoryError, jax.errors.JaxRuntimeError) as error:
-        text = " ".join(str(error).split())
-        if disk_full(error) and not (isinstance(error, OSError) and error.errno is None):  # else it says so itself
-            text = f"The disk is full. ({text[:300]})"
-        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-            text = f"{OUT_OF_MEMORY} ({text[:200]})"
-        elif not isinstance(error, USER_ERRORS):
-            _end_unforeseen(error)
-            raise
-        if os.environ.get("JAXHESS_TRACEBACK"):
-            _end_unforeseen(error)
-            raise
-        _end(f"error: {text}", 2)
+        processes.finish()
+    except InputError as error:
+        _end(f"error: {' '.join(str(error).split())}", 2)
     except Interrupted as stopped:
         _end(f"{stopped}; go on with --resume", SAVED)
     except KeyboardInterrupt:
         _end("interrupted", 130)
-    except Exception as error:
-        _end_unforeseen(error)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
+            error.add_note(OUT_OF_MEMORY)
         raise
 
 
-def _end(words: str, status: int) -> NoReturn:
-    if processes.count() > 1:
-        watch.fail(words, status)
-    sys.stderr.write(f"{words}\n")
+def _end(text: str, status: int) -> NoReturn:
+    if not processes.said_by_first(text):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()  # JAX may end the process before it exits
     raise SystemExit(status) from None
-
-
-def _end_unforeseen(error: Exception) -> None:
-    """Ends one of several processes with the traceback; returns where there is only one, which raises."""
-    if processes.count() == 1:
-        return
-    if isinstance(error, jax.errors.JaxRuntimeError):  # a collective failed: likely for another process that failed
-        watch.await_verdict()
-    traceback.print_exception(error)
-    watch.fail(f"error: {type(error).__name__}: {' '.join(str(error).split())[:500]}", 1)
 
 
 def compile_quickly() -> None:

@@ -141,14 +141,14 @@ def random_key(seed: int) -> jax.Array:
     """The typed key of a seed, of the generator whose draws depend neither on the mesh nor on JAX's settings.
 
     Raises:
-        ValueError: See `check_seed`.
+        InputError: See `check_seed`.
     """
     check_seed(seed)
     return jax.random.key(seed, impl="threefry2x32")
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for what is no seed. JAX would cut one of more than 32 bits: 0 and 2^32 would be the same."""
+    """Raises InputError for what is no seed. JAX would cut one of more than 32 bits: 0 and 2^32 would be the same."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise InputError(f"The seed is {seed}; it must be a whole number from 0 to 2^32 - 1.")
 
@@ -174,7 +174,7 @@ def random_probe(key: jax.Array, like: Vector, distribution: Distribution = "nor
             one degree of freedom. `rademacher` (entries -1 and 1) has the smaller trace variance.
 
     Raises:
-        ValueError: Unknown distribution, or a leaf that is not floating point.
+        InputError: Unknown distribution, or a leaf that is not floating point.
     """
     if distribution not in ("normal", "rademacher"):
         raise InputError(f"Unknown probe distribution {distribution!r}; it is 'normal' or 'rademacher'.")
@@ -219,7 +219,7 @@ def _bit_sum(x: jax.Array) -> jax.Array:
 
 
 def check_accumulation_dtype(dtype: str) -> None:
-    """Raises ValueError for a dtype to accumulate in that is neither float32 nor float64, or that JAX would narrow."""
+    """Raises InputError for a dtype to accumulate in that is neither float32 nor float64, or that JAX would narrow."""
     if dtype not in ("float32", "float64"):
         raise InputError(f"accumulation_dtype is {dtype!r}; it is 'float32' or 'float64'.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:

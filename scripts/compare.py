@@ -5,9 +5,6 @@ A spectrum is a run folder, or a file of another tool: `jaxhess.results.foreign`
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import interruptible  # noqa: F401
-
 import dataclasses
 import json
 import math

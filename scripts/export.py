@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import interruptible  # noqa: F401
-
 import dataclasses
 from pathlib import Path
 from typing import Annotated
@@ -71,7 +68,7 @@ def _config(run: RunRecord, folder: Path) -> DecoderConfig:
     try:
         return DecoderConfig.from_dict(run.job.model.config)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"The record of {folder} does not describe its model ({error}).") from None
+        raise InputError(f"The record of {folder} does not describe its model ({error}).") from error
 
 
 def _block(run: RunRecord, config: DecoderConfig) -> Restriction | None:

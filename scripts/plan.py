@@ -5,9 +5,6 @@ No weights, no text and no GPU are needed. The program itself is compiled, for s
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import interruptible  # noqa: F401
-
 import dataclasses
 import math
 import shlex

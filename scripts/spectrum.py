@@ -5,9 +5,6 @@ With no options: the small GPT-NeoX model and the text in scripts/tiny.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import interruptible  # noqa: F401
-
 import dataclasses
 import importlib.metadata
 import math
@@ -176,8 +173,8 @@ def _run(options: Options, output: Output, checkpoint: jaxhess.Checkpoint) -> ja
         sequences=options.sequences,
         seed=options.seed,
     )
-    if processes.agreed(blocks.fingerprint()) != blocks.fingerprint():
-        raise InputError(f"--data {options.data} gives other tokens in process {processes.index()} than in process 0.")
+    if len(set(processes.gathered(blocks.fingerprint()))) > 1:
+        raise InputError(f"--data {options.data} does not give the same tokens in all processes.")
     batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
     clock["data"] = time.perf_counter()
     model = convert.load(options.model, mesh=mesh, dtype=options.dtype)

@@ -2,15 +2,16 @@
 
 Reads jobs, a JSON line each: {"count", "port", "log", "job", "arguments"} and what `start` knows; prints the process
 ids of the run, and when all have ended their exit statuses (negative: the signal) and the seconds until all had. What
-process p and its witness write is then in `log` followed by p. No device may be touched in this process: backends start
-in the children.
+process p writes is then in `log` followed by p. No device may be touched in this process: backends start in the
+children.
 """
 
+import atexit
 import json
 import os
-import subprocess
 import sys
 import time
+import traceback
 
 import jax
 import numpy as np
@@ -18,10 +19,10 @@ import orbax.checkpoint  # noqa: F401  (imported before the fork)
 from jax.sharding import NamedSharding, PartitionSpec
 from small_models import Diagonal
 
+import convert
 import jaxhess
 from jaxhess.command import one_sentence
 from jaxhess.distributed import processes
-from jaxhess.distributed import supervision as watch
 from scripts import spectrum as script
 
 MPIRUN = {
@@ -45,8 +46,25 @@ def command(arguments: list[str], more: dict[str, list[str]]) -> None:
     script.main()
 
 
-def diagonal(out: str, checkpoint: str | None, slow: float, pairs: str | None = None) -> None:
-    """A spectrum of 8 probes, two at a time, with `slow` seconds more for each segment; then eigenvectors."""
+def load(folders: list[str]) -> None:
+    """`convert.load` of a folder for each process."""
+    with one_sentence(several=True):
+        convert.load(folders[processes.index()], jaxhess.make_mesh())
+
+
+def diagonal(
+    out: str, checkpoint: str | None, slow: float = 0, pairs: str | None = None, fails: int | None = None
+) -> None:
+    """A spectrum of 8 probes, two at a time, with `slow` seconds more for each segment; then eigenvectors.
+
+    In process `fails` an error that nobody expects is raised after the first segment.
+    """
+
+    def after_a_segment(_: jaxhess.Progress) -> None:
+        time.sleep(slow)
+        if processes.index() == fails:
+            raise ZeroDivisionError("nobody expected this")
+
     with one_sentence(several=True):
         values = np.concatenate([np.linspace(-1, 1, 4093), [3, 7, 30]]).astype(np.float32)
         sharding = NamedSharding(jaxhess.make_mesh(), PartitionSpec("fsdp"))
@@ -58,46 +76,46 @@ def diagonal(out: str, checkpoint: str | None, slow: float, pairs: str | None = 
             probes=8,
             batch_size=2,
             checkpoint=None if checkpoint is None else jaxhess.Checkpoint(checkpoint, every=5, resume=True),
-            callback=lambda _: time.sleep(slow),
+            callback=after_a_segment,
         )
         processes.on_first(lambda: np.savez(out, alphas=found.alphas, betas=found.betas))
         if pairs is not None:
             jaxhess.leading_eigenpairs(operator, 2).save(pairs)
 
 
-def start(job: dict, process: int) -> tuple[int, subprocess.Popen]:
-    """The process's id and its log's writer, which ends when the process has ended, and its witness."""
-    reading, writing = os.pipe()
-    with open(f"{job['log']}{process}", "wb") as log:
-        writer = subprocess.Popen(["cat"], stdin=reading, stdout=log)
-    os.close(reading)
+JOBS = {"command": command, "load": load, "diagonal": diagonal}
+
+
+def start(job: dict, process: int) -> int:
+    """The process's id."""
     child = os.fork()
     if child > 0:
-        os.close(writing)
-        return child, writer
+        return child
     for name, value in LAUNCHERS[job["launcher"]].items():
         os.environ[name] = value.format(process=process, **job)
     jax.config.update("jax_num_cpu_devices", job["devices"])
-    watch.GRACE = job["grace"]
-    os.dup2(writing, 1)
-    os.dup2(writing, 2)
+    processes.JOINING, processes.LEAVING = job["joining"], job["leaving"]
+    log = os.open(f"{job['log']}{process}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     status = 0
     try:
-        {"command": command, "diagonal": diagonal}[job["job"]](**job["arguments"])
+        JOBS[job["job"]](**job["arguments"])
     except SystemExit as ended:
-        status = ended.code
+        status = ended.code or 0
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()  # JAX leaves the other processes in one of them
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status or 0)
+    os._exit(status)
 
 
 for line in sys.stdin:
     job = json.loads(line)
-    children, writers = zip(*(start(job, process) for process in range(job["count"])), strict=True)
+    children = [start(job, process) for process in range(job["present"])]
     print(json.dumps(children), flush=True)
     began = time.monotonic()
     statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    seconds = time.monotonic() - began
-    for writer in writers:
-        writer.wait(10)
-    print(json.dumps([statuses, seconds]), flush=True)
+    print(json.dumps([statuses, time.monotonic() - began]), flush=True)

@@ -32,6 +32,7 @@ import convert
 from convert.loading import read_config
 from convert.text import load_blocks
 from jaxhess import Checkpoint, Spectrum, spectrum
+from jaxhess.errors import InputError
 from jaxhess.results.foreign import to_csv, to_json
 
 ROOT = Path(__file__).parent.parent
@@ -311,11 +312,8 @@ def outcome(read: Callable[[Path], Any], folder: Path) -> str | None:
     """What is wrong with how the folder was read; None: it loaded, or a sentence of ours refused it."""
     try:
         read(folder)
-    except (ValueError, OSError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1].filename
+    except InputError as error:
         text = str(error)
-        if not any(where.startswith(str(ROOT / package)) for package in ("jaxhess", "convert")):
-            return f"not an error of ours, but of {where}: {text}"
         return None if text and "\n" not in text and len(text) < 1000 else f"no sentence: {text}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):

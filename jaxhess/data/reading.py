@@ -102,9 +102,9 @@ def read_documents(path: str | Path) -> Iterator[tuple[Path, str]]:
         try:
             yield file, file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8 text (byte {error.start}: {error.reason}).") from None
+            raise InputError(f"{file} is not UTF-8 text (byte {error.start}: {error.reason}).") from error
         except OSError as error:
-            raise InputError(f"{file} cannot be read ({error.strerror}).") from None
+            raise InputError(f"{file} cannot be read ({error.strerror}).") from error
 
 
 def pack(
@@ -206,7 +206,7 @@ def _array_blocks(
             return TokenBlocks(tokens, label_weights(tokens, arrays["labels"]))
         return TokenBlocks(tokens, arrays["weights"]) if "weights" in arrays else full_blocks(tokens)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from error
 
 
 def _cut(tokens: np.ndarray, seq_len: int, vocab_size: int, sequences: int | None, name: str) -> TokenBlocks:

@@ -40,15 +40,15 @@ def host_bytes() -> float:
 
 
 def available_bytes(leaves: Sequence[Any]) -> float:
-    """Memory that is left on each device of the arrays; infinite where the backend does not say.
+    """Memory that is left on each device of the arrays in this process; infinite where the backend does not say.
 
-    The least of all processes, which all must call this: what they decide by it, they must decide alike.
+    What several processes decide by it they must agree on: `min(processes.gathered(available_bytes(...)))`.
     """
     devices = devices_of(leaves)
     if devices[0].platform == "cpu":
-        return min(processes.gathered(_free_on_host() / len(devices)))
+        return _free_on_host() / len(devices)
     stats = devices[0].memory_stats() or {}
-    return min(processes.gathered(stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)))
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
 
 
 def _shard_size(leaf: Any) -> int:

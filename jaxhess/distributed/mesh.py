@@ -54,7 +54,7 @@ def make_mesh(axes: Mapping[str, int] | str | None = None, devices: Sequence[jax
     Warns where `tensor` has to cross nodes: its size should divide the devices of a node.
 
     Raises:
-        ValueError: Unknown axis, a size below 1, sizes that do not multiply to the number of devices, experts; nodes
+        InputError: Unknown axis, a size below 1, sizes that do not multiply to the number of devices, experts; nodes
             with different numbers of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -97,7 +97,7 @@ def across_nodes(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndar
     the axis before it in what is left of the node. Warns where the last axis does not fit.
 
     Raises:
-        ValueError: The nodes have different numbers of devices.
+        InputError: The nodes have different numbers of devices.
     """
     groups = nodes(devices)
     counts = {len(group) for group in groups}
@@ -123,7 +123,7 @@ def across_nodes(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndar
 
 
 def parse_axes(text: str) -> dict[str, int]:
-    """`"fsdp=4,tensor=2"` as a dictionary; a ValueError says what is wrong with anything else."""
+    """`"fsdp=4,tensor=2"` as a dictionary; an InputError says what is wrong with anything else."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")

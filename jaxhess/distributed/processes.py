@@ -1,13 +1,18 @@
-"""Several processes as one run: start-up, values that all of them agree on, and work that only the first one does.
+"""Several processes as one run: start-up, values that all of them agree on, and work that only one of them does.
 
 Every process runs the same program on its own devices. Whatever a process decides by itself (a clock, free memory, a
 signal, a file) must be agreed on, or the processes compile different programs and wait for each other for ever. That is
-what `agreed`, `gathered`, `any_says`, `on_first` and `meet` are for, which are collective: every process calls them, in
-the same order, and never inside what `on_first` does. In a single process they cost nothing. All others are local.
+what `agreed`, `gathered`, `any_says`, `exists`, `on_first`, `on_every` and `meet` are for. They are collective: every
+process calls them, in the same order, and never inside what `on_first` or `on_every` does. In a single process they
+cost nothing. All others are local.
 
-Agreement goes through the key-value store of `jax.distributed` (about a millisecond), not through the devices: it
-needs no compilation, takes text of any length, and has a time limit. If one process ends early, the others end too:
-`jaxhess.distributed.supervision`.
+If a process is killed, or ends because of an error, JAX's coordination service ends the others: it notices missing
+heartbeats, and processes that leave while others stay.
+
+Agreement goes through the key-value store of that service (about a millisecond), not through the devices as in
+`jax.experimental.multihost_utils`: it compiles nothing, takes text of any length, and waits while process 0 writes
+files. The store has no public name in JAX, nor has the table of launchers that tells where it listens; Orbax takes the
+store from the same place.
 """
 
 from __future__ import annotations
@@ -18,10 +23,11 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from jax._src import clusters, distributed  # the key-value store has no public name; Orbax takes it from here too
+from jax._src import clusters, distributed
 
 from jaxhess.errors import InputError
 
@@ -38,19 +44,21 @@ LAUNCHERS = {
 shell of `salloc` is a step of one task, though SLURM_NTASKS is that of the allocation.
 """
 
-PATIENCE = 3600
-"""Seconds that a process waits for the others, while they read a checkpoint for example. One that has ended is noticed
-earlier."""
+JOINING = 300
+"""Seconds that a process waits at the start for those that are not there yet."""
 
-HANDED_ON = (
-    *(InputError, FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError),
-    *(OSError, ImportError, ValueError),
-)
-"""Errors of the first process that the others raise too, in the first of these classes that they belong to."""
+PATIENCE = 3600
+"""Seconds that a process waits for the others, while they read a checkpoint for example."""
+
+HEARTBEAT = 30
+"""Seconds without a heartbeat after which JAX ends all processes. Under load a machine stalls for some seconds."""
+
+LEAVING = 15
+"""Seconds that a process which ends waits for the others to end too; after them JAX ends these."""
 
 _turn = 0
-"""Agreements so far, the same in every process: the next one's name in the store."""
-_swept = 0
+"""Agreements so far, the same in every process: the name of the next one in the store."""
+_deleted = 0
 _neighbours = 1
 
 
@@ -62,10 +70,11 @@ def initialize() -> None:
     `JAX_COORDINATOR_ADDRESS` (host:port of process 0). Elsewhere that, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` tell.
     On CPUs collectives go through gloo.
 
+    If some do not come, JAX ends those that did after `JOINING` seconds.
+
     Raises:
-        ValueError: Some of the three variables are set and some are not, or one is no number in its range, or no
-            address.
-        ConnectionError: The others were not there in time.
+        InputError: Some of the three variables are set and some are not, or one is no number in its range, or no
+            address; JAX does not find the others.
     """
     global _neighbours
     found = launched(os.environ)
@@ -75,9 +84,6 @@ def initialize() -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX would take SIGTERM for itself; see `jaxhess.slq.checkpoint.termination`.
     jax.config.update("jax_enable_preemption_service", False)
-    from jaxhess.distributed import supervision as watch  # it knows this module
-
-    watch.bring_a_witness(count, process)
     # Of version 5 JAX sees nothing, and would take all GPUs; inside SLURM it would take the daemon's local rank.
     local = None if os.environ.get("JAX_LOCAL_DEVICE_IDS") else os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
     try:
@@ -86,16 +92,15 @@ def initialize() -> None:
             process_id=process,
             local_device_ids=None if local is None else int(local),
             coordinator_bind_address=_bind_address() if process == 0 else None,
+            initialization_timeout=JOINING,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=LEAVING,
         )
-    except (RuntimeError, ValueError) as error:
-        watch.dismiss()
-        reason = " ".join(str(error).split())[:200]
-        address = os.environ.get(PLAIN[0], "the address that JAX found")
-        raise ConnectionError(
-            f"Process {process} of {count} could not join the others through {address} ({reason}); "
-            f"{PLAIN[0]}=host:port names the machine of process 0 and a free port on it."
-        ) from None
-    watch.start()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise InputError(
+            f"Process {process} of {count} could not join the others: {error} {PLAIN[0]}=host:port names the machine "
+            "of process 0 and a free port on it."
+        ) from error
     if process > 0:
         warnings.simplefilter("ignore")  # all say the same
     _neighbours = gathered(socket.gethostname()).count(socket.gethostname())
@@ -105,7 +110,7 @@ def _bind_address() -> str | None:
     """Where process 0 listens: at the address that the others are told, not, as JAX would, at all of its machine.
 
     None, and so all, where that is not known, or where the machine knows itself under that name by an address that
-    others cannot reach (Debian's 127.0.1.1). `JAX_COORDINATOR_BIND_ADDRESS` has the last word.
+    others cannot reach (Debian's 127.0.1.1). `JAX_COORDINATOR_BIND_ADDRESS` overrides it.
     """
     if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         return None
@@ -132,7 +137,7 @@ def _check_address(address: str) -> None:
 
 
 def refuse_several() -> None:
-    """Raises ValueError where several processes were started of what is written for one."""
+    """Raises InputError where several processes were started of what is written for one."""
     found = launched(os.environ)
     if found is not None:
         raise InputError(f"This command is for one process, and {found[0]} were started: each would do all of it.")
@@ -165,13 +170,13 @@ def launched(environment: Any) -> tuple[int, int] | None:
 
 
 def count() -> int:
-    """Processes of this run; does not touch a device."""
-    return distributed.global_state.num_processes if client() is not None else 1
+    """Processes of this run; touches no device in a single one."""
+    return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def index() -> int:
-    """Which of them this is, counted from 0; does not touch a device."""
-    return distributed.global_state.process_id if client() is not None else 0
+    """Which of them this is, counted from 0; touches no device in a single one."""
+    return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def neighbours() -> int:
@@ -185,9 +190,9 @@ def agreed(value: T) -> T:
         return value
     key = f"{_next_turn()}/agreed"
     if index() > 0:
-        return json.loads(client().blocking_key_value_get(key, 1000 * PATIENCE))
+        return json.loads(_store().blocking_key_value_get(key, 1000 * PATIENCE))
     text = json.dumps(value)
-    client().key_value_set(key, text)
+    _store().key_value_set(key, text)
     return json.loads(text)
 
 
@@ -195,14 +200,14 @@ def gathered(value: T) -> list[T]:
     """The values of all processes, in their order; each must be JSON."""
     if count() == 1:
         return [value]
-    global _swept
+    global _deleted
     place = _next_turn()
-    client().key_value_set(f"{place}/{index():09d}", json.dumps(value))
+    _store().key_value_set(f"{place}/{index():09d}", json.dumps(value))
     meet(place)
-    found = sorted(client().key_value_dir_get(place))
-    while index() == 0 and _swept < _turn - 1:  # all have read what was agreed before
-        client().key_value_delete(f"jaxhess/turn/{_swept:09d}/")
-        _swept += 1
+    found = sorted(_store().key_value_dir_get(place))
+    while index() == 0 and _deleted < _turn - 1:  # all have read what was agreed before
+        _store().key_value_delete(f"jaxhess/turn/{_deleted:09d}/")
+        _deleted += 1
     return [json.loads(text) for _, text in found]
 
 
@@ -215,33 +220,79 @@ def on_first(action: Callable[[], T]) -> T:
     """What `action` gives in process 0, which alone does it; must be JSON.
 
     Raises:
-        OSError, ImportError, ValueError: In every process what it raised there.
+        InputError: In every process, where it raised that there.
     """
     if count() == 1:
         return action()
-    if index() > 0:
-        kind, result = agreed(("", None))
-        for error in HANDED_ON:
-            if kind == error.__name__:
-                raise error(result)
-        return result  # type: ignore[return-value]
-    try:
-        result = action()
-    except HANDED_ON as raised:
-        agreed((next(error.__name__ for error in HANDED_ON if isinstance(raised, error)), str(raised)))
-        raise
-    agreed(("", result))
-    return result
+    result, error = _tried(action) if index() == 0 else (None, None)
+    result, refused = agreed((result, error and str(error)))
+    if refused is not None:
+        raise InputError(refused) from error
+    return result  # type: ignore[return-value]
+
+
+def on_every(action: Callable[[], T]) -> T:
+    """What `action` gives in this process; every one does it by itself.
+
+    Raises:
+        InputError: In every process, where it raised that in any.
+    """
+    if count() == 1:
+        return action()
+    result, error = _tried(action)
+    refused = gathered(error and str(error))
+    for process, text in enumerate(refused):
+        if text is not None:
+            raise InputError(text if set(refused) == {text} else f"In process {process}: {text}") from error
+    return result  # type: ignore[return-value]
+
+
+def exists(path: Path) -> bool:
+    """Whether this file or folder is there, for every process.
+
+    Raises:
+        InputError: It is for some of them only.
+    """
+    found = gathered(path.exists())
+    if any(found) and not all(found):
+        raise InputError(f"{agreed(str(path))} is there for process {found.index(True)}, not for {found.index(False)}.")
+    return found[0]
 
 
 def meet(name: str) -> None:
     """Returns when every process has come here."""
     if count() > 1:
-        client().wait_at_barrier(name, 1000 * PATIENCE)
+        _store().wait_at_barrier(name, 1000 * PATIENCE)
 
 
-def client() -> Any:
-    """The key-value store; None in a single process."""
+def finish() -> None:
+    """Waits until every process has finished, and leaves the run."""
+    if count() > 1:
+        meet("jaxhess/finish")
+        jax.distributed.shutdown()
+
+
+def said_by_first(text: str) -> bool:
+    """Whether process 0, which is another, ends with this text as well, in the next seconds."""
+    if count() == 1:
+        return False
+    if index() == 0:
+        _store().key_value_set("jaxhess/end", text)
+        return False
+    try:
+        return _store().blocking_key_value_get("jaxhess/end", 1000 * LEAVING // 3) == text
+    except jax.errors.JaxRuntimeError:
+        return False
+
+
+def _tried(action: Callable[[], T]) -> tuple[T | None, InputError | None]:
+    try:
+        return action(), None
+    except InputError as error:
+        return None, error
+
+
+def _store() -> Any:
     return distributed.global_state.client
 
 

@@ -16,11 +16,11 @@ from jaxhess.errors import InputError
 
 
 def check_regular(file: Path) -> None:
-    """Raises ValueError for what is no regular file nor a link to one: pipes are waited for, devices have no end."""
+    """Raises InputError for what is no regular file nor a link to one: pipes are waited for, devices have no end."""
     try:
         mode = file.stat().st_mode
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}).") from None
+        raise InputError(f"{file} cannot be read ({error.strerror}).") from error
     if not stat.S_ISREG(mode):
         raise InputError(f"{file} is a pipe, device, socket or folder; only regular files are read.")
 
@@ -29,7 +29,7 @@ def read_npy(path: Path) -> np.ndarray:
     """The array of a `.npy`, mapped: of a stream of many gigabytes only what is used is read.
 
     Raises:
-        ValueError: The file is damaged, of another kind, or does not hold numbers.
+        InputError: The file is damaged, of another kind, or does not hold numbers.
     """
     check_regular(path)
     with _naming(path), path.open("rb") as stream:
@@ -60,7 +60,7 @@ def _header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], Literal["C",
     """Shape, order and dtype of the `.npy` in a stream of `size` bytes, which is left where the numbers begin.
 
     Raises:
-        ValueError: The header is damaged, does not describe numbers, or promises more of them than there are.
+        InputError: The header is damaged, does not describe numbers, or promises more of them than there are.
     """
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
@@ -84,4 +84,4 @@ def _naming(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # zipfile, zlib, tokenize and NumPy each have errors of their own
         reason = " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
-        raise InputError(f"{path} cannot be read as a NumPy file of numbers: {reason}.") from None
+        raise InputError(f"{path} cannot be read as a NumPy file of numbers: {reason}.") from error

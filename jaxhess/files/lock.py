@@ -7,6 +7,8 @@ import errno
 import os
 from pathlib import Path
 
+from jaxhess.errors import InputError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -21,8 +23,8 @@ def lock(folder: Path) -> int:
     """The descriptor of the folder's lock file, locked where the file system has locks.
 
     Raises:
-        BlockingIOError: Another run holds it.
-        FileExistsError: There is a link or folder of that name.
+        InputError: Another run holds it, or there is a link or folder of that name.
+        OSError: The system does not let it be made.
     """
     path = folder / LOCK
     while True:
@@ -34,7 +36,7 @@ def lock(folder: Path) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise BlockingIOError(
+            raise InputError(
                 f"Another run is writing into {folder}: wait for its end, or choose another folder."
             ) from None
         except OSError as error:
@@ -76,6 +78,6 @@ def _opened(path: Path) -> int:
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EISDIR):
                 raise
-            raise FileExistsError(
+            raise InputError(
                 f"{path} is a link or a folder, where a run keeps its lock file: move it, or choose another folder."
-            ) from None
+            ) from error

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxhess.errors import InputError
 from jaxhess.files.lock import is_lock
 from jaxhess.files.orbax import WRITTEN
 from jaxhess.files.run_folder import EIGENVECTORS, FORMATS, RECORD, RUN_FILES, read_json
@@ -63,7 +64,7 @@ def entries_of(folder: Path) -> Entries:
     except (ValueError, LookupError, TypeError, RecursionError):
         files = None
     if not isinstance(files, dict):
-        raise FileExistsError(f"{folder / MANIFEST} is not a manifest of ours: move it, or choose another folder.")
+        raise InputError(f"{folder / MANIFEST} is not a manifest of ours: move it, or choose another folder.")
     return files
 
 
@@ -83,7 +84,7 @@ def foreign_at(folder: Path, name: str, entries: Entries) -> str | None:
             (f"{name}/{file.relative_to(path)}" for file in files_below(path) if not _is_orbax(path, file)), None
         )
     if (path / MANIFEST).is_file():
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(InputError):
             found = foreign(path)
             return None if found is None else f"{name}/{found}"
         return f"{name}/{MANIFEST}"

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from jaxhess.errors import InputError
 
 WRITTEN = re.compile(
@@ -23,17 +25,20 @@ WRITTEN = re.compile(
 
 @contextlib.contextmanager
 def reading(path: Path, cure: str = "") -> Iterator[None]:
-    """Turns whatever fails inside the block into a ValueError that says that this path is damaged.
+    """Turns whatever fails inside the block into an InputError that says that this path is damaged, and how.
 
-    Exhausted memory and missing permission are no damage, and raised as they are.
+    Exhausted memory is no damage, and raised as it is.
     """
     try:
         with quiet():
             yield
     except Exception as error:  # TensorStore's and Orbax's errors share no class
-        if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
+        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
             raise
-        raise InputError(f"{path} is damaged: {first_words(error)}{cure or '.'}") from None
+        what = "cannot be read" if isinstance(error, PermissionError) else "is damaged"
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        text = " ".join(f"{kind}{error}".split()).split(" [tensorstore_spec")[0].rstrip(".")  # pages of JSON
+        raise InputError(f"{path} {what}: {text}{cure or '.'}") from error
 
 
 @contextlib.contextmanager
@@ -55,15 +60,3 @@ def quiet() -> Iterator[None]:
         for logger, was in zip(loggers, disabled, strict=True):
             logger.disabled = was
         sys.unraisablehook = hook
-
-
-def first_words(error: BaseException) -> str:
-    """What an error says first: TensorStore adds every layer it passed through, and a dump of its specification."""
-    while isinstance(error.__cause__, Exception):  # Orbax gives an index, TensorStore below it the parameter
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyError):
-        return f"its metadata lack {text}"
-    text = re.sub(r'^[A-Z_]+: |Error opening "\w+" driver: | in OCDBT database at local file "[^"]*"', "", text)
-    text = re.split(r": | \[tensorstore_spec|\. See full", text)[0]
-    return text[:200].rstrip(" .") or type(error).__name__

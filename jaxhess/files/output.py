@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxhess.errors import InputError
 from jaxhess.files.lock import lock, unlock
 from jaxhess.files.manifest import (
     MANIFEST,
@@ -68,9 +69,8 @@ class Output:
         """Takes the folder, before the work.
 
         Raises:
-            FileExistsError: A name is taken: by an earlier run (without `overwrite`), or by a file that is not ours.
-            BlockingIOError: Another run is writing into the folder.
-            OSError: It cannot be made or written (`refuse_unusable`).
+            InputError: A name is taken: by an earlier run (without `overwrite`), or by a file that is not ours; another
+                run is writing into the folder; it cannot be made or written.
         """
         refuse_unusable(self.folder)
         self._refuse()
@@ -78,9 +78,10 @@ class Output:
             if place.exists():
                 break
             self._made.append(place)
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock = lock(self.folder)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = lock(self.folder)
             self._refuse()
         except BaseException:
             self.release()
@@ -91,21 +92,21 @@ class Output:
         """Writes these files, each whole or not at all; the first time, what an earlier run left goes.
 
         Raises:
-            FileExistsError, OSError: They could not be written here, and are in another folder, which it names: the
-                place was taken during the work, or the disk is full.
+            InputError: They could not be written here, and are in another folder, which it names: the place was taken
+                during the work, or the disk is full.
             Exception: What a content's callable raised, once all others are written.
         """
         try:
             if bytes_of(self.folder / MANIFEST) != self._known:
-                raise FileExistsError(f"another run has written into {self.folder} meanwhile")
+                raise InputError(f"another run has written into {self.folder} meanwhile")
             self._refuse()
             self.folder.mkdir(parents=True, exist_ok=True)
             old = {*self.names, *self.stale} if self.overwrite and not self._written else set()
             failed = _publish(self.folder, files, old)
-        except OSError as error:
-            reason = f"{self.folder} cannot be written ({_words(error)})"
+        except (OSError, InputError) as error:
+            reason = f"{self.folder} cannot be written ({_reason(error)})"
             place = _beside(self.folder, lambda folder: _publish(folder, files, ()))
-            raise _kind(error)(f"{reason}: the result is in {place}.") from None
+            raise InputError(f"{reason}: the result is in {place}.") from error
         self._written |= set(files)
         self._known = bytes_of(self.folder / MANIFEST)
         if failed is not None:
@@ -114,17 +115,19 @@ class Output:
     def begin(self, name: str) -> Path:
         """The path of a folder that Orbax will write now; what an earlier run left under all our names goes."""
         self._refuse()
-        entries = entries_of(self.folder)
-        for old in self.names:
-            remove(self.folder, old, entries)
-            entries = without(entries, old)
-        write_entries(self.folder, {**entries, name: None})
+        with writing(self.folder):
+            entries = entries_of(self.folder)
+            for old in self.names:
+                remove(self.folder, old, entries)
+                entries = without(entries, old)
+            write_entries(self.folder, {**entries, name: None})
         self._known = bytes_of(self.folder / MANIFEST)
         return self.folder / name
 
     def end(self, name: str) -> None:
         """Takes down what was written since `begin`."""
-        write_entries(self.folder, without(entries_of(self.folder), name) | fingerprints(self.folder, name))
+        with writing(self.folder):
+            write_entries(self.folder, without(entries_of(self.folder), name) | fingerprints(self.folder, name))
         self._written.add(name)
         self._known = bytes_of(self.folder / MANIFEST)
 
@@ -145,19 +148,19 @@ class Output:
         self.release()
 
     def _refuse(self) -> None:
-        """Raises FileExistsError where a name is taken, except by what this object has written itself."""
+        """Raises InputError where a name is taken, except by what this object has written itself."""
         entries = entries_of(self.folder)
         for name in self.names:
             path = self.folder / name
             if not os.path.lexists(path):
                 continue
             if (found := foreign_at(self.folder, name, entries)) is not None:
-                raise FileExistsError(
+                raise InputError(
                     f"{self.folder / found} was not written by an earlier run, or was changed since, and is never "
                     "replaced: move it, or choose another folder."
                 )
             if not self.overwrite and name not in self._written:
-                raise FileExistsError(
+                raise InputError(
                     f"{self.folder} already holds a finished run ({name}); choose another folder, or pass "
                     "--overwrite (overwrite=True) to replace it."
                 )
@@ -167,8 +170,7 @@ class OutputFile:
     """A single JSON file that a command writes. It is ours if it says so: `format` in it is that of the command.
 
     Raises:
-        FileExistsError: It exists, and `overwrite` is False or it is not ours.
-        OSError: It cannot be made.
+        InputError: It exists, and `overwrite` is False or it is not ours; it cannot be made.
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str, overwrite: bool = False):
@@ -180,28 +182,26 @@ class OutputFile:
         """Writes the record, JSON-ready, whole or not at all; beside, if the place is taken or the disk full.
 
         Raises:
-            FileExistsError, OSError: It is in another file, which it names.
+            InputError: It is in another file, which it names.
         """
         text = json.dumps({"format": self.kind, **record}, indent=1, allow_nan=False) + "\n"
         try:
             self._refuse()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _put(self.path.parent, {self.path.name: text.encode()})
-        except OSError as error:
+        except (OSError, InputError) as error:
             place = _beside(self.path, lambda folder: _put(folder, {self.path.name: text.encode()}))
-            raise _kind(error)(
-                f"{self.path} cannot be written ({_words(error)}): the result is in {place / self.path.name}."
-            ) from None
+            raise InputError(
+                f"{self.path} cannot be written ({_reason(error)}): the result is in {place / self.path.name}."
+            ) from error
 
     def _refuse(self) -> None:
         if not os.path.lexists(self.path):
             return
         if not self._is_ours():
-            raise FileExistsError(
-                f"{self.path} was not written by this command and is never replaced: choose another file."
-            )
+            raise InputError(f"{self.path} was not written by this command and is never replaced: choose another file.")
         if not self.overwrite:
-            raise FileExistsError(f"{self.path} exists; choose another file, or pass --overwrite to replace it.")
+            raise InputError(f"{self.path} exists; choose another file, or pass --overwrite to replace it.")
 
     def _is_ours(self) -> bool:
         if self.path.is_symlink() or not self.path.is_file():
@@ -217,17 +217,27 @@ def refuse_unusable(folder: str | os.PathLike[str]) -> None:
     """Raises when nothing could be written into this folder; leaves no trace.
 
     Raises:
-        NotADirectoryError: It, or what should contain it, is a file.
-        PermissionError: Nothing can be written there.
+        InputError: It, or what should contain it, is a file, or nothing can be written there.
     """
     folder = Path(folder)
     existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not existing.is_dir():
-        raise NotADirectoryError(f"The folder {folder} cannot be made: {existing} is a file.")
+        raise InputError(f"The folder {folder} cannot be made: {existing} is a file.")
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise PermissionError(f"The folder {folder} cannot be written ({error.strerror}).") from None
+        raise InputError(f"The folder {folder} cannot be written ({error.strerror}).") from error
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises InputError with this path where the system does not let the block write: no space, no permission."""
+    try:
+        yield
+    except Exception as error:  # TensorStore's and Orbax's errors share no class
+        if not (isinstance(error, OSError) or disk_full(error)):
+            raise
+        raise InputError(f"{path} cannot be written: {_reason(error)}.") from error
 
 
 def disk_full(error: BaseException) -> bool:
@@ -298,7 +308,7 @@ def _beside(path: Path, put: Callable[[Path], object]) -> Path:
     """The folder in which the result is after all: beside, in the system's folder for temporary files, or here.
 
     Raises:
-        OSError: In none of them.
+        InputError: In none of them.
     """
     tried: list[Path] = []
     for parent in dict.fromkeys((path.absolute().parent, Path(tempfile.gettempdir()), Path.cwd())):
@@ -314,13 +324,11 @@ def _beside(path: Path, put: Callable[[Path], object]) -> Path:
         except OSError:
             tried.append(parent)
             shutil.rmtree(place, ignore_errors=True)  # made a moment ago, under a name that was free
-    raise OSError(f"{path} cannot be written, nor can {', '.join(map(str, tried))}: the disks are full or read-only.")
+    raise InputError(
+        f"{path} cannot be written, nor can {', '.join(map(str, tried))}: the disks are full or read-only."
+    )
 
 
-def _words(error: OSError) -> str:
-    text = error.strerror or str(error).rstrip(".")
-    return f"the disk is full: {text}" if disk_full(error) else text
-
-
-def _kind(error: OSError) -> type[OSError]:
-    return type(error) if isinstance(error, FileExistsError) else OSError
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error).rstrip(".")
+    return f"the disk is full: {text[:300]}" if disk_full(error) else text

@@ -29,19 +29,21 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        ValueError: It is no JSON, no text, or nested without end.
+        InputError: It cannot be read, is no JSON, no text, or nested without end.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise InputError("it is nested too deeply") from None
+    except OSError as error:
+        raise InputError(f"it cannot be read ({error.strerror})") from error
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The numeric arrays of an `.npz`; nothing in it is unpickled.
 
     Raises:
-        ValueError: It is damaged, no `.npz`, or holds objects.
+        InputError: It is damaged, no `.npz`, or holds objects.
     """
     try:
         content = io.BytesIO(path.read_bytes())  # numpy leaves a corrupt file open
@@ -53,7 +55,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except MemoryError:
         raise InputError(f"its arrays are larger than {LARGEST / 1e9:.1f} GB, which no spectrum is") from None
     except Exception as error:  # zipfile, zlib, struct, tokenize and numpy each have errors of their own
-        raise InputError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise InputError(" ".join(str(error).split())[:200] or type(error).__name__) from error
     for name, array in found.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
             raise InputError(f"{name} is no array of real numbers")

@@ -18,7 +18,7 @@ from scipy.linalg import eigh_tridiagonal
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
 from jaxhess.files.orbax import reading
-from jaxhess.files.output import Output
+from jaxhess.files.output import Output, writing
 from jaxhess.files.run_folder import read_arrays
 from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import lanczos_segment, lanczos_vectors
@@ -73,7 +73,7 @@ class Eigenpairs:
         are read with shardings, or as whole arrays by `orbax.checkpoint.RestoreArgs(restore_type=numpy.ndarray)`.
 
         Raises:
-            FileExistsError: There are eigenpairs in the folder and `overwrite` is False, or files of these names that
+            InputError: There are eigenpairs in the folder and `overwrite` is False, or files of these names that
                 the library did not write.
         """
         import orbax.checkpoint as ocp
@@ -94,7 +94,7 @@ class Eigenpairs:
         named = {leaf_name(path): x for path, x in jax.tree.flatten_with_path(self.vectors)[0]}
         try:
             processes.on_first(begin)
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            with writing(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save(folder / VECTORS, args=ocp.args.PyTreeSave(named))
             processes.on_first(end)
         finally:
@@ -105,14 +105,13 @@ class Eigenpairs:
         """What `save` wrote, vectors as nested dictionaries of arrays on the host; `steps` is not kept and 0.
 
         Raises:
-            FileNotFoundError: There are no eigenpairs in the folder.
-            ValueError: They are damaged.
+            InputError: There are no eigenpairs in the folder, or they are damaged.
         """
         import orbax.checkpoint as ocp
 
         folder = Path(folder).absolute()
         if not (folder / SCALARS).is_file() or not (folder / VECTORS).is_dir():
-            raise FileNotFoundError(f"{folder} holds no eigenpairs: {SCALARS} and the folder {VECTORS}.")
+            raise InputError(f"{folder} holds no eigenpairs: {SCALARS} and the folder {VECTORS}.")
         with reading(folder / VECTORS), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             stored = checkpointer.metadata(folder / VECTORS).item_metadata.tree
             on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
@@ -174,8 +173,7 @@ def leading_eigenpairs(
 
     Raises:
         InputError: `count` is below 1 or above the dimension or `steps`; an option is out of range; the state keeps no
-            basis of all vectors.
-        FloatingPointError: A product is not finite.
+            basis of all vectors; a product is not finite.
     """
     _check(operator, count, which, tolerance, steps)
     storage.check_available()

@@ -92,7 +92,7 @@ def hutchinson(
 
     Raises:
         ValueError: `samples` or `batch_size` below 1, or an unknown distribution.
-        FloatingPointError: The loss or a product is not finite.
+        InputError: The loss or a product is not finite.
     """
     check_count("samples", samples, 1, "one probe needs one product")
     mean: Vector = None

@@ -51,7 +51,7 @@ def collected(
         kind: Of the vectors, for the message.
 
     Raises:
-        FloatingPointError: A value is not finite.
+        InputError: A value is not finite.
     """
     parts = []
     for numbers in batches(count, batch_size):

@@ -100,7 +100,7 @@ def conjugate_gradients(
     Raises:
         ValueError: b is not like the operator's vectors or not finite, an option is out of its range, or the
             preconditioner is not positive definite.
-        FloatingPointError: The loss or a product is not finite.
+        InputError: The loss or a product is not finite.
     """
     check_structure(b, operator.shape_dtype)
     if not 0 <= damping < math.inf:

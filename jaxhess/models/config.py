@@ -28,7 +28,7 @@ class RopeConfig:
         jaxhess.errors.InputError: original_max_positions is None; it must be positive.
 
     Raises:
-        ValueError: A number that is not positive or out of range, or two that contradict each other.
+        InputError: A number that is not positive or out of range, or two that contradict each other.
     """
 
     theta: float = 10000.0
@@ -97,7 +97,7 @@ class DecoderConfig:
         remat: Recompute each layer in the backward pass instead of storing its activations.
 
     Raises:
-        ValueError: A size or number is out of range, or two fields contradict each other.
+        InputError: A size or number is out of range, or two fields contradict each other.
     """
 
     vocab_size: int
@@ -147,7 +147,7 @@ class DecoderConfig:
             )
 
     def check_length(self, length: int) -> None:
-        """Raises ValueError for sequences longer than the learned positions, where a model has these."""
+        """Raises InputError for sequences longer than the learned positions, where a model has these."""
         if self.rope is None and length > self.max_positions:
             raise InputError(
                 f"Sequences of {length} tokens, but this model has learned positions for {self.max_positions} only; "

@@ -124,7 +124,7 @@ class LanguageModel:
         """The same weights computed otherwise: `dtype` (of computation), `remat`, `query_chunk`.
 
         Raises:
-            ValueError: Any other field: it would not be this model.
+            InputError: Any other field: it would not be this model.
         """
         unknown = sorted(fields.keys() - {"dtype", "remat", "query_chunk"})
         if unknown:

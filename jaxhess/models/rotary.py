@@ -43,7 +43,7 @@ def frequencies(rope: RopeConfig, dims: int, length: int, dtype: npt.DTypeLike =
     factor is in `RopeConfig.attention_factor`.
 
     Raises:
-        ValueError: An unknown rule, or one whose `original_max_positions` is missing.
+        InputError: An unknown rule, or one whose `original_max_positions` is missing.
     """
     exponents = np.arange(0, dims, 2).astype(dtype) / np.asarray(dims, dtype)
 

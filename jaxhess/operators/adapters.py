@@ -48,7 +48,7 @@ def as_scipy(operator: LinearOperator, batch_size: int = 1) -> scipy.sparse.lina
     Raises:
         ValueError: `batch_size` below 1, vectors that lie on the devices of several processes, or an operator whose
             products would be meaningless.
-        FloatingPointError: A product, when it is computed, is not finite.
+        InputError: A product, when it is computed, is not finite.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
@@ -102,12 +102,12 @@ def as_lineax(operator: LinearOperator) -> lineax.FunctionLinearOperator:
         Array([ 2., -1.], dtype=float32)
 
     Raises:
-        ImportError: lineax is not installed.
+        InputError: lineax is not installed.
     """
     try:
         import lineax
     except ImportError:
-        raise ImportError("as_lineax needs lineax, which is not installed: pip install 'jaxhess[lineax]'.") from None
+        raise InputError("as_lineax needs lineax, which is not installed: pip install 'jaxhess[lineax]'.") from None
     # Already a pytree of arrays. What closure_convert makes of it is no argument for `jax.jit`, and shares no program.
     product = jax.tree_util.Partial(_product, operator)
     return lineax.FunctionLinearOperator(product, _vectors(operator), lineax.symmetric_tag, closure_convert=False)

@@ -76,7 +76,7 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
             vectors in it. It is left out, and that is said, where memory does not allow it.
 
     Raises:
-        FloatingPointError: The loss or a product is not finite.
+        InputError: The loss or a product is not finite.
     """
     key = jax.random.fold_in(random_key(seed), 0x0A0D17)
     validate(operator)
@@ -132,7 +132,8 @@ def _reference(operator: LinearOperator, dtype: str) -> tuple[LinearOperator | N
             return None, "there is no wider form of this operator"
         if type(abstract) is type(operator) and all(own == dtype for own in product_dtypes(operator)):
             return None, f"the operator computes in {dtype}"
-        needed, left = max(processes.gathered(_wide_bytes(operator, itemsize))), available_bytes(vectors)
+        needed = max(processes.gathered(_wide_bytes(operator, itemsize)))
+        left = min(processes.gathered(available_bytes(vectors)))
         if needed < left:
             wide = exact_operator(operator, dtype)
             like = jax.tree.map(
@@ -142,7 +143,7 @@ def _reference(operator: LinearOperator, dtype: str) -> tuple[LinearOperator | N
             # The vector itself comes on top of the product and what the program needs to make it.
             needed = memory.temp_size_in_bytes + 2 * memory.output_size_in_bytes if memory else 0
             needed = max(processes.gathered(needed))
-            left = available_bytes(vectors)
+            left = min(processes.gathered(available_bytes(vectors)))
             if needed < left:
                 return wide, ""
     return None, f"it would take {needed / 1e9:.3g} GB more on each device, and {left / 1e9:.3g} GB are left"

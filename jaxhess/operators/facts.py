@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess import vectors
+from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator, ScaledOperator, ShiftedOperator, SumOperator, components, parts
 from jaxhess.vectors import Vector
 
@@ -119,10 +120,10 @@ def explain_non_finite(operator: LinearOperator, v: Vector) -> str:
     return ""
 
 
-def non_finite(what: str, operator: LinearOperator, v: Vector) -> FloatingPointError:
+def non_finite(what: str, operator: LinearOperator, v: Vector) -> InputError:
     """The error to raise where `what`, which came of a product with v, is not finite."""
     where = explain_non_finite(operator, v)
-    return FloatingPointError(f"{what} is not finite{f': {where}' if where else ''}.")
+    return InputError(f"{what} is not finite{f': {where}' if where else ''}.")
 
 
 @explain_non_finite.register

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxhess.distributed import processes
 from jaxhess.distributed.memory import available_bytes, bytes_per_device, temporary_bytes
 from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
@@ -140,7 +141,8 @@ def linearize(
     if budget is None:  # a Lanczos run needs about four vectors, and a product no more than this pass
         vectors = jax.tree.leaves(hessian.shape_dtype)
         working = 4 * bytes_per_device(vectors, 4) + max(map(temporary_bytes, programs))
-        allowed, words = available_bytes(jax.tree.leaves(hessian.params)) - working, "left beside a run's own"
+        left = min(processes.gathered(available_bytes(jax.tree.leaves(hessian.params))))
+        allowed, words = left - working, "left beside a run's own"
     else:
         allowed, words = budget, "allowed"
     if needed > allowed:

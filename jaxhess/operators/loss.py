@@ -221,7 +221,7 @@ def validate_loss(operator: LossOperator) -> dict[str, Any]:
     """The mean loss and the count it was divided by.
 
     Raises:
-        FloatingPointError: The loss of a microbatch is not finite; names it.
+        InputError: The loss of a microbatch is not finite; names it.
         ValueError: Nothing counts, so that the mean loss is undefined; a count is negative, not finite, or depends
             on the parameters.
     """
@@ -230,7 +230,7 @@ def validate_loss(operator: LossOperator) -> dict[str, Any]:
         sums, counts = (np.asarray(x, np.float64) for x in _losses(operator.loss, operator.params, group))
         bad = np.flatnonzero(~np.isfinite(sums))
         if bad.size:
-            raise FloatingPointError(
+            raise InputError(
                 f"The loss of microbatch {seen + bad[0]} is {sums[bad[0]]}: the parameters or the data hold NaN or "
                 "infinite values, or the model overflows in this dtype."
             )

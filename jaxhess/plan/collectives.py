@@ -53,7 +53,7 @@ def collective_traffic(compiled: jax.stages.Compiled | Program, unknown_trips: i
     """What one run moves between devices, by kind and group; `unknown_trips`: see `Program.total`.
 
     Raises:
-        ValueError: A loop around a collective has no known trip count, or the groups of a collective cannot be read.
+        InputError: A loop around a collective has no known trip count, or the groups of a collective cannot be read.
     """
     program = read_program(compiled)
     sums = _Sums(program)
@@ -87,7 +87,7 @@ def replica_groups(instruction: Instruction) -> np.ndarray:
     """The devices that exchange with each other: [groups, devices in each].
 
     Raises:
-        ValueError: They are written in a way that is not known here.
+        InputError: They are written in a way that is not known here.
     """
     text = instruction.attributes
     if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", text):

@@ -68,7 +68,7 @@ def compiled(job: Job, mesh: Mesh | None = None) -> Compiled:
         mesh: None: over all devices of this process.
 
     Raises:
-        ValueError: The devices are not as many as the mesh's.
+        InputError: The devices are not as many as the mesh's.
     """
     mesh = make_mesh(job.axes or {"fsdp": 1}) if mesh is None else mesh
     began = time.perf_counter()

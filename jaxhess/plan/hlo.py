@@ -76,7 +76,7 @@ class Program:
         """The program in HLO text, as `compiled.as_text()` prints it.
 
         Raises:
-            ValueError: There is no entry computation in the text: it is not HLO.
+            InputError: There is no entry computation in the text: it is not HLO.
         """
         computations: dict[str, Computation] = {}
         entry: str | None = None
@@ -104,7 +104,7 @@ class Program:
                 steps of a Lanczos segment.
 
         Raises:
-            ValueError: A loop that costs something has no known trip count, and `unknown_trips` does not give it.
+            InputError: A loop that costs something has no known trip count, and `unknown_trips` does not give it.
         """
 
         @functools.cache
@@ -139,7 +139,7 @@ def matmul_flops(compiled: jax.stages.Compiled | Program, unknown_trips: int | N
     and, on GPUs, cuBLAS calls. `unknown_trips`: see `Program.total`.
 
     Raises:
-        ValueError: A loop around a product has no known trip count, or there is a product of a kind that is not
+        InputError: A loop around a product has no known trip count, or there is a product of a kind that is not
             counted: a convolution, a ragged or scaled dot, a library call other than cuBLAS.
     """
     return read_program(compiled).total(_matmul_flops, unknown_trips=unknown_trips)
@@ -152,7 +152,7 @@ def bytes_accessed(compiled: jax.stages.Compiled | Program, unknown_trips: int |
     counts that slice. `unknown_trips`: see `Program.total`.
 
     Raises:
-        ValueError: A loop has no known trip count.
+        InputError: A loop has no known trip count.
     """
     program = read_program(compiled)
     cost = functools.partial(_bytes_accessed, program)

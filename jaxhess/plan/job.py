@@ -42,7 +42,7 @@ class Job:
         compute_dtype: None: that of the weights.
 
     Raises:
-        ValueError: A number is not positive, an unknown choice, or an axis that no mesh has.
+        InputError: A number is not positive, an unknown choice, or an axis that no mesh has.
     """
 
     config: DecoderConfig

@@ -30,7 +30,7 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> Power:
     """The power law nearest to the points, with no constant: what does not grow with x lowers the exponent.
 
     Raises:
-        ValueError: Fewer than two different x, or a number that is not positive.
+        InputError: Fewer than two different x, or a number that is not positive.
     """
     _check(x, y)
     exponent, intercept = np.polyfit(np.log(x), np.log(y), 1)
@@ -44,7 +44,7 @@ def runtime_law(gradient: Sequence[float], product: Sequence[float]) -> Affine:
     The paper has c = 2 for finite differences; T_vec is the work on vectors, which no token adds to.
 
     Raises:
-        ValueError: As `power_law`.
+        InputError: As `power_law`.
     """
     _check(gradient, product)
     columns = np.stack([gradient, np.ones(len(gradient))], axis=1) / np.asarray(product)[:, None]

@@ -65,7 +65,7 @@ def forecast(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Forecas
         True
 
     Raises:
-        ValueError: Unknown hardware, or one whose peak in the job's dtype is not known.
+        InputError: Unknown hardware, or one whose peak in the job's dtype is not known.
     """
     device = accelerator(hardware)
     peak = peak_matmul_flops(device.kind, job.dtype)
@@ -133,7 +133,7 @@ def changes(job: Job, hardware: str) -> list[tuple[str, Job]]:
 
 
 def accelerator(name: str) -> Accelerator:
-    """The hardware of that name; ValueError lists the known ones."""
+    """The hardware of that name; InputError lists the known ones."""
     if name not in ACCELERATORS:
         raise InputError(f"Unknown hardware {name!r}; known are {', '.join(ACCELERATORS)}.")
     return ACCELERATORS[name]

@@ -42,9 +42,8 @@ def save(spectrum: Spectrum, folder: str | os.PathLike[str], overwrite: bool = F
     old run goes, with its report and exports; files that the library did not write stay, and are never replaced.
 
     Raises:
-        FileExistsError: The folder holds a finished run and `overwrite` is False, or files of these names that the
-            library did not write.
-        OSError: The folder cannot be written. What could be saved elsewhere is, and the message says where.
+        InputError: The folder holds a finished run and `overwrite` is False, or files of these names that the library
+            did not write; the folder cannot be written. What could be saved elsewhere is, and the message says where.
     """
     with Output(folder, (ARRAYS, RECORD), overwrite, stale=(*REPORT_FILES, *EXPORTS)) as output:
         output.write(contents(spectrum))
@@ -70,8 +69,8 @@ def load(path: str | os.PathLike[str], dim: int | None = None) -> Spectrum:
         dim: Number of parameters, for a file that does not say.
 
     Raises:
-        FileNotFoundError: The folder, one of its two files, or the file is missing.
-        InputError: A file is corrupt or of another format; the number of parameters is missing, or another.
+        InputError: The folder, one of its two files, or the file is missing; a file is corrupt or of another format;
+            the number of parameters is missing, or another.
     """
     path = Path(path)
     if not path.is_dir() and path.suffix:
@@ -105,8 +104,8 @@ def load(path: str | os.PathLike[str], dim: int | None = None) -> Spectrum:
 
 def _check_there(folder: Path) -> None:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist: a finished run folder holds {RECORD} and {ARRAYS}")
+        raise InputError(f"{folder} does not exist: a finished run folder holds {RECORD} and {ARRAYS}")
     for path in (folder / RECORD, folder / ARRAYS):
         if not path.is_file():
             what = "is no file" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"{path} {what}: a finished run folder holds {RECORD} and {ARRAYS}")
+            raise InputError(f"{path} {what}: a finished run folder holds {RECORD} and {ARRAYS}")

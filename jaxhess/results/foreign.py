@@ -39,11 +39,11 @@ Array = npt.NDArray[np.float64]
 FORMATS = OLD_FORMAT, FORMAT = "jaxhess-quadrature-1", "jaxhess-quadrature-2"
 VALUES = ("ritz_values", "eigenvalues", "evals")
 COLUMNS = ("probe", "ritz_value", "weight", "residual_bound", "ghost")
-DAMAGE = ValueError, TypeError, LookupError, ArithmeticError, csv.Error
+DAMAGE = ValueError, OSError, TypeError, LookupError, ArithmeticError, csv.Error
 UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy")
 
 
-class UnknownDimension(ValueError):
+class UnknownDimension(InputError):
     """A file does not say how many parameters the model has, and nobody else did."""
 
 
@@ -55,12 +55,11 @@ def read_spectrum(path: Path, dim: int | None = None) -> Spectrum:
         dim: Number of parameters, for a file that does not say.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, of another kind, or its numbers are no quadrature; the number of parameters is
-            missing, or another. Names the file.
+        InputError: There is no such file; it is damaged, of another kind, or its numbers are no quadrature; the number
+            of parameters is missing, or another. Names the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a run folder, or a file of Ritz values and weights.")
+        raise InputError(f"{path} does not exist: give a run folder, or a file of Ritz values and weights.")
     with _naming(path):
         data = _read(path)
         rows = _padded([coefficients(*pair) if len(pair) == 2 else pair[0] for pair in _probes(data)])
@@ -100,7 +99,7 @@ def coefficients(ritz_values: npt.ArrayLike, weights: npt.ArrayLike) -> tuple[Ar
         (array([2., 2.]), array([ 1., nan]))
 
     Raises:
-        ValueError: The lists differ in length or are empty, a value is not finite, a weight is negative, or they do not
+        InputError: The lists differ in length or are empty, a value is not finite, a weight is negative, or they do not
             sum to one within 1%.
     """
     theta, w = np.asarray(ritz_values, np.float64), np.asarray(weights, np.float64)
@@ -170,12 +169,12 @@ def to_csv(spectrum: Spectrum) -> str:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Whatever a damaged file, or one of another kind, makes of the reading becomes a ValueError with its name."""
+    """Whatever a damaged file, or one of another kind, makes of the reading becomes an InputError with its name."""
     try:
         yield
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:300] or "it ends too early."
-        raise InputError(f"{path} is no spectrum that can be read: {reason}") from None
+        raise InputError(f"{path} is no spectrum that can be read: {reason}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -239,7 +238,7 @@ def _dimension(data: dict[str, Any]) -> int | None:
     """Parameters, where the file says so.
 
     Raises:
-        ValueError: It says a number that is not whole, or not positive.
+        InputError: It says a number that is not whole, or not positive.
     """
     if data.get("dim") is None:
         return None

@@ -92,8 +92,8 @@ def write_report(folder: str | os.PathLike[str], spectrum: Spectrum, overwrite: 
     """Writes `report.html` (nothing external: plots are embedded) and the three figures as PNG into the folder.
 
     Raises:
-        FileExistsError: There is a report and `overwrite` is False, or a file that the library did not write.
-        OSError: The folder cannot be written. What could be saved elsewhere is, and the message says where.
+        InputError: There is a report and `overwrite` is False, or a file that the library did not write; the folder
+            cannot be written. What could be saved elsewhere is, and the message says where.
     """
     with Output(folder, REPORT_FILES, overwrite) as output:
         output.write(report_files(spectrum))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import math
@@ -24,7 +23,7 @@ from jaxhess.distributed import processes
 from jaxhess.errors import InputError
 from jaxhess.files.lock import LOCK, lock, unlock
 from jaxhess.files.orbax import quiet, reading
-from jaxhess.files.output import disk_full
+from jaxhess.files.output import writing
 from jaxhess.files.run_folder import read_json
 from jaxhess.krylov.basis import HOST
 from jaxhess.vectors import checksum
@@ -86,9 +85,8 @@ class Checkpoint:
         """Raises before the work where saving makes no sense; `discard`: an unfinished run there is to be removed.
 
         Raises:
-            ValueError: `every` is below 1; the folder holds a run of another `identity`.
-            FileExistsError: The folder holds an unfinished run and neither `resume` nor `discard` is true, saves
-                without an identity, or anything else.
+            InputError: `every` is below 1; the folder holds a run of another `identity`, an unfinished run and neither
+                `resume` nor `discard` is true, saves without an identity, or anything else.
         """
         if self.every < 1:
             raise InputError(f"A run is saved every {self.every} steps; it must be at least 1.")
@@ -97,13 +95,13 @@ class Checkpoint:
     def _check_folder(self, discard: bool) -> None:
         known = _identity_in(Path(self.folder))
         if known is None and (Path(self.folder) / STEPS).exists():
-            raise FileExistsError(f"{self.folder} holds saves and no {IDENTITY} that says of what run: move it.")
+            raise InputError(f"{self.folder} holds saves and no {IDENTITY} that says of what run: move it.")
         if known is None and os.path.lexists(self.folder) and (other := _another(Path(self.folder))):
-            raise FileExistsError(
+            raise InputError(
                 f"{self.folder} holds {other}, which is of no unfinished run: move it, or choose another folder."
             )
         if known is not None and not (self.resume or discard):
-            raise FileExistsError(
+            raise InputError(
                 f"{self.folder} holds an unfinished run: go on with it (--resume, resume=True), discard it "
                 "(--overwrite, or remove the folder), or choose another."
             )
@@ -154,8 +152,8 @@ class Saver:
         """Opens the folder.
 
         Raises:
-            ValueError: It holds another run; names the differences.
-            BlockingIOError: Another run writes into it.
+            InputError: It holds another run (names the differences), another run writes into it, or it cannot be
+                written.
         """
         import orbax.checkpoint as ocp
 
@@ -167,15 +165,16 @@ class Saver:
         identity = {"format": FORMAT, **checkpoint.identity, **identity}
 
         def claim() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(folder)
-            known = _identity_in(folder)
-            if known is not None:
-                _compare(known, identity, checkpoint.folder)
-                return
-            partial = folder / f".{IDENTITY}.{os.getpid()}"
-            partial.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, folder / IDENTITY)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = lock(folder)
+                known = _identity_in(folder)
+                if known is not None:
+                    _compare(known, identity, checkpoint.folder)
+                    return
+                partial = folder / f".{IDENTITY}.{os.getpid()}"
+                partial.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+                os.replace(partial, folder / IDENTITY)
 
         # Synchronous: the arrays are given to the next segment, which writes into their buffers.
         options = ocp.CheckpointManagerOptions(
@@ -194,7 +193,7 @@ class Saver:
         """The record of the last save, None where there is none.
 
         Raises:
-            ValueError: It is damaged.
+            InputError: It is damaged.
         """
         import orbax.checkpoint as ocp
 
@@ -211,7 +210,7 @@ class Saver:
         """The tree of arrays of the last save, in the shapes, dtypes and shardings of this one.
 
         Raises:
-            ValueError: It is damaged: a file is missing or cannot be read, or not every bit is as it was saved.
+            InputError: It is damaged: a file is missing or cannot be read, or not every bit is as it was saved.
         """
         import orbax.checkpoint as ocp
 
@@ -230,7 +229,7 @@ class Saver:
         """Saves a JSON record and a tree of arrays (or none) as of this many products.
 
         Raises:
-            OSError: The disk is full.
+            InputError: The disk is full, or the folder cannot be written.
         """
         import orbax.checkpoint as ocp
 
@@ -241,13 +240,8 @@ class Saver:
         items = {"record": ocp.args.JsonSave(sealed)}
         if state is not None:
             items["state"] = ocp.args.PyTreeSave({f"{k:05d}": x for k, x in enumerate(leaves)})
-        try:
-            with quiet():
-                self.manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except Exception as error:  # TensorStore's and Orbax's errors share no class
-            if not disk_full(error):
-                raise
-            raise OSError(errno.ENOSPC, f"The disk is full: {self.folder} cannot take another save.") from None
+        with writing(self.folder), quiet():
+            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def _reading(self, step: int | None) -> contextlib.AbstractContextManager[None]:
         return reading(self.folder / STEPS / str(step), self._cure)
@@ -322,8 +316,7 @@ def _identity_in(folder: Path) -> dict[str, Any] | None:
     """Of what run the folder holds an unfinished state; None: of none.
 
     Raises:
-        ValueError: Its identity is damaged.
-        FileExistsError: Its identity is not of a run of this library.
+        InputError: Its identity is damaged, or not of a run of this library.
     """
     path = folder / IDENTITY
     try:
@@ -331,9 +324,9 @@ def _identity_in(folder: Path) -> dict[str, Any] | None:
             return None
         found = read_json(path)
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): remove {folder} and start again.") from None
+        raise InputError(f"{path} is damaged ({error}): remove {folder} and start again.") from error
     if not isinstance(found, dict) or not str(found.get("format")).startswith(FORMAT[:-1]):
-        raise FileExistsError(f"{path} does not say of what run it is: move {folder}, or choose another folder.")
+        raise InputError(f"{path} does not say of what run it is: move {folder}, or choose another folder.")
     return found
 
 

@@ -117,7 +117,7 @@ def smoothed(
             single-precision products resolve nothing.
 
     Raises:
-        ValueError: An argument is out of range.
+        InputError: An argument is out of range.
     """
     if points < 1 or axis not in ("symlog", "linear"):
         raise InputError(f"density needs points >= 1 and axis 'symlog' or 'linear', got {points} and {axis!r}")

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from jaxhess.distributed import processes
-from jaxhess.distributed import supervision as watch
 from jaxhess.distributed.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.errors import InputError
 from jaxhess.files.run_folder import json_ready
@@ -106,9 +105,8 @@ def spectrum(
         info: Anything to keep with the result; no number depends on it.
 
     Raises:
-        ValueError: An option is out of range or not known; the checkpoint is of another run.
-        FileExistsError: There is an unfinished run, and `checkpoint.resume` is False.
-        FloatingPointError: The loss or a product is not finite; says which microbatch, probe and step.
+        InputError: An option is out of range or not known; the checkpoint is of another run, or of an unfinished one
+            and `resume` is False; the loss or a product is not finite (says which microbatch, probe and step).
         Interrupted: SIGTERM came; the state is saved (only with `checkpoint`).
     """
     if probes < 1:
@@ -188,7 +186,7 @@ class _Run:
         first, begun = 0, None
         if record is not None:
             assert saver is not None
-            first = self._take_up(record)
+            first = self._resume_from(record)
             if record["step"] > 0:  # these probes advance together to their end
                 begun = saver.restore(self.template(record["runs"]))
         began = time.perf_counter() - self.seconds
@@ -241,7 +239,8 @@ class _Run:
                 return 1
             extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
             needed = max(processes.gathered(extra + bytes_per_device(jax.tree.leaves(state))))
-            left = 0.9 * available_bytes(jax.tree.leaves(self.operator.shape_dtype))
+            available = available_bytes(jax.tree.leaves(self.operator.shape_dtype))
+            left = 0.9 * min(processes.gathered(available))
             if needed <= left:
                 return size
             size = self._evenly(max(1, min(size - 1, int(size * left / needed))))
@@ -330,14 +329,12 @@ class _Run:
         }
         try:
             saver.save(probe * self.steps + step, record, state)
-        except OSError as error:  # the disk is full
+        except InputError as error:  # the disk is full, above all
             if must or processes.count() > 1:
                 raise
-            warnings.warn(f"{error.strerror} The run goes on and tries again at the next save.", stacklevel=2)
-        else:
-            _remark(probe, step)
+            warnings.warn(f"{error} The run goes on and tries again at the next save.", stacklevel=2)
 
-    def _take_up(self, record: dict[str, Any]) -> int:
+    def _resume_from(self, record: dict[str, Any]) -> int:
         """What a save holds of the probes that had ended; returns the first that had not."""
         probe = record["probe"]
         self.batch_size, self.seconds = record["batch_size"], record["seconds"]
@@ -346,12 +343,7 @@ class _Run:
         for name in COEFFICIENTS:
             getattr(self, name)[:probe] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
         self.orthogonality[:probe] = [float.fromhex(x) for x in record["orthogonality"]]
-        _remark(probe, record["step"])
         return probe
-
-
-def _remark(probe: int, step: int) -> None:
-    watch.remark(f"the last save is of step {step} of probe {probe + 1}; go on with --resume")
 
 
 def check_basis_fits(operator: LinearOperator, steps: int, storage: Storage = Storage()) -> None:

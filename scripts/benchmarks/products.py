@@ -142,7 +142,7 @@ def _check(options: Options, mesh: jax.sharding.Mesh) -> None:
         try:
             import hessian_eigenthings  # noqa: F401
         except ImportError:
-            raise ImportError("--peers needs hessian-eigenthings: pip install 'jaxhess[peers]'.") from None
+            raise InputError("--peers needs hessian-eigenthings: pip install 'jaxhess[peers]'.") from None
 
 
 def _model(options: Options, mesh: jax.sharding.Mesh) -> LanguageModel:

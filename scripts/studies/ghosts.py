@@ -6,9 +6,6 @@ from the same probe.
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import interruptible  # noqa: F401
-
 import dataclasses
 import json
 import time

@@ -7,9 +7,6 @@ all of them together, and other work on the machine does not count. The first ru
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import interruptible  # noqa: F401
-
 import dataclasses
 import json
 import math

@@ -5,9 +5,6 @@ With no options: the small GPT-NeoX model and the text in scripts/tiny, a few mi
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    import interruptible  # noqa: F401
-
 import dataclasses
 import json
 import math

@@ -125,7 +125,7 @@ def compare(options: Options, output: Output) -> bool | None:
     except ImportError as error:
         if error.name != "torch":
             raise
-        raise ImportError("PyTorch is missing; install the extra: pip install -e '.[torch]'.") from None
+        raise InputError("PyTorch is missing; install the extra: pip install -e '.[torch]'.") from error
     console, began = terminal(), time.perf_counter()
     with jax.enable_x64(True):
         config = convert.load_config(options.model, options.dtype)

@@ -72,7 +72,7 @@ def load(directory: str | Path, dtype: str | None = None) -> Any:
             directory, dtype="auto" if dtype is None else getattr(torch, dtype), attn_implementation="eager"
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"transformers cannot read {directory}: {' '.join(str(error).split())}") from None
+        raise InputError(f"transformers cannot read {directory}: {' '.join(str(error).split())}") from error
     model.config.use_cache = False
     model.cleared_padding = {}
     for name, module in model.named_modules():

@@ -14,6 +14,7 @@ from small_models import batch_of, run_command, tokens
 import convert
 import jaxhess
 from convert.by_name import layers_module, tensors_by_name
+from jaxhess.errors import InputError
 from jaxhess.operators.restriction import restriction
 from jaxhess.slq.job import Job, Model
 from jaxhess.slq.record import FoundPairs, OperatorRecord, RunRecord
@@ -93,7 +94,7 @@ def test_eigenpairs_read_back(exported):
     found = jaxhess.Eigenpairs.load(run / "eigenvectors")
     np.testing.assert_array_equal(found.values, pairs.values)
     jax.tree.map(np.testing.assert_array_equal, found.vectors, jax.device_get(pairs.vectors))
-    with pytest.raises(FileNotFoundError, match="no eigenpairs"):
+    with pytest.raises(InputError, match="no eigenpairs"):
         jaxhess.Eigenpairs.load(run)
 
 

@@ -23,6 +23,7 @@ from convert import loading
 from convert.layout import parse_layout
 from convert.source import Source
 from jaxhess.distributed.mesh import make_mesh
+from jaxhess.errors import InputError
 from jaxhess.models import model_shardings
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -277,7 +278,7 @@ SPOILED: list[tuple[Callable[[Path], Any], str]] = [
 @pytest.mark.parametrize(("spoil", "sentence"), SPOILED, ids=[repr(sentence) for _, sentence in SPOILED])
 def test_what_is_wrong_is_said_in_one_sentence(spoil: Callable[[Path], Any], sentence: str, copy: Path) -> None:
     spoil(copy)
-    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as caught:
+    with pytest.raises(InputError, match=re.escape(sentence)) as caught:
         convert.load(copy)
     assert "\n" not in str(caught.value)
 
@@ -312,7 +313,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_nobody_is_told_to_let_it(co
 def test_pickles_without_torch_ask_for_the_extra(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ImportError, match=r"install the extra: pip install -e '\.\[torch\]'"):
+    with pytest.raises(InputError, match=r"install the extra: pip install -e '\.\[torch\]'"):
         Source(copy)
 
 
@@ -333,7 +334,7 @@ def test_unknown_dtypes_and_float64_without_x64_are_refused(llama: Path) -> None
 @pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "a/b/c"])
 def test_a_path_that_is_none_is_not_looked_for_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(FileNotFoundError, match="There is no directory"):
+    with pytest.raises(InputError, match="There is no directory"):
         convert.load(name)
 
 
@@ -357,14 +358,14 @@ def test_a_hub_id_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyP
         raise OSError("offline\nwith details")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(FileNotFoundError, match="no directory someone/model, and the hub gives no model") as caught:
+    with pytest.raises(InputError, match="no directory someone/model, and the hub gives no model") as caught:
         convert.load("someone/model")
     assert "\n" not in str(caught.value)
 
 
 def test_tokenizers_are_read_or_missed(llama: Path, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    with pytest.raises(FileNotFoundError, match="has no tokenizer files"):
+    with pytest.raises(InputError, match="has no tokenizer files"):
         convert.load_tokenizer(llama)
     model = tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(model)

@@ -9,6 +9,7 @@ import pytest
 from small_models import Diagonal
 
 from jaxhess import Spectrum, leading_eigenpairs
+from jaxhess.errors import InputError
 from jaxhess.files.manifest import MANIFEST, foreign, write_manifest
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import ARRAYS, EIGENVECTORS, RECORD, REPORT_FILES, RUN_FILES
@@ -47,7 +48,7 @@ def test_ours_is_ours_only_as_it_was_written(tmp_path):
     page = tmp_path / "report.html"
     page.write_text(page.read_text() + "<!-- my notes -->")
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match=r"report\.html was not written by an earlier run, or was changed since"):
+    with pytest.raises(InputError, match=r"report\.html was not written by an earlier run, or was changed since"):
         write_report(tmp_path, a_spectrum(1), overwrite=True)
     a_spectrum(1).save(tmp_path, overwrite=True)
     assert page.read_bytes() == before["report.html"]  # the other files of the old run have gone
@@ -60,7 +61,7 @@ def test_links_are_never_followed(tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).symlink_to(tmp_path / "target")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match=name), Output(tmp_path / "out", NAMES, overwrite):
+        with pytest.raises(InputError, match=name), Output(tmp_path / "out", NAMES, overwrite):
             pytest.fail("the work has begun")
     assert (tmp_path / "target").read_text() == "mine"
 
@@ -70,7 +71,7 @@ def test_a_run_folder_from_before_manifests_is_ours_by_its_record(tmp_path):
     (tmp_path / MANIFEST).unlink()
     for name in ("report.html", "notes.txt"):
         (tmp_path / name).write_text(name)
-    with pytest.raises(FileExistsError, match="already holds a finished run"):
+    with pytest.raises(InputError, match="already holds a finished run"):
         a_spectrum(1).save(tmp_path)
     a_spectrum(1).save(tmp_path, overwrite=True)
     assert {p.name for p in tmp_path.iterdir()} == {"spectrum.npz", "spectrum.json", MANIFEST, "notes.txt"}
@@ -91,7 +92,7 @@ def test_a_run_folder_from_before_manifests_gives_no_name_away_for_ever(tmp_path
     assert (tmp_path / "report.html" / "thesis.tex").read_text() == "mine"
     assert (tmp_path / "stem.png").read_text() == "mine"
     assert not (tmp_path / "density.png").exists()
-    with pytest.raises(FileExistsError, match=r"report\.html/thesis\.tex was not written|stem\.png was not written"):
+    with pytest.raises(InputError, match=r"report\.html/thesis\.tex was not written|stem\.png was not written"):
         write_report(tmp_path, a_spectrum(2), overwrite=True)
 
 
@@ -103,7 +104,7 @@ def test_eigenvectors_from_before_manifests_are_ours_without_what_was_put_among_
         manifest.unlink()
     mine = tmp_path / EIGENVECTORS / "vectors" / "notes.txt"
     mine.write_text("mine")
-    with pytest.raises(FileExistsError, match=f"{mine} was"), Output(tmp_path, (EIGENVECTORS,), overwrite=True):
+    with pytest.raises(InputError, match=f"{mine} was"), Output(tmp_path, (EIGENVECTORS,), overwrite=True):
         pytest.fail("the work has begun")
     mine.unlink()
     with Output(tmp_path, (*RUN_FILES, EIGENVECTORS), overwrite=True) as output:
@@ -116,7 +117,7 @@ def test_eigenvectors_replace_only_eigenvectors(tmp_path):
     pairs.save(tmp_path / "e")
     assert foreign(tmp_path / "e") is None
     (tmp_path / "e" / "vectors" / "mine").write_text("mine")
-    with pytest.raises(FileExistsError, match="vectors"):
+    with pytest.raises(InputError, match="vectors"):
         pairs.save(tmp_path / "e", overwrite=True)
     assert (tmp_path / "e" / "vectors" / "mine").read_text() == "mine"
     (tmp_path / "e" / "vectors" / "mine").unlink()
@@ -149,9 +150,9 @@ def test_what_was_put_into_an_interrupted_save_survives(tmp_path, place):
     mine = folder / place
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text("mine")
-    with pytest.raises(FileExistsError, match=f"{mine} was not written by"):
+    with pytest.raises(InputError, match=f"{mine} was not written by"):
         pairs.save(folder, overwrite=True)
-    with pytest.raises(FileExistsError, match=f"{mine} was not written by"), Output(tmp_path, ("e",), overwrite=True):
+    with pytest.raises(InputError, match=f"{mine} was not written by"), Output(tmp_path, ("e",), overwrite=True):
         pytest.fail("the work has begun")
     assert mine.read_text() == "mine"
 

@@ -16,10 +16,10 @@ from small_models import run_command
 
 import convert.__main__ as convert_command
 from jaxhess import Checkpoint, Spectrum
-from jaxhess.command import one_sentence
+from jaxhess.errors import InputError
 from jaxhess.files.lock import LOCK
 from jaxhess.files.manifest import MANIFEST, foreign
-from jaxhess.files.output import Output, OutputFile, disk_full
+from jaxhess.files.output import Output, OutputFile
 from jaxhess.files.run_folder import EXPORTS, RUN_FILES
 from jaxhess.results.report import FIGURES
 
@@ -151,7 +151,7 @@ def test_what_has_the_name_of_the_lock_survives(tmp_path, make):
     make(tmp_path / LOCK)
     before = os.lstat(tmp_path / LOCK)
     refused = not (tmp_path / LOCK).is_file() and not (tmp_path / LOCK).is_fifo()
-    expected = pytest.raises(FileExistsError, match=f"^{tmp_path / LOCK} is a link or a folder")
+    expected = pytest.raises(InputError, match=f"^{tmp_path / LOCK} is a link or a folder")
     with expected if refused else contextlib.nullcontext(), Output(tmp_path, NAMES) as output:
         output.write(FILES)
     assert os.path.samestat(os.lstat(tmp_path / LOCK), before)
@@ -172,7 +172,7 @@ def test_files_with_the_names_of_unfinished_ones_survive(tmp_path):
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with Output(tmp_path / "out", NAMES) as output:
         with (
-            pytest.raises(BlockingIOError, match="Another run is writing into"),
+            pytest.raises(InputError, match="Another run is writing into"),
             Output(tmp_path / "out", NAMES, overwrite=True),
         ):
             pytest.fail("the work has begun")
@@ -189,7 +189,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
     assert life.stdout.readline()
-    with pytest.raises(BlockingIOError), Output(tmp_path / "out", NAMES):
+    with pytest.raises(InputError), Output(tmp_path / "out", NAMES):
         pytest.fail("the work has begun")
     life.send_signal(signal.SIGKILL)
     life.wait()
@@ -210,7 +210,7 @@ def test_a_result_whose_place_was_taken_is_saved_beside(tmp_path):
     out = tmp_path / "out"
     with Output(out, NAMES) as output:
         (out / "a.png").write_text("mine")
-        with pytest.raises(FileExistsError, match=rf"a\.png was not .*: the result is in {out}-1\.$"):
+        with pytest.raises(InputError, match=rf"a\.png was not .*: the result is in {out}-1\.$"):
             output.write(FILES)
     assert contents(out) == {"a.png": b"mine"}
     assert FILES.items() <= contents(tmp_path / "out-1").items()
@@ -220,7 +220,7 @@ def test_a_result_whose_place_was_taken_is_saved_beside(tmp_path):
         os.unlink(out / LOCK)  # as where it means nothing
         with Output(out, NAMES) as second:
             second.write({"a.json": b"second"})
-        with pytest.raises(FileExistsError, match=rf"another run has written .*: the result is in {out}-1\.$"):
+        with pytest.raises(InputError, match=rf"another run has written .*: the result is in {out}-1\.$"):
             output.write(FILES)
     assert contents(out)["a.json"] == b"second"
     assert foreign(tmp_path / "other-1") is None
@@ -239,37 +239,43 @@ def test_on_a_full_disk_the_result_is_saved_elsewhere(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(elsewhere))
-    with Output(out, NAMES) as output, pytest.raises(OSError, match=f"the disk is full.*is in {elsewhere}/out-1"):
+    with Output(out, NAMES) as output, pytest.raises(InputError, match=f"the disk is full.*is in {elsewhere}/out-1"):
         output.write(FILES)
     assert FILES.items() <= contents(elsewhere / "out-1").items()
     assert not list((tmp_path / "disk").rglob("*"))
-    with pytest.raises(OSError, match=f"the disk is full.*is in {elsewhere}/x.json-1/x.json"):
+    with pytest.raises(InputError, match=f"the disk is full.*is in {elsewhere}/x.json-1/x.json"):
         OutputFile(tmp_path / "disk" / "x.json", "plan").write({"a": 1})
 
 
-def test_a_full_disk_is_not_called_exhausted_memory(capsys):
-    words = 'RESOURCE_EXHAUSTED: Error writing "a": Failed to write 9 bytes to file 3: No space left on device'
-    for error in (ValueError(words), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a")):
-        assert disk_full(error)
-        with pytest.raises(SystemExit), one_sentence():
-            raise error
-        message = capsys.readouterr().err
-        assert message.startswith("error: The disk is full")
-        assert "emory" not in message
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError('RESOURCE_EXHAUSTED: Error writing "a": Failed to write 9 bytes to file 3: No space left on device'),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(error):
+    with pytest.raises(InputError, match=r"^runs/a cannot be written: the disk is full.*\.$"), writing("runs/a"):
+        raise error
+
+
+def test_other_errors_while_writing_stay_what_they_are():
+    with pytest.raises(ZeroDivisionError), writing("runs/a"):
+        raise ZeroDivisionError
 
 
 def test_a_single_file_says_whose_it_is(tmp_path):
     path = tmp_path / "plan.json"
     OutputFile(path, "plan").write({"a": 1})
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(InputError, match="--overwrite"):
         OutputFile(path, "plan")
-    with pytest.raises(FileExistsError, match="was not written by this command"):
+    with pytest.raises(InputError, match="was not written by this command"):
         OutputFile(path, "benchmark", overwrite=True)
     OutputFile(path, "plan", overwrite=True).write({"a": 2})
     assert b'"a": 2' in path.read_bytes()
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(InputError):
         OutputFile(path, "plan", overwrite=True)
 
 
@@ -283,7 +289,7 @@ def test_only_saves_are_removed(tmp_path):
     assert set(contents(folder)) == {"notes.txt", "steps/mine.txt"}
     Checkpoint(folder).remove()
     assert set(contents(folder)) == {"notes.txt", "steps/mine.txt"}
-    with pytest.raises(FileExistsError, match="move it"):
+    with pytest.raises(InputError, match="move it"):
         Checkpoint(folder).check(discard=True)
 
 

@@ -8,6 +8,7 @@ import pytest
 from small_models import Diagonal
 
 from jaxhess import MatrixOperator, Storage, lanczos_segment, leading_eigenpairs, random_probe, spectrum, start_lanczos
+from jaxhess.errors import InputError
 from jaxhess.krylov.quadrature import quadrature
 
 EIGENVALUES = np.concatenate([np.linspace(-1, 1, 195), [5.0, 8.0, 20.0, -6.0, -12.0]])
@@ -116,7 +117,7 @@ def test_vectors_are_trees_like_the_operators_and_are_saved(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.restore(tmp_path / "pairs" / "vectors")
     np.testing.assert_array_equal(stored["layers/kernel"], pairs.vectors["layers"]["kernel"])
-    with pytest.raises(FileExistsError, match="overwrite=True"):
+    with pytest.raises(InputError, match="overwrite=True"):
         pairs.save(tmp_path / "pairs")
     pairs.save(tmp_path / "pairs", overwrite=True)
 

@@ -18,6 +18,7 @@ from jaxhess import (
     random_probe,
     xtrace,
 )
+from jaxhess.errors import InputError
 
 CLUSTERS = np.repeat([-1.0, 0.0, 2.0, 7.0], 25)  # indefinite and singular
 DECAYING = 1 / np.arange(1, 101.0) ** 2
@@ -298,7 +299,7 @@ def test_a_sketch_beyond_memory_is_refused():
 @pytest.mark.parametrize("method", [diagonal, xtrace])
 def test_products_that_are_not_finite_are_named(method):
     finite = MatrixOperator(jnp.eye(9))
-    with pytest.raises(FloatingPointError, match=r"probe 1 is not finite: term 1 of the sum \(MatrixOperator\)"):
+    with pytest.raises(InputError, match=r"probe 1 is not finite: term 1 of the sum \(MatrixOperator\)"):
         method(finite + MatrixOperator(jnp.full((9, 9), jnp.inf)), 4)
 
 

@@ -7,6 +7,7 @@ import pytest
 from small_models import matrix
 
 from jaxhess import MatrixOperator, Storage, lanczos_segment, random_probe, spectrum, start_lanczos
+from jaxhess.errors import InputError
 from jaxhess.krylov import compile_segment
 from jaxhess.operators import LinearOperator
 
@@ -178,7 +179,7 @@ def test_bad_options_are_refused_before_any_product(options, sentence):
 def test_non_finite_products_name_probe_and_step():
     a = np.eye(10, dtype=np.float32)
     a[3, 4] = np.nan
-    with pytest.raises(FloatingPointError, match="step 1 of probe 1 is not finite"):
+    with pytest.raises(InputError, match="step 1 of probe 1 is not finite"):
         spectrum(MatrixOperator(jnp.asarray(a)), steps=3, probes=1)
 
 

@@ -7,6 +7,7 @@ import pytest
 from small_models import language_operator, relative
 
 from jaxhess import GaussNewton, Hessian, MatrixOperator, random_probe, spectrum
+from jaxhess.errors import InputError
 from jaxhess.operators.facts import describe
 
 
@@ -91,5 +92,5 @@ def test_what_does_not_add_is_refused_in_a_sentence():
 
 def test_a_sum_names_the_term_that_is_not_finite():
     finite = MatrixOperator(jnp.eye(2))
-    with pytest.raises(FloatingPointError, match=r"term 1 of the sum \(MatrixOperator\)"):
+    with pytest.raises(InputError, match=r"term 1 of the sum \(MatrixOperator\)"):
         spectrum(finite + MatrixOperator(jnp.full((2, 2), jnp.inf)), steps=1)

@@ -9,6 +9,7 @@ import pytest
 from small_models import language_operator
 
 from jaxhess import FiniteDifferenceHessian, LinearOperator, MatrixOperator, audit
+from jaxhess.errors import InputError
 from jaxhess.operators import audit as noise_module
 from jaxhess.operators.precision import exact_operator
 
@@ -92,7 +93,7 @@ def test_a_product_that_is_not_finite_is_an_error():
             return v * jnp.inf
 
     jax.tree_util.register_dataclass(Broken, [], [])
-    with pytest.raises(FloatingPointError, match="is not finite"):
+    with pytest.raises(InputError, match="is not finite"):
         audit(Broken())
 
 

@@ -9,6 +9,7 @@ import pytest
 from small_models import Diagonal, language_operator
 
 from jaxhess import FiniteDifferenceHessian, Hessian, LinearOperator, MatrixOperator, linearize
+from jaxhess.errors import InputError
 from jaxhess.operators.facts import checksum, describe, explain_non_finite, shares_work, validate
 from jaxhess.operators.precision import exact_operator, product_dtypes, unit_roundoff
 
@@ -75,7 +76,7 @@ def test_facts_and_costs_come_from_the_operators_it_is_made_of():
     hessian = Hessian(loss, jnp.ones(2), [jnp.zeros(2)])
     assert validate(Between(jnp.ones(2), hessian) + MatrixOperator(A)) == {"loss": 2.0, "count": 1.0}
     assert validate(MatrixOperator(A)) == {}
-    with pytest.raises(FloatingPointError, match="loss of microbatch 0 is nan"):
+    with pytest.raises(InputError, match="loss of microbatch 0 is nan"):
         validate(linearize(Hessian(loss, jnp.full(2, jnp.nan), [jnp.zeros(2)])))
     difference = FiniteDifferenceHessian(loss, jnp.ones(2), [jnp.zeros(2)], step=0.1)
     assert not shares_work(Between(jnp.ones(2), difference))

@@ -13,6 +13,7 @@ from small_models import SMALL, TINY, batch_of, language_operator, relative, sca
 from jaxhess import Hessian, MatrixOperator, Microbatches, Storage, make_mesh, random_probe, spectrum, start_lanczos
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import batch_sharding
+from jaxhess.errors import InputError
 from jaxhess.krylov import compile_segment
 from jaxhess.models import initialize
 from jaxhess.operators.facts import validate
@@ -246,14 +247,14 @@ def test_a_vector_of_another_shape_is_refused_by_name():
 
 def test_a_non_finite_loss_names_the_microbatch():
     operator = Hessian(lambda p, b: jnp.sum(p * b), jnp.ones(2), [jnp.ones(2), jnp.array([1.0, jnp.nan])])
-    with pytest.raises(FloatingPointError, match="microbatch 1 is nan"):
+    with pytest.raises(InputError, match="microbatch 1 is nan"):
         spectrum(operator, steps=2, probes=1)
 
 
 def test_a_non_finite_product_names_the_microbatch():
     # A finite loss of infinite curvature: sqrt at 0.
     operator = Hessian(lambda p, b: jnp.sum(jnp.sqrt(p) * b), jnp.zeros(2), [jnp.zeros(2), jnp.ones(2)])
-    with pytest.raises(FloatingPointError, match=r"step 1 of probe 1 is not finite: .*microbatch"):
+    with pytest.raises(InputError, match=r"step 1 of probe 1 is not finite: .*microbatch"):
         spectrum(operator, steps=2, probes=1)
 
 

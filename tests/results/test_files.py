@@ -8,6 +8,7 @@ from known_spectra import (
     sampled,
 )
 
+from jaxhess.errors import InputError
 from jaxhess.slq.spectrum import Spectrum
 
 INFO = {"loss": np.float32(2.5), "mesh": (2, 4), "bad": float("nan"), "nested": {"steps": np.int64(3)}}
@@ -48,7 +49,7 @@ def test_record_is_strict_json_with_null_for_the_unknown(tmp_path, probes, steps
 def test_finished_run_is_not_overwritten_without_being_told(tmp_path):
     first, second = sampled(1, 2, seed=1), sampled(1, 2, seed=2)
     first.save(tmp_path)
-    with pytest.raises(FileExistsError, match=tmp_path.name):
+    with pytest.raises(InputError, match=tmp_path.name):
         second.save(tmp_path)
     assert Spectrum.load(tmp_path) == first
     second.save(tmp_path, overwrite=True)
@@ -64,7 +65,7 @@ def test_failed_write_leaves_the_finished_run_whole(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_bytes", full_disk)
-        with pytest.raises(OSError, match="disks are full or read-only"):
+        with pytest.raises(InputError, match="disks are full or read-only"):
             sampled(1, 2, seed=2).save(tmp_path / "run", overwrite=True)
     assert Spectrum.load(tmp_path / "run") == first
     assert len(list((tmp_path / "run").iterdir())) == 3
@@ -72,9 +73,9 @@ def test_failed_write_leaves_the_finished_run_whole(tmp_path, monkeypatch):
 
 
 def test_missing_corrupt_or_foreign_folder_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+    with pytest.raises(InputError, match="nowhere does not exist"):
         Spectrum.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"spectrum\.json does not exist"):
+    with pytest.raises(InputError, match=r"spectrum\.json does not exist"):
         Spectrum.load(tmp_path)
     sampled(1, 2).save(tmp_path)
     record, arrays = tmp_path / "spectrum.json", tmp_path / "spectrum.npz"
@@ -84,7 +85,7 @@ def test_missing_corrupt_or_foreign_folder_is_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=r"spectrum\.npz is corrupt"):
             Spectrum.load(tmp_path)
     arrays.unlink()
-    with pytest.raises(FileNotFoundError, match=r"spectrum\.npz does not exist"):
+    with pytest.raises(InputError, match=r"spectrum\.npz does not exist"):
         Spectrum.load(tmp_path)
     arrays.write_bytes(whole)
     for text in ("{", "[]", '{"format": "other"}'):

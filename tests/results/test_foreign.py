@@ -14,6 +14,7 @@ from known_spectra import EVERYTHING
 from scipy.linalg import eigh_tridiagonal
 
 from jaxhess import Spectrum
+from jaxhess.errors import InputError
 from jaxhess.results.foreign import coefficients, to_csv, to_json
 from jaxhess.results.report import FIGURES, _page, write_report
 from jaxhess.slq.record import RunRecord
@@ -267,7 +268,7 @@ def test_only_regular_files_are_read(tmp_path, name, kind):
     OURS.save(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).symlink_to("/dev/zero")
-    with pytest.raises(FileNotFoundError, match=name):
+    with pytest.raises(InputError, match=name):
         Spectrum.load(tmp_path / name if name.startswith("a.") else tmp_path, dim=10)
 
 
@@ -313,5 +314,5 @@ def test_other_files_are_refused_with_a_sentence(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         Spectrum.load(tmp_path / name, None if "how many" in message else 10)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError):
         Spectrum.load(tmp_path / "missing.json")

@@ -14,6 +14,7 @@ import convert
 from jaxhess import Spectrum
 from jaxhess.command import one_sentence
 from jaxhess.data import TokenBatch
+from jaxhess.errors import InputError
 from jaxhess.operators.facts import describe
 from scripts import spectrum as script
 
@@ -99,10 +100,16 @@ def test_an_unusable_run_folder_is_refused_before_the_work(tmp_path, capsys, bel
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_exhausted_memory_is_one_sentence_with_its_cure(capsys):
-    with pytest.raises(SystemExit), one_sentence():
+def test_exhausted_memory_keeps_its_error_and_says_what_helps():
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught, one_sentence():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
-    assert "--microbatch" in capsys.readouterr().err
+    assert "--microbatch" in caught.value.__notes__[0]
+
+
+def test_an_error_that_nobody_expects_keeps_its_class():
+    with pytest.raises(ValueError, match="a defect") as caught, one_sentence():
+        raise ValueError("a defect")
+    assert caught.type is ValueError
 
 
 def broken_model(folder: Path, change) -> str:
@@ -203,9 +210,8 @@ def test_a_run_that_stopped_among_its_eigenpairs_is_ended_by_resume(tmp_path, mo
             raise OSError("the machine went away")
 
         patch.setattr(script.jaxhess, "leading_eigenpairs", fail)
-        with pytest.raises(SystemExit):
+        with pytest.raises(InputError, match="went away"):
             run_command(script, *options)
-    assert "went away" in capsys.readouterr().err
     before = Spectrum.load(out)  # the spectrum was written before
     assert (out / script.UNFINISHED).exists()
     with pytest.raises(SystemExit):

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from jaxhess import make_mesh
+from jaxhess.errors import InputError
 from jaxhess.plan.hardware import peak_matmul_flops
 from scripts.benchmarks import products as script
 
@@ -90,7 +91,7 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
     out = tmp_path / "out.json"
     out.write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="was not written by this command"):
+        with pytest.raises(InputError, match="was not written by this command"):
             script.run(script.Options(**TINY, out=out, overwrite=overwrite))
     assert out.read_text() == "precious"
 

@@ -13,6 +13,7 @@ import tyro
 
 from convert import load, load_tokenizer
 from jaxhess.data import read_blocks
+from jaxhess.errors import InputError
 from jaxhess.files.manifest import foreign
 from scripts.training import tiny as script
 from scripts.training.corpus import read_corpus
@@ -71,7 +72,7 @@ def test_held_out_files_are_not_trained_on(trained) -> None:
 def test_a_model_is_not_overwritten_without_being_told_to(trained) -> None:
     options, _ = trained
     before = (options.out / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match="is not empty; --overwrite"):
+    with pytest.raises(InputError, match="is not empty; --overwrite"):
         script.run(options)
     assert (options.out / "model.safetensors").stat().st_mtime_ns == before
 
@@ -83,7 +84,7 @@ def test_a_new_training_replaces_the_old_model_and_nothing_else(trained, tmp_pat
     assert foreign(again.out) is None
     script.run(again)
     (again.out / "thesis.tex").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"holds thesis\.tex"):
+    with pytest.raises(InputError, match=r"holds thesis\.tex"):
         script.run(again)
     assert (again.out / "thesis.tex").read_text() == "mine"
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 from checkpoints import write_checkpoint
 
+from jaxhess.errors import InputError
 from scripts.validation import mesh as script
 
 
@@ -55,7 +56,7 @@ def test_what_cannot_be_compared_or_saved_is_refused_at_the_door(options, tmp_pa
     with pytest.raises(ValueError, match="at least 4"):
         script.run(script.Options(**{**options, "batch": 3}))
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(FileExistsError, match="was not written by this command"):
+    with pytest.raises(InputError, match="was not written by this command"):
         script.run(script.Options(**{**options, "out": tmp_path / "file"}))
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(InputError):
         script.run(script.Options(**{**options, "out": tmp_path / "file" / "mesh.json"}))

@@ -14,6 +14,7 @@ from small_models import TINY
 
 import convert
 from jaxhess.data import TokenBlocks
+from jaxhess.errors import InputError
 from jaxhess.files.manifest import write_manifest
 from jaxhess.models import RopeConfig
 from scripts.validation import torch as script
@@ -188,9 +189,9 @@ def test_numbers_out_of_range_are_refused(checkpoint, tmp_path, change):
 def test_a_result_is_replaced_only_where_asked(checkpoint, tmp_path):
     (tmp_path / "agreement.json").write_text("{}")
     write_manifest(tmp_path)
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(InputError, match="--overwrite"):
         validated(checkpoint, tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):  # after the check of the folder
+    with pytest.raises(InputError, match="nowhere"):  # after the check of the folder
         validated(tmp_path / "nowhere", tmp_path, overwrite=True)
 
 
