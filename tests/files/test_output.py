@@ -19,7 +19,7 @@ from jaxhess import Checkpoint, Spectrum
 from jaxhess.errors import InputError
 from jaxhess.files.lock import LOCK
 from jaxhess.files.manifest import MANIFEST, foreign
-from jaxhess.files.output import Output, OutputFile
+from jaxhess.files.output import Output, OutputFile, writing
 from jaxhess.files.run_folder import EXPORTS, RUN_FILES
 from jaxhess.results.report import FIGURES
 
@@ -291,16 +291,6 @@ def test_only_saves_are_removed(tmp_path):
     assert set(contents(folder)) == {"notes.txt", "steps/mine.txt"}
     with pytest.raises(InputError, match="move it"):
         Checkpoint(folder).check(discard=True)
-
-
-@pytest.mark.parametrize("script", sorted(name for name in FOLDERS if name != "convert"))
-def test_control_c_while_the_libraries_load_is_one_word(script, tmp_path):
-    """A stand-in for the first of them sends the signal."""
-    (tmp_path / "jax.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    path = ROOT / f"{script.replace('.', '/')}.py"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, check=False)
-    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize(
