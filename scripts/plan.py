@@ -88,7 +88,7 @@ def job_of(options: Options) -> planning.Job:
     """The job that the options describe.
 
     Raises:
-        ValueError: There is no plan for one of them.
+        InputError: There is no plan for one of them.
     """
     without_plan = {
         "operator": options.operator != "hessian",

@@ -44,7 +44,7 @@ def distribution_bounds(
             measure, and both bounds are its distribution function, up to the slack.
 
     Raises:
-        ValueError: Shapes disagree, nodes do not ascend, a weight or a slack is negative, or an entry is NaN.
+        InputError: Shapes disagree, nodes do not ascend, a weight or a slack is negative, or an entry is NaN.
     """
     nodes, w, x = (np.asarray(a, np.float64) for a in (ritz_values, weights, x))
     if nodes.ndim != 1 or nodes.size == 0 or w.shape != nodes.shape:

@@ -60,7 +60,7 @@ class Estimate:
         (NaN, NaN) where the error is not known; infinite on a side without bound.
 
         Raises:
-            ValueError: `level` is not between 0 and 1.
+            InputError: `level` is not between 0 and 1.
         """
         low, high = self.bounds or (self.value, self.value)
         if self.positive and self.value > 0:
@@ -109,7 +109,7 @@ def student_factor(freedom: float, level: float) -> float:
     """How many standard errors an interval of this level reaches to either side; NaN for unknown freedom.
 
     Raises:
-        ValueError: `level` is not between 0 and 1.
+        InputError: `level` is not between 0 and 1.
     """
     if not 0 < level < 1:
         raise InputError(f"level is the probability of an interval, between 0 and 1, got {level}")

@@ -50,7 +50,7 @@ class DiagonalEstimate(NamedTuple):
         """Low and high ends, trees like the value, of what holds an entry with this probability.
 
         Raises:
-            ValueError: `level` is not between 0 and 1.
+            InputError: `level` is not between 0 and 1.
         """
         factor = student_factor(self.freedom, level)
         low, high = (
@@ -91,8 +91,7 @@ def hutchinson(
             instead of 8 k matrix products), for k times the memory of probe, product and tangents.
 
     Raises:
-        ValueError: `samples` or `batch_size` below 1, or an unknown distribution.
-        InputError: The loss or a product is not finite.
+        InputError: `samples` or `batch_size` below 1, or an unknown distribution; the loss or a product is not finite.
     """
     check_count("samples", samples, 1, "one probe needs one product")
     mean: Vector = None

@@ -61,7 +61,7 @@ def relative_tolerance(steps: int, rounding: float) -> float:
     the tolerance is 3e-6 in float32; for products in bfloat16 (2^-7) a fifth of |T|, and little can be told apart.
 
     Raises:
-        ValueError: `rounding` is not between 0 and 1.
+        InputError: `rounding` is not between 0 and 1.
     """
     if not 0 < rounding < 1:
         raise InputError(f"rounding must be the unit roundoff of the run, between 0 and 1, got {rounding}")
@@ -104,7 +104,7 @@ def find_ghosts(alphas: npt.ArrayLike, betas: npt.ArrayLike, rounding: float = F
             `jaxhess.operators.precision`.
 
     Raises:
-        ValueError: Bad coefficients (see `quadrature`), or `rounding` not between 0 and 1.
+        InputError: Bad coefficients (see `quadrature`), or `rounding` not between 0 and 1.
     """
     return classify(quadrature(alphas, betas), rounding)
 

@@ -81,7 +81,7 @@ def lanczos_vectors(state: LanczosState, coefficients: np.ndarray) -> Vector:
     """Combinations [k, ...] of the first run's stored basis, with coefficients [k, rows]; in at least float32.
 
     Raises:
-        ValueError: The state keeps no basis of all vectors.
+        InputError: The state keeps no basis of all vectors.
     """
     if state.reorthogonalize != "full":
         raise InputError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")

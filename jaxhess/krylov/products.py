@@ -77,13 +77,13 @@ def drawer(operator: LinearOperator, key: jax.Array, distribution: Distribution)
 
 
 def check_count(name: str, value: int, least: int, why: str) -> None:
-    """Raises ValueError for what is no whole number, or less than `least`."""
+    """Raises InputError for what is no whole number, or less than `least`."""
     if not isinstance(value, int | np.integer) or value < least:
         raise InputError(f"{name} is {value}; it must be a whole number, at least {least}: {why}.")
 
 
 def check_operator(operator: LinearOperator, batch_size: int) -> None:
-    """Raises ValueError for a batch size below 1 and for an operator whose products would be meaningless."""
+    """Raises InputError for a batch size below 1 and for an operator whose products would be meaningless."""
     check_count("batch_size", batch_size, 1, "products are computed so many at once")
     validate(operator)
 

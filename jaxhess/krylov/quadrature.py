@@ -47,7 +47,7 @@ def quadrature(alphas: npt.ArrayLike, betas: npt.ArrayLike, step_errors: npt.Arr
         step_errors: [m] what each step left out of the recurrence, see `LanczosState`; None: not known.
 
     Raises:
-        ValueError: The shapes disagree, there is no step, or an entry is not finite or a beta negative (with the step).
+        InputError: The shapes disagree, there is no step, or an entry is not finite or a beta negative (with the step).
     """
     alphas, betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
     _check(alphas, betas)

@@ -69,9 +69,8 @@ def hutch_plus_plus(operator: LinearOperator, products: int, *, seed: int = 0, b
         batch_size: Products computed at once; see `hutchinson`.
 
     Raises:
-        ValueError: `products` below 3 (where the operator has more rows), `batch_size` below 1, or a sketch that cannot
-            fit the devices' memory.
-        InputError: The loss or a product is not finite.
+        InputError: `products` below 3 (where the operator has more rows), `batch_size` below 1, or a sketch that cannot
+            fit the devices' memory; the loss or a product is not finite.
     """
     check_count("products", products, min(3, operator.dim), "one for the sketch, one for its trace, one for the rest")
     if products >= operator.dim:
@@ -132,9 +131,8 @@ def xtrace(operator: LinearOperator, products: int, *, seed: int = 0, batch_size
         batch_size: Products computed at once; see `hutchinson`.
 
     Raises:
-        ValueError: `products` below 2 (where the operator has more rows), `batch_size` below 1, or a sketch that cannot
-            fit the devices' memory.
-        InputError: The loss or a product is not finite.
+        InputError: `products` below 2 (where the operator has more rows), `batch_size` below 1, or a sketch that cannot
+            fit the devices' memory; the loss or a product is not finite.
     """
     check_count("products", products, min(2, operator.dim), "one for the sketch, and one for its trace")
     if products >= operator.dim:

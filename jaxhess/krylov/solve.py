@@ -98,9 +98,8 @@ def conjugate_gradients(
         preconditioner: An approximation of the inverse of A + damping I: symmetric and positive definite.
 
     Raises:
-        ValueError: b is not like the operator's vectors or not finite, an option is out of its range, or the
-            preconditioner is not positive definite.
-        InputError: The loss or a product is not finite.
+        InputError: b is not like the operator's vectors or not finite, an option is out of its range, or the
+            preconditioner is not positive definite; the loss or a product is not finite.
     """
     check_structure(b, operator.shape_dtype)
     if not 0 <= damping < math.inf:

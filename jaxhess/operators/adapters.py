@@ -46,9 +46,8 @@ def as_scipy(operator: LinearOperator, batch_size: int = 1) -> scipy.sparse.lina
             it is best a divisor of the number of columns, for `lobpcg` that of the eigenvectors asked for.
 
     Raises:
-        ValueError: `batch_size` below 1, vectors that lie on the devices of several processes, or an operator whose
-            products would be meaningless.
-        InputError: A product, when it is computed, is not finite.
+        InputError: `batch_size` below 1, vectors that lie on the devices of several processes, or an operator whose
+            products would be meaningless; a product, when it is computed, is not finite.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1.")

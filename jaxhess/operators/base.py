@@ -51,7 +51,7 @@ class LinearOperator(abc.ABC):
         """`operator @ v`: the product as one compiled program.
 
         Raises:
-            ValueError: v is not shaped like the operator's vectors; the message names the first leaf that differs.
+            InputError: v is not shaped like the operator's vectors; the message names the first leaf that differs.
         """
         check_structure(v, self.shape_dtype)
         return compiled_mv(self, v)
@@ -61,7 +61,7 @@ class LinearOperator(abc.ABC):
 
         Raises:
             TypeError: The other is not an operator.
-            ValueError: Their vectors differ; the message names the first leaf that does.
+            InputError: Their vectors differ; the message names the first leaf that does.
         """
         if not isinstance(other, LinearOperator):
             raise TypeError(f"Operators add to operators, not to {type(other).__name__}; A.shifted(x) is A + x I.")
@@ -80,7 +80,7 @@ class LinearOperator(abc.ABC):
 
         Raises:
             TypeError: The factor is an operator or no real number.
-            ValueError: It is an array.
+            InputError: It is an array.
         """
         if isinstance(factor, LinearOperator):
             raise TypeError("Operators are not multiplied with each other: apply one after the other.")
@@ -94,7 +94,7 @@ class LinearOperator(abc.ABC):
 
         Raises:
             TypeError: The shift is no real number.
-            ValueError: It is an array.
+            InputError: It is an array.
         """
         _check_scalar("An operator is shifted by", shift)
         return ShiftedOperator(self, shift)
@@ -106,7 +106,7 @@ class LinearOperator(abc.ABC):
             batch_size: Columns whose products are computed at once.
 
         Raises:
-            ValueError: The matrix would have more than 2^30 entries.
+            InputError: The matrix would have more than 2^30 entries.
         """
         if self.dim**2 > 2**30:
             raise InputError(f"A matrix of {self.dim:,} rows is for Lanczos, not for to_matrix, which stops at 32,768.")
@@ -210,7 +210,7 @@ def _matrix(operator: LinearOperator, batch_size: int) -> jax.Array:
 
 
 def check_structure(v: Vector, expected: Vector) -> None:
-    """Raises ValueError where a vector is not like the expected one; names the first leaf that differs."""
+    """Raises InputError where a vector is not like the expected one; names the first leaf that differs."""
     found, wanted_structure = str(jax.tree.structure(v)), str(jax.tree.structure(expected))
     if found != wanted_structure:
         raise InputError(f"The vector has structure {found}; it must be that of the parameters, {wanted_structure}.")

@@ -67,7 +67,7 @@ class FiniteDifferenceHessian(LossOperator):
             parameters that are float32.
 
     Raises:
-        ValueError: The step is not a positive number or "auto"; an unknown convention.
+        InputError: The step is not a positive number or "auto"; an unknown convention.
     """
 
     step: Any = "auto"
@@ -210,7 +210,7 @@ def _(operator: FiniteDifferenceHessian) -> dict[str, Any]:
     from that of a third of the balanced step in at least float32, which errs by rounding alone.
 
     Raises:
-        ValueError: The automatic step errs by more than a third: no step serves.
+        InputError: The automatic step errs by more than a third: no step serves.
     """
     facts = validate_loss(operator)
     dtypes = " and ".join(product_dtypes(operator._shifted()))

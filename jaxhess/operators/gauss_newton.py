@@ -59,7 +59,7 @@ class GaussNewton(LossOperator):
                [-0.25,  0.25]], dtype=float32)
 
     Raises:
-        ValueError: The loss is not a `LikelihoodLoss`.
+        InputError: The loss is not a `LikelihoodLoss`.
     """
 
     def __post_init__(self) -> None:
@@ -134,7 +134,7 @@ class MonteCarloFisher(GaussNewton):
         depend on the mesh, nor on how these are cut into microbatches.
 
         Raises:
-            ValueError: `samples` below 1, a key of a generator whose draws depend on the mesh, or the loss is not a
+            InputError: `samples` below 1, a key of a generator whose draws depend on the mesh, or the loss is not a
                 `LikelihoodLoss`.
         """
         if str(jax.random.key_impl(key)) != "threefry2x32":

@@ -129,7 +129,7 @@ def linearize(
         announce: Called with those bytes before any is taken.
 
     Raises:
-        ValueError: They would take more: the message gives both numbers, and nothing has been computed. The budget
+        InputError: They would take more: the message gives both numbers, and nothing has been computed. The budget
             is not a positive number.
     """
     if budget is not None and not 0 < budget < math.inf:

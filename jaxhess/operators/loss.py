@@ -150,7 +150,7 @@ class LossOperator(LinearOperator):
             layers: Indices of layers; leaves outside the layers are then held fixed.
 
         Raises:
-            ValueError: Nothing matches (the message lists the names); no such layer; restricted already.
+            InputError: Nothing matches (the message lists the names); no such layer; restricted already.
         """
         if self.restriction is not None:
             raise InputError(f"Restricted to {self.restriction} already: restrict the whole operator.")
@@ -221,9 +221,8 @@ def validate_loss(operator: LossOperator) -> dict[str, Any]:
     """The mean loss and the count it was divided by.
 
     Raises:
-        InputError: The loss of a microbatch is not finite; names it.
-        ValueError: Nothing counts, so that the mean loss is undefined; a count is negative, not finite, or depends
-            on the parameters.
+        InputError: The loss of a microbatch is not finite; names it; nothing counts, so that the mean loss is
+            undefined; a count is negative, not finite, or depends on the parameters.
     """
     total, count, seen = 0.0, 0.0, 0
     for group in operator.batches:
@@ -273,7 +272,7 @@ def sum_and_count(loss: Loss, params: Any, batch: Any) -> tuple[jax.Array, jax.A
     """(sum, count) of a loss of either form, the count not differentiated.
 
     Raises:
-        ValueError: It returned anything else.
+        InputError: It returned anything else.
     """
     total, count = _sum_and_count(loss, params, batch)
     return total, jax.lax.stop_gradient(count)

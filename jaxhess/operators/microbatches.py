@@ -38,7 +38,7 @@ def as_groups(batches: Any) -> tuple[Microbatches, ...]:
 
     Raises:
         TypeError: Anything else: a bare batch cannot be told from a stack of them.
-        ValueError: No batch at all, or `Microbatches` without a common leading axis.
+        InputError: No batch at all, or `Microbatches` without a common leading axis.
     """
     if isinstance(batches, Microbatches):
         batches = (batches,)

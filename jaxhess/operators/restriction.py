@@ -81,7 +81,7 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
         layers: Indices of layers, negative from the end; leaves outside `layers` are then held fixed.
 
     Raises:
-        ValueError: A pattern matches nothing (the message lists the names), or nothing in a layer; no such layer.
+        InputError: A pattern matches nothing (the message lists the names), or nothing in a layer; no such layer.
     """
     patterns = tuple(patterns)
     named = [(leaf_name(path), leaf) for path, leaf in jax.tree.flatten_with_path(params)[0]]

@@ -189,7 +189,7 @@ class Spectrum:
         one probe). That of an odd moment is then not known: NaN.
 
         Raises:
-            ValueError: k is not an integer >= 0, or is above `exact_degree`.
+            InputError: k is not an integer >= 0, or is above `exact_degree`.
         """
         if int(k) != k or k < 0:
             raise InputError(f"moment k must be an integer >= 0, got {k}")
@@ -244,7 +244,7 @@ class Spectrum:
                 where it is not finite there, the bounds are infinite.
 
         Raises:
-            ValueError: f returns another shape, or a value that is not finite at a Ritz value (says at which).
+            InputError: f returns another shape, or a value that is not finite at a Ritz value (says at which).
         """
         nodes = evaluated(f, self.ritz_values)
         values = (self.weights * nodes).sum(1)
@@ -262,7 +262,7 @@ class Spectrum:
         """log det(H + shift I) = tr log(H + shift I); an estimate like that of `trace_function`.
 
         Raises:
-            ValueError: H + shift I is not positive definite (says which shift would be right).
+            InputError: H + shift I is not positive definite (says which shift would be right).
         """
         smallest = self.extreme().smallest
         if not smallest.value + shift > 0:
@@ -283,7 +283,7 @@ class Spectrum:
         both are the measure's own, up to the slack.
 
         Raises:
-            ValueError: x is not one-dimensional, or has an entry that is not a number.
+            InputError: x is not one-dimensional, or has an entry that is not a number.
         """
         x = np.asarray(x, np.float64)
         if x.ndim != 1:
@@ -300,7 +300,7 @@ class Spectrum:
         The means over probes of `distribution_bounds`, and on top of them the chance in the probes.
 
         Raises:
-            ValueError: x as there; `level` is not between 0 and 1.
+            InputError: x as there; `level` is not between 0 and 1.
         """
         low, high = (bound.mean(0) for bound in self.distribution_bounds(x))
         return share_interval(low, np.minimum(high, 1.0), share_chance(self.dim, self.num_probes, level))

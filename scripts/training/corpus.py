@@ -35,7 +35,7 @@ def read_corpus(folder: Path | None = None) -> Corpus:
     """The files of this Python's standard library, without `LEFT_OUT`, or the text files of `folder`; sorted by name.
 
     Raises:
-        ValueError: As `read_documents`.
+        InputError: As `read_documents`.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     corpus = Corpus({}, {})

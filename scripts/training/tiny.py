@@ -127,7 +127,7 @@ def export_all(options: Options, corpus: Corpus, work: Path) -> None:
     """Writes the model folder from what `train_and_keep` left in `work`, and prints the figures.
 
     Raises:
-        ValueError: `work` lacks one of the files, or comes from another Python.
+        InputError: `work` lacks one of the files, or comes from another Python.
     """
     missing = [name for name in KEPT if not (work / name).is_file()]
     if missing:

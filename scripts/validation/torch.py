@@ -210,7 +210,7 @@ def compare(options: Options, output: Output) -> bool | None:
 
 
 def check(options: Options) -> None:
-    """Raises ValueError for numbers out of range."""
+    """Raises InputError for numbers out of range."""
     for name, least in (("seq_len", 1), ("sequences", 1), ("microbatch", 1), ("steps", 0)):
         if getattr(options, name) < least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}.")
@@ -222,7 +222,7 @@ def check(options: Options) -> None:
 
 
 def refuse_another(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Raises ValueError where the parameters of the two models are not of the same names and shapes."""
+    """Raises InputError where the parameters of the two models are not of the same names and shapes."""
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         shapes = [list(side[name].shape) if name in side else "missing" for side in (ours, theirs)]
         if shapes[0] != shapes[1]:

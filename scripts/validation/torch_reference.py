@@ -64,7 +64,7 @@ def load(directory: str | Path, dtype: str | None = None) -> Any:
         dtype: Of weights and computation; None: as stored.
 
     Raises:
-        ValueError: `transformers` cannot read it.
+        InputError: `transformers` cannot read it.
     """
     logging.disable_progress_bar()
     try:
