@@ -57,11 +57,12 @@ def run(options: Options) -> jaxhess.Spectrum:
     check(options)
     console = terminal(quiet=processes.index() > 0)
     clock = _Clock()
-    config = read_config(options)
-    mesh = jaxhess.make_mesh(options.mesh)
-    blocks = read_data(options, config)
-    clock.stop("data")
-    with run_folder(options, config, blocks) as (output, checkpoint):
+    with run_folder(options) as (output, checkpoint):
+        config = read_config(options)
+        mesh = jaxhess.make_mesh(options.mesh)
+        blocks = read_data(options, config)
+        clock.stop("data")
+        checkpoint = identified(checkpoint, options, config, blocks)
         model = load(options, config, mesh)
         batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
         clock.stop("load")
@@ -126,9 +127,7 @@ def read_data(options: Options, config: jaxhess.DecoderConfig) -> jaxhess.TokenB
 
 
 @contextlib.contextmanager
-def run_folder(
-    options: Options, config: jaxhess.DecoderConfig, blocks: jaxhess.TokenBlocks
-) -> Iterator[tuple[Output, jaxhess.Checkpoint]]:
+def run_folder(options: Options) -> Iterator[tuple[Output, jaxhess.Checkpoint]]:
     """The folder of the run, which no other run writes into until the block ends, and the checkpoint inside it.
 
     Raises:
@@ -136,13 +135,7 @@ def run_folder(
     """
     named = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).name}"
     out = options.out or Path("runs") / processes.agreed(named)
-    # The library adds the weights and the loss.
-    identity = {
-        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE},
-        "data": blocks.fingerprint(),
-        "model": {k: v for k, v in config.to_dict().items() if k not in FREE},
-    }
-    checkpoint = jaxhess.Checkpoint(out / UNFINISHED, options.checkpoint_every or 1, options.resume, identity)
+    checkpoint = jaxhess.Checkpoint(out / UNFINISHED, options.checkpoint_every or 1, options.resume)
     checkpoint.check(discard=options.overwrite)
     # Also a run that was interrupted after its spectrum was written is to be finished.
     overwrite = options.overwrite or (options.resume and checkpoint.unfinished())
@@ -152,6 +145,25 @@ def run_folder(
         yield output, checkpoint
     finally:
         output.release()
+
+
+def identified(
+    checkpoint: jaxhess.Checkpoint, options: Options, config: jaxhess.DecoderConfig, blocks: jaxhess.TokenBlocks
+) -> jaxhess.Checkpoint:
+    """The checkpoint with what must be the same when a run is resumed; the library adds the weights and the loss.
+
+    Raises:
+        InputError: The unfinished run to be resumed has other options, another model or other data.
+    """
+    identity = {
+        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE},
+        "data": blocks.fingerprint(),
+        "model": {k: v for k, v in config.to_dict().items() if k not in FREE},
+    }
+    checkpoint = dataclasses.replace(checkpoint, identity=identity)
+    if options.resume:  # now, before the weights are loaded
+        checkpoint.check()
+    return checkpoint
 
 
 def load(options: Options, config: jaxhess.DecoderConfig, mesh: jax.sharding.Mesh) -> jaxhess.LanguageModel:

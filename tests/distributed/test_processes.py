@@ -75,7 +75,7 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """`run(count, job, **arguments)` starts one."""
-    environment = {**os.environ, "PYTHONPATH": ".:tests"}
+    environment = {**os.environ, "PYTHONPATH": ".:tests:scripts"}
     server = subprocess.Popen(
         [sys.executable, "tests/process_server.py"],
         stdin=subprocess.PIPE,

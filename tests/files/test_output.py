@@ -15,7 +15,8 @@ import pytest
 from small_models import run_command
 
 import convert.__main__ as convert_command
-from jaxhess import Checkpoint, Spectrum
+from jaxhess import Checkpoint, MatrixOperator, Spectrum
+from jaxhess.command import terminal
 from jaxhess.errors import InputError
 from jaxhess.files.lock import LOCK
 from jaxhess.files.manifest import MANIFEST, foreign
@@ -94,7 +95,8 @@ def test_every_command_with_an_output_is_in_the_table():
     scripts = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     own = r"^    (out|json): Path|\((Study|Model)Options\):$"
     writing = {name for name in scripts if re.search(own, module_text(name), re.MULTILINE)}
-    assert writing - {"scripts.studies.harness"} == set(FOLDERS) - {"convert"}
+    shared = {"scripts.studies.harness", "scripts.run_options"}
+    assert writing - shared == set(FOLDERS) - {"convert", "scripts.spectrum"}
     # and nothing is written but through `jaxhess.files.output`, or into a folder that then appears
     for name in scripts:
         found = re.findall(r".*(?:write_text|savefig|open\(|\.mkdir|unlink|rmtree|write_bytes).*", module_text(name))
@@ -144,7 +146,7 @@ def test_a_figure_that_cannot_be_drawn_does_not_cost_the_run(tmp_path, monkeypat
 
     monkeypatch.setitem(FIGURES, "stem", fail)
     with Output(tmp_path, RUN_FILES) as output, pytest.raises(RuntimeError, match="no font"):
-        command._write(output, a_spectrum())
+        command.write(command.Options(), MatrixOperator(np.eye(2)), a_spectrum(), None, output, terminal())
     assert Spectrum.load(tmp_path) == a_spectrum()
 
 
