@@ -9,14 +9,17 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
+import tyro
 from rich.console import Console
 
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
 from jaxhess.slq.checkpoint import Interrupted
+
+T = TypeVar("T")
 
 SAVED = 75
 """Exit status of a run that SIGTERM stopped and that is saved (EX_TEMPFAIL of sysexits.h: try again). What a scheduler
@@ -45,7 +48,7 @@ def simulated_devices(count: int) -> list[jax.Device]:
 
 def terminal(quiet: bool = False) -> Console:
     """Where a command prints. Nothing is read as markup or emoji: names and paths may hold brackets and colons."""
-    return Console(markup=False, emoji=False, quiet=quiet)
+    return Console(markup=False, emoji=False, quiet=quiet, soft_wrap=True)
 
 
 def check_arguments(arguments: list[str]) -> None:
@@ -58,6 +61,14 @@ def check_arguments(arguments: list[str]) -> None:
         except UnicodeEncodeError:
             shown = ascii(argument)
             raise InputError(f"The argument {shown} is not UTF-8, and cannot be recorded: rename the file.") from None
+
+
+def parse(options: type[T], **arguments: Any) -> T:
+    """The options of the command line, by `tyro.cli`; ends as `one_sentence` does where their own checks refuse one."""
+    try:
+        return tyro.cli(options, **arguments)
+    except InputError as error:
+        _end(f"error: {error}", 2)
 
 
 @contextlib.contextmanager

@@ -14,13 +14,12 @@ from typing import Any
 
 import jax
 import run_options  # beside this file
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import convert
 from jaxhess import plan as planning
-from jaxhess.command import compile_quickly, one_sentence, simulated_devices, terminal
+from jaxhess.command import compile_quickly, one_sentence, parse, simulated_devices, terminal
 from jaxhess.distributed.mesh import make_mesh, parse_axes
 from jaxhess.errors import InputError
 from jaxhess.files.output import OutputFile
@@ -222,7 +221,7 @@ def _rounded(facts: Any) -> Any:
 
 def main() -> None:
     """Reads the options and plans."""
-    options = tyro.cli(Options, description=__doc__)
+    options = parse(Options, description=__doc__)
     with one_sentence():
         jax.config.update("jax_platforms", "cpu")
         compile_quickly()  # the program is never run: its memory and operations are settled before machine code is

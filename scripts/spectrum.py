@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from run_options import TINY, Options, check, layer_numbers  # beside this file
@@ -24,7 +23,7 @@ from run_options import TINY, Options, check, layer_numbers  # beside this file
 import convert
 import jaxhess
 from convert.text import load_blocks
-from jaxhess.command import one_sentence, terminal
+from jaxhess.command import one_sentence, parse, terminal
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
 from jaxhess.files.output import Output
@@ -70,7 +69,7 @@ def run(options: Options) -> jaxhess.Spectrum:
             f"{options.model}: {model.num_params:,} parameters in {config.dtype} on {_mesh_text(mesh)}; "
             f"{blocks.num_sequences} sequences of {blocks.seq_len} tokens."
         )
-        operator = build(options, model, batches)
+        operator = build(options, model, batches, console)
         clock.stop("operator")
         noise = audit(operator, seed=options.seed) if options.audit else None
         clock.stop("audit")
@@ -176,7 +175,7 @@ def load(options: Options, config: jaxhess.DecoderConfig, mesh: jax.sharding.Mes
     )
 
 
-def build(options: Options, model: jaxhess.LanguageModel, batches: Any) -> jaxhess.LinearOperator:
+def build(options: Options, model: jaxhess.LanguageModel, batches: Any, console: Console) -> jaxhess.LinearOperator:
     """The operator that the options name, on the parameters that they name.
 
     Raises:
@@ -215,8 +214,7 @@ def build(options: Options, model: jaxhess.LanguageModel, batches: Any) -> jaxhe
         budget = None if options.residual_gb is None else 1e9 * options.residual_gb
 
         def announce(kept: int) -> None:
-            if processes.index() == 0:
-                print(f"Linearising keeps {kept / 1e9:.3g} GB on each device.")
+            console.print(f"Linearising keeps {kept / 1e9:.3g} GB on each device.")
 
         return jaxhess.linearize(operator, budget, announce)
     return operator
@@ -262,25 +260,40 @@ def write(
 ) -> jaxhess.Spectrum:
     """Saves the spectrum, then the eigenpairs that are asked for, then the report: a later failure costs no result."""
     processes.on_first(lambda: output.write(contents(result)))
-    if options.eigenpairs:
-        pairs = jaxhess.leading_eigenpairs(
-            operator,
-            options.eigenpairs,
-            tolerance=options.eigenpair_tolerance,
-            steps=options.eigenpair_steps,
-            seed=options.seed,
-            storage=options.storage,
-            state=state,
-        )
-        for value, residual, converged in zip(pairs.values, pairs.residuals, pairs.converged, strict=True):
-            note = "" if converged else ", not converged"
-            console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{note})")
-        pairs.save(output.folder / EIGENVECTORS, overwrite=True)
-        values, residuals, converged = (tuple(x.tolist()) for x in (pairs.values, pairs.residuals, pairs.converged))
-        result = _recorded(result, eigenpairs=FoundPairs(values, residuals, converged, pairs.steps, EIGENVECTORS))
-        processes.on_first(lambda: output.write(contents(result)))
+    try:
+        if options.eigenpairs:
+            result = with_eigenpairs(options, operator, result, state, output, console)
+            processes.on_first(lambda: output.write(contents(result)))
+    except InputError:
+        processes.on_first(lambda: output.write(report_files(result)))
+        raise
     processes.on_first(lambda: output.write(report_files(result)))
     return result
+
+
+def with_eigenpairs(
+    options: Options,
+    operator: jaxhess.LinearOperator,
+    result: jaxhess.Spectrum,
+    state: jaxhess.LanczosState | None,
+    output: Output,
+    console: Console,
+) -> jaxhess.Spectrum:
+    """The spectrum with leading eigenvalues and their residuals in its record; eigenvectors go to the run folder."""
+    pairs = jaxhess.leading_eigenpairs(
+        operator,
+        options.eigenpairs,
+        tolerance=options.eigenpair_tolerance,
+        steps=options.eigenpair_steps,
+        seed=options.seed,
+        storage=options.storage,
+        state=state,
+    )
+    for value, residual, converged in zip(pairs.values, pairs.residuals, pairs.converged, strict=True):
+        console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{'' if converged else ', not converged'})")
+    pairs.save(output.nested(EIGENVECTORS), overwrite=True)
+    values, residuals, converged = (tuple(x.tolist()) for x in (pairs.values, pairs.residuals, pairs.converged))
+    return _recorded(result, eigenpairs=FoundPairs(values, residuals, converged, pairs.steps, EIGENVECTORS))
 
 
 def _recorded(result: jaxhess.Spectrum, **facts: Any) -> jaxhess.Spectrum:
@@ -373,7 +386,7 @@ def _versions() -> dict[str, str]:
 
 def main() -> None:
     """Reads the options and runs."""
-    options = tyro.cli(Options, description=__doc__)
+    options = parse(Options, description=__doc__)
     with one_sentence(several=True):
         run(options)
 

@@ -112,6 +112,11 @@ class Output:
         if failed is not None:
             raise failed
 
+    def nested(self, name: str) -> Path:
+        """The path of a folder in this one, for an `Output` of its own."""
+        self._written.add(name)
+        return self.folder / name
+
     def begin(self, name: str) -> Path:
         """The path of a folder that Orbax will write now; what an earlier run left under all our names goes."""
         self._refuse()
@@ -125,7 +130,7 @@ class Output:
         return self.folder / name
 
     def end(self, name: str) -> None:
-        """Takes down what was written since `begin`."""
+        """Lists in the manifest what was written since `begin`."""
         with writing(self.folder):
             write_entries(self.folder, without(entries_of(self.folder), name) | fingerprints(self.folder, name))
         self._written.add(name)

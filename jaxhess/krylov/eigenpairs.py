@@ -26,7 +26,7 @@ from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.state import LanczosState, extended, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator, compiled_mv
-from jaxhess.operators.facts import non_finite, validate
+from jaxhess.operators.facts import non_finite, validated
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.vectors import Vector, add_scaled, norm, random_key, random_probe, scale
@@ -178,7 +178,7 @@ def leading_eigenpairs(
     _check(operator, count, which, tolerance, steps)
     storage.check_available()
     key = jax.random.fold_in(random_key(seed), 0xE16E)
-    validate(operator)
+    validated(operator)
     if state is None:
         probe = random_probe(key, operator.shape_dtype)
         keeps_all = storage.reorthogonalize == "full"

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
-from jaxhess.operators.facts import non_finite, validate
+from jaxhess.operators.facts import non_finite, validated
 from jaxhess.vectors import Distribution, Vector, dot, named_sharding, norm, random_probe, widen
 
 Array = npt.NDArray[np.float64]
@@ -85,7 +85,7 @@ def check_count(name: str, value: int, least: int, why: str) -> None:
 def check_operator(operator: LinearOperator, batch_size: int) -> None:
     """Raises InputError for a batch size below 1 and for an operator whose products would be meaningless."""
     check_count("batch_size", batch_size, 1, "products are computed so many at once")
-    validate(operator)
+    validated(operator)
 
 
 @jax.jit

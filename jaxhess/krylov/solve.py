@@ -14,7 +14,7 @@ import numpy.typing as npt
 from jaxhess.errors import InputError
 from jaxhess.krylov.products import pinned
 from jaxhess.operators.base import LinearOperator, check_structure
-from jaxhess.operators.facts import non_finite, validate
+from jaxhess.operators.facts import non_finite, validated
 from jaxhess.vectors import Vector, add_scaled, dot, norm, scale, widen
 
 
@@ -112,7 +112,7 @@ def conjugate_gradients(
         check_structure(preconditioner.shape_dtype, operator.shape_dtype)
     if not math.isfinite(float(norm(b))):
         raise InputError("b has entries that are not finite.")
-    validate(operator)
+    validated(operator)
     capacity = CAPACITY * 2 ** max(0, math.ceil(math.log2((max_steps + 1) / CAPACITY)))
     state, solution = _solved(operator, b, damping, tolerance, max_steps, preconditioner, capacity)
     steps = int(state.step)

@@ -164,7 +164,8 @@ def abstract_lanczos(like: Vector, steps: int, storage: Storage = Storage(), run
 def extended(state: LanczosState, steps: int) -> LanczosState:
     """The first run of a state with "full" re-orthogonalisation, with room for so many steps, at least its own.
 
-    The state is used up: its basis moves leaf by leaf, so that never more than one leaf is there twice.
+    The state is used up, and its memory freed: its basis moves leaf by leaf, so that never more than one leaf is there
+    twice. The basis of the other runs goes first.
     """
     before = state.alphas.shape[1]
 
@@ -172,8 +173,12 @@ def extended(state: LanczosState, steps: int) -> LanczosState:
         found = jnp.pad(x[:1], [(0, 0), (0, more)]) if more else x[:1]
         return jax.device_put(found, x.sharding)
 
-    current = jax.tree.map(first, state.current)
+    previous, current = jax.tree.map(first, (state.previous, state.current))
     leaves, treedef = jax.tree.flatten(state.basis)
+    if state.runs > 1:
+        for k, old in enumerate(leaves):
+            leaves[k] = jax.block_until_ready(first(old))
+            old.delete()
     basis = []
     for old, q in zip(leaves, jax.tree.leaves(current), strict=True):
         spare = int(old.sharding.memory_kind == HOST)
@@ -181,6 +186,9 @@ def extended(state: LanczosState, steps: int) -> LanczosState:
         basis.append(_mover(old.sharding, before)(zeros(struct), old, q, state.step))
         jax.block_until_ready(basis[-1])
         old.delete()
+    if state.runs > 1:
+        for x in jax.tree.leaves((state.previous, state.current)):
+            x.delete()
     return dataclasses.replace(
         state,
         size=first(state.size),
@@ -188,7 +196,7 @@ def extended(state: LanczosState, steps: int) -> LanczosState:
         alphas=first(state.alphas, steps - before),
         betas=first(state.betas, steps - before),
         step_errors=first(state.step_errors, steps - before),
-        previous=jax.tree.map(first, state.previous),
+        previous=previous,
         current=current,
         basis=jax.tree.unflatten(treedef, basis),
     )

@@ -14,7 +14,7 @@ import scipy.sparse.linalg
 
 from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
-from jaxhess.operators.facts import non_finite, validate
+from jaxhess.operators.facts import non_finite, validated
 from jaxhess.vectors import Vector, widen
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def as_scipy(operator: LinearOperator, batch_size: int = 1) -> scipy.sparse.lina
             "SciPy works on vectors in one process, and the operator's lie on the devices of several: run one process, "
             "or take jaxhess.leading_eigenpairs or jaxhess.conjugate_gradients."
         )
-    validate(operator)
+    validated(operator)
     zeros, unravel = jax.flatten_util.ravel_pytree(
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _vectors(operator))
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxhess.distributed import processes
 from jaxhess.distributed.memory import available_bytes, bytes_per_device
 from jaxhess.operators.base import LinearOperator, compiled_mv, parts
-from jaxhess.operators.facts import non_finite, validate
+from jaxhess.operators.facts import non_finite, validated
 from jaxhess.operators.precision import exact_operator, product_dtypes
 from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_key, random_probe, scale, widen
 
@@ -79,7 +79,7 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
         InputError: The loss or a product is not finite.
     """
     key = jax.random.fold_in(random_key(seed), 0x0A0D17)
-    validate(operator)
+    validated(operator)
     like = operator.shape_dtype
 
     def probe(k: int) -> Vector:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from typing import Any
 
 import jax
@@ -70,6 +71,19 @@ def validate(operator: LinearOperator) -> dict[str, Any]:
     for part in reversed(parts(operator)):
         facts.update(validate(part))
     return facts
+
+
+_VALIDATED: weakref.WeakKeyDictionary[LinearOperator, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def validated(operator: LinearOperator) -> dict[str, Any]:
+    """`validate(operator)`, evaluated once for each object: the arrays of an operator do not change."""
+    try:
+        if operator not in _VALIDATED:
+            _VALIDATED[operator] = validate(operator)
+        return _VALIDATED[operator]
+    except TypeError:  # an operator of the user's that has no hash
+        return validate(operator)
 
 
 @functools.singledispatch

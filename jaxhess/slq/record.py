@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, JsonValue
 
 from jaxhess.errors import InputError
+from jaxhess.files.run_folder import json_ready
 from jaxhess.files.typed import read_as
 from jaxhess.krylov.ghosts import FLOAT32_ROUNDING, relative_tolerance
 from jaxhess.krylov.storage import Reorthogonalize, Storage
@@ -214,19 +215,21 @@ class RunRecord:
 def operator_record(description: Mapping[str, Any]) -> OperatorRecord:
     """The record of an operator from what `jaxhess.operators.facts.describe` returns.
 
-    Raises:
-        InputError: An entry has another type than its field.
+    Of a user's operator, entries that have the name of a field and another type are details with all others.
     """
-    return read_as(OperatorRecord, _described(description))
+    try:
+        return read_as(OperatorRecord, _described(description))
+    except InputError:
+        details = {name: json_ready(value) for name, value in description.items() if name != "kind"}
+        return OperatorRecord(str(description["kind"]), details=details)
 
 
 def inputs_record(facts: Mapping[str, Any]) -> Inputs:
-    """The record of an operator's inputs from what `jaxhess.operators.facts.validate` returns.
-
-    Raises:
-        InputError: An entry has another type than its field.
-    """
-    return read_as(Inputs, _with_details(Inputs, facts))
+    """The record of an operator's inputs from what `jaxhess.operators.facts.validate` returns, as `operator_record`."""
+    try:
+        return read_as(Inputs, _with_details(Inputs, facts))
+    except InputError:
+        return Inputs(details={name: json_ready(value) for name, value in facts.items()})
 
 
 def _described(data: Any) -> Any:

@@ -21,7 +21,7 @@ from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonali
 from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator
-from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validate
+from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validated
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
 from jaxhess.slq.record import Lanczos, Probes, Program, ProgramMemory, RunRecord, inputs_record, operator_record
@@ -122,7 +122,7 @@ def spectrum(
         Probes(probes, distribution, seed),
         Lanczos(steps, _resolved(storage, kept)),
         operator_record(describe(operator)),
-        inputs_record(validate(operator)),
+        inputs_record(validated(operator)),
         unit_roundoff(operator, kept.current),
     )
     saver = None
@@ -199,25 +199,26 @@ class _Run:
                 self.program = self._described(begun)
             together = min(begun.runs, self.probes - first)
             chosen = slice(first, first + together)
-            for state in self._segments(begun, saver.every if saver else None):
+            segments = self._segments(begun, saver.every if saver else None)
+            begun = None  # the next batch begins when the memory of this one is free
+            for state in segments:
+                step = int(state.step)
+                ended = step == self.steps
                 self._read(state, chosen)
+                if ended:
+                    self.orthogonality[chosen] = orthogonality_loss(state)[:together]
                 self.seconds = time.perf_counter() - began
                 if self.callback is not None:
                     self.callback(self._progress(state, chosen))
-                step = int(state.step)
-                due = saver is not None and (step % saver.every == 0 or step == self.steps)
+                due = saver is not None and (step % saver.every == 0 or ended)
                 asked = saver is not None and processes.any_says(stop())
                 if saver is not None and (due or asked):
-                    ended = step == self.steps
-                    if ended:
-                        self._finish(state, chosen)
                     self._save(saver, first + together if ended else first, None if ended else state, must=asked)
                     if asked:
                         raise Interrupted(
                             f"stopped by SIGTERM after step {step} of probe {first + 1}; what was done is saved"
                         )
-            self._finish(state, chosen)
-            begun = None
+            del state, segments
             first += together
 
     def _evenly(self, most: int) -> int:
@@ -299,10 +300,6 @@ class _Run:
             probe, step = np.argwhere(bad)[0]
             what = f"The product at step {step + 1} of probe {chosen.start + probe + 1}"
             raise non_finite(what, self.operator, jax.tree.map(lambda x: x[probe], state.previous))
-
-    def _finish(self, state: LanczosState, chosen: slice) -> None:
-        if np.isnan(self.orthogonality[chosen]).all():
-            self.orthogonality[chosen] = orthogonality_loss(state)[: chosen.stop - chosen.start]
 
     def _progress(self, state: LanczosState, chosen: slice) -> Progress:
         sizes = self.sizes[chosen]

@@ -261,7 +261,7 @@ def test_options_choose_the_operator(options, kind, fields):
     options = script.Options(**options)
     model = convert.load(TINY).configured(dtype=options.compute_dtype or "float32")
     batch = TokenBatch(jnp.ones((2, 5), jnp.int32), jnp.ones((2, 4)))
-    operator = script.build(options, model, [batch])
+    operator = script.build(options, model, [batch], script.terminal())
     described = describe(operator)
     assert {"kind": kind, **fields}.items() <= described.items()
     if kind == "FiniteDifferenceHessian":
