@@ -174,6 +174,7 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(tmp_path, capsys, change
         (["--operator", "monte-carlo-fisher", "--fisher-samples", "0"], ["fisher-samples", "at least 1"]),
         (["--hvp", "linearized", "--residual-gb", "0.001"], ["would keep", "0.001 GB are allowed"]),
         (["--logit-chunk", "0"], ["logit_chunk", "at least 1"]),
+        (["--reorthogonalize", "1"], ["re-orthogonalisation 1", "'full'"]),
         (["--data", "random", "--seed", "-1"], ["seed", "2^32"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
@@ -198,6 +199,19 @@ def test_a_block_by_linearised_products_is_the_block_by_exact_ones(tmp_path):
     assert linearized.run.operator.details["residual_bytes_per_device"] > 0
     assert exact.run.noise is None
     np.testing.assert_allclose(linearized.ritz_values, exact.ritz_values, rtol=1e-4)
+
+
+def test_eigenpairs_come_from_the_basis_of_the_spectrum(tmp_path, monkeypatch):
+    """Into a new folder, with one report, and without a second Lanczos run."""
+    out, started = tmp_path / "out", []
+    monkeypatch.setattr("jaxhess.krylov.eigenpairs.start_lanczos", lambda *args: started.append(args))
+    run_command(script, *QUICK, "--no-audit", "--out", str(out), "--eigenpairs", "1", "--eigenpair-steps", "3")
+    found = Spectrum.load(out)
+    assert not started
+    assert found.run.eigenpairs.values[0] in found.ritz_values[0]
+    assert "eigenvalue" in (out / "report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not (out / script.UNFINISHED).exists()
 
 
 def test_a_run_that_stopped_among_its_eigenpairs_is_ended_by_resume(tmp_path, monkeypatch, capsys):
