@@ -64,7 +64,7 @@ Quantity = Array | Mapping[str, Array] | Measure
 """An array, arrays by parameter name, or a discrete measure (compared by the Wasserstein-1 distance)."""
 
 
-class Coefficients(NamedTuple):
+class LanczosCoefficients(NamedTuple):
     """A Lanczos run: [m] alphas, betas, and the largest |Q'Q - I| among the vectors of the first j + 1 steps."""
 
     alphas: Array
@@ -85,7 +85,7 @@ class Side:
 
     weights: dict[str, Array]
     quantities: dict[str, Quantity]
-    lanczos: dict[str, Coefficients]
+    lanczos: dict[str, LanczosCoefficients]
     quadrature: Callable[[Array, Array], Measure]
 
 
@@ -191,7 +191,7 @@ def judge(
         runs += [(side, side.lanczos["full"]) for side in wide or () if side.lanczos]
         kept = min(int(np.sum(run.orthogonality <= limit)) for _, run in runs[:2])
         steps[mode] = {
-            **{name: [getattr(run, name) for _, run in runs[:2]] for name in Coefficients._fields},
+            **{name: [getattr(run, name) for _, run in runs[:2]] for name in LanczosCoefficients._fields},
             "compared": kept,
             "limit": limit,
         }
@@ -209,7 +209,7 @@ def judge(
     return Verdict(lines, weights, steps)
 
 
-def _of_lanczos(side: Side, run: Coefficients, kept: int) -> dict[str, Quantity]:
+def _of_lanczos(side: Side, run: LanczosCoefficients, kept: int) -> dict[str, Quantity]:
     """What is compared of the first so many steps."""
     nodes = side.quadrature(run.alphas[:kept], run.betas[:kept])
     return {
@@ -257,7 +257,9 @@ def compare(
     return Line(quantity, *shown, difference, sum(own), "measured", agrees, apart, own, where)
 
 
-def compare_orthogonality(quantity: str, ours: Coefficients, theirs: Coefficients, limit: float, full: bool) -> Line:
+def compare_orthogonality(
+    quantity: str, ours: LanczosCoefficients, theirs: LanczosCoefficients, limit: float, full: bool
+) -> Line:
     """The verdict on |Q'Q - I| after the last step: what is compared of the runs is only what both kept orthogonal.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from convert.agreement import Coefficients, Measure, Side
+from convert.agreement import LanczosCoefficients, Measure, Side
 from convert.by_name import tensors_by_name
 from jaxhess.data import TokenBlocks
 from jaxhess.krylov.lanczos import lanczos_segment
@@ -88,7 +88,7 @@ def measure(
     )
 
 
-def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Mode) -> Coefficients:
+def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Mode) -> LanczosCoefficients:
     """Step by step, every vector kept on the host."""
     state = start_lanczos([probe], steps, Storage(mode))
     vectors, orthogonality, worst = [], [], 0.0
@@ -100,7 +100,7 @@ def _lanczos(operator: Hessian, probe: Vector, steps: int, mode: Mode) -> Coeffi
         orthogonality.append(worst)
         state = lanczos_segment(operator, state, j + 1)
     alphas, betas = (np.asarray(x[0], np.float64) for x in (state.alphas, state.betas))
-    return Coefficients(alphas, betas, np.array(orthogonality))
+    return LanczosCoefficients(alphas, betas, np.array(orthogonality))
 
 
 def _quadrature(alphas: np.ndarray, betas: np.ndarray) -> Measure:

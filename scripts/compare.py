@@ -21,7 +21,7 @@ from jaxhess.command import one_sentence, terminal
 from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import json_ready
-from jaxhess.results.comparison import Distance, Row, densities_figure, distance, row, stems_figure
+from jaxhess.results.comparison import ComparisonRow, Distance, densities_figure, distance, row, stems_figure
 from jaxhess.results.figures import png
 from jaxhess.results.foreign import UnknownDimension
 from jaxhess.slq.spectrum import Spectrum
@@ -88,7 +88,7 @@ def names(paths: tuple[Path, ...]) -> list[str]:
     return [f"{name} ({i})" if short.count(name) > 1 else name for i, name in enumerate(short, 1)]
 
 
-def show(console: Console, rows: list[Row], distances: list[Distance], spectra: list[Spectrum]) -> None:
+def show(console: Console, rows: list[ComparisonRow], distances: list[Distance], spectra: list[Spectrum]) -> None:
     """Both tables."""
     most = max(len(r.moments) for r in rows)
     table = Table("", "probes x steps", "smallest", "largest", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -34,8 +34,8 @@ from jaxhess.operators.audit import audit
 from jaxhess.operators.restriction import restriction
 from jaxhess.results.files import contents
 from jaxhess.results.report import LOST_WARNING, report_files
-from jaxhess.slq.job import Data, Devices, Job, Model
-from jaxhess.slq.record import FoundPairs
+from jaxhess.slq.job import CommandRecord, Data, Devices, Model
+from jaxhess.slq.record import EigenpairRecord
 from jaxhess.slq.run import check_basis_fits
 from jaxhess.vectors import random_key
 
@@ -74,7 +74,7 @@ def run(options: Options) -> jaxhess.Spectrum:
         noise = audit(operator, seed=options.seed) if options.audit else None
         clock.stop("audit")
         result, state = solve(options, operator, checkpoint, console)
-        job = Job(
+        job = CommandRecord(
             dataclasses.asdict(options),
             Model(_located(options.model), model.num_params, model.config.to_dict()),
             Data(_located(options.data), blocks.num_sequences, blocks.seq_len, len(batches), blocks.fingerprint()),
@@ -293,7 +293,7 @@ def with_eigenpairs(
         console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{'' if converged else ', not converged'})")
     pairs.save(output.nested(EIGENVECTORS), overwrite=True)
     values, residuals, converged = (tuple(x.tolist()) for x in (pairs.values, pairs.residuals, pairs.converged))
-    return _recorded(result, eigenpairs=FoundPairs(values, residuals, converged, pairs.steps, EIGENVECTORS))
+    return _recorded(result, eigenpairs=EigenpairRecord(values, residuals, converged, pairs.steps, EIGENVECTORS))
 
 
 def _recorded(result: jaxhess.Spectrum, **facts: Any) -> jaxhess.Spectrum:

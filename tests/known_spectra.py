@@ -7,16 +7,16 @@ from scipy.linalg import hessenberg
 from jaxhess import MatrixOperator
 from jaxhess import spectrum as run_spectrum
 from jaxhess.krylov.storage import Storage
-from jaxhess.operators.audit import Directions, Noise
-from jaxhess.operators.restriction import Block
-from jaxhess.slq.job import Data, Devices, Job, Model
+from jaxhess.operators.audit import Noise, NoiseAlong
+from jaxhess.operators.restriction import Selection
+from jaxhess.slq.job import CommandRecord, Data, Devices, Model
 from jaxhess.slq.record import (
-    FoundPairs,
+    CompiledRecord,
+    EigenpairRecord,
     Inputs,
     Lanczos,
     OperatorRecord,
     Probes,
-    Program,
     ProgramMemory,
     RunRecord,
 )
@@ -32,17 +32,17 @@ EVERYTHING = RunRecord(
         "SumOperator",
         ("float32",),
         terms=(
-            OperatorRecord("Hessian", ("float32",), "float64", Block(("attention", "layers/*"), (0, 3))),
+            OperatorRecord("Hessian", ("float32",), "float64", Selection(("attention", "layers/*"), (0, 3))),
             OperatorRecord("ScaledOperator", operator=OperatorRecord("GaussNewton"), details={"factor": -1.0}),
         ),
     ),
     Inputs(3.5, 64.0, "ab", {"shift_of_a_random_vector": {"length": 0.1}}),
     2.0**-7,
-    Noise(1e-7, None, "Hessian in float64", Directions(1e-6, 1e-7), Directions(1e-8, None)),
-    FoundPairs((2.5, -1.0), (1e-3, None), (True, False), 40, "eigenvectors"),
-    Program(1.5, ProgramMemory(4, 3, 2, 1)),
+    Noise(1e-7, None, "Hessian in float64", NoiseAlong(1e-6, 1e-7), NoiseAlong(1e-8, None)),
+    EigenpairRecord((2.5, -1.0), (1e-3, None), (True, False), 40, "eigenvectors"),
+    CompiledRecord(1.5, ProgramMemory(4, 3, 2, 1)),
     12.5,
-    Job(
+    CommandRecord(
         {"steps": 3, "restrict": ("attention",)},
         Model("here", 100, {"num_layers": 4, "sliding_layers": ()}),
         Data("there", 4, 16, 1, "cd"),

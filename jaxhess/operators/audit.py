@@ -19,7 +19,7 @@ from jaxhess.vectors import Vector, add_scaled, cast, dot, norm, random_key, ran
 
 
 @dataclasses.dataclass(frozen=True)
-class Directions:
+class NoiseAlong:
     """A measurement along a normal probe v (`random`), and along Hv (`leading`), where curvature is large."""
 
     random: float | None
@@ -52,8 +52,8 @@ class Noise:
     asymmetry: float | None
     nonlinearity: float | None
     reference: str
-    relative_error: Directions | None = None
-    floor: Directions | None = None
+    relative_error: NoiseAlong | None = None
+    floor: NoiseAlong | None = None
 
 
 def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) -> Noise:
@@ -111,8 +111,8 @@ def audit(operator: LinearOperator, *, seed: int = 0, reference: bool = True) ->
     return Noise(
         *ratios,
         f"{type(wide).__name__} in {dtype}",
-        Directions(*(_ratio(away, whole) for away, whole, _ in found)),
-        Directions(*(_ratio(away, length) for away, _, length in found)),
+        NoiseAlong(*(_ratio(away, whole) for away, whole, _ in found)),
+        NoiseAlong(*(_ratio(away, length) for away, _, length in found)),
     )
 
 

@@ -20,12 +20,12 @@ leading axis."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Selection:
     """The patterns and layers that were asked for: see `restriction`.
 
     Examples:
-        >>> from jaxhess.operators.restriction import Block
-        >>> print(Block(("mlp", "norm"), (0, 3)))
+        >>> from jaxhess.operators.restriction import Selection
+        >>> print(Selection(("mlp", "norm"), (0, 3)))
         mlp norm in layers 0,3
     """
 
@@ -46,7 +46,7 @@ class Restriction:
     """
 
     selection: tuple[bool | tuple[int, ...], ...]
-    block: Block
+    block: Selection
 
     def __str__(self) -> str:
         return str(self.block)
@@ -91,7 +91,7 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
             raise InputError(f"No parameter matches {pattern!r}; the names are {names}.")
     wanted = [not patterns or any(_matches(name, pattern) for pattern in patterns) for name, _ in named]
     if layers is None:
-        return Restriction(tuple(wanted), Block(patterns))
+        return Restriction(tuple(wanted), Selection(patterns))
     listed = {name: number for name, _ in named if (number := _layer_number(name)) is not None}
     stacked = {name: leaf.shape[0] for name, leaf in named if STACKED in name.split("/") and name not in listed}
     for pattern in patterns or ("*",):
@@ -109,7 +109,7 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
     for pattern in patterns or ("*",):
         if not any(kept and _matches(name, pattern) for (name, _), kept in zip(named, selection, strict=True)):
             raise InputError(f"Layers {list(indices)} of {pattern!r}: none of these is in one of those layers.")
-    return Restriction(tuple(selection), Block(patterns, indices))
+    return Restriction(tuple(selection), Selection(patterns, indices))
 
 
 def leaf_name(path: tuple) -> str:

@@ -48,7 +48,7 @@ class Distance(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """What a table says of one spectrum: extremes, moments tr(H^k)/dim for k from 1, as far as the steps know them."""
 
     label: str
@@ -57,11 +57,11 @@ class Row:
     moments: list[Estimate]
 
 
-def row(label: str, spectrum: Spectrum, moments: int = 4) -> Row:
+def row(label: str, spectrum: Spectrum, moments: int = 4) -> ComparisonRow:
     """The row of a spectrum."""
     smallest, largest = spectrum.extreme()
     known = moments if spectrum.exact_degree is None else min(moments, spectrum.exact_degree)
-    return Row(label, smallest.value, largest.value, [spectrum.moment(k) for k in range(1, known + 1)])
+    return ComparisonRow(label, smallest.value, largest.value, [spectrum.moment(k) for k in range(1, known + 1)])
 
 
 def distance(a: Spectrum, b: Spectrum) -> Distance:

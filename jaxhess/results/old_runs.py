@@ -15,15 +15,15 @@ from jaxhess.errors import InputError
 from jaxhess.files.typed import read_as
 from jaxhess.krylov.ghosts import FLOAT32_ROUNDING
 from jaxhess.operators.audit import Noise
-from jaxhess.slq.job import Data, Devices, Job, Model
+from jaxhess.slq.job import CommandRecord, Data, Devices, Model
 from jaxhess.slq.record import (
-    Block,
-    FoundPairs,
+    CompiledRecord,
+    EigenpairRecord,
     Inputs,
     Lanczos,
     Probes,
-    Program,
     RunRecord,
+    Selection,
     inputs_record,
     operator_record,
 )
@@ -78,7 +78,7 @@ def record_of_old_run(run: Any, info: Mapping[str, Any]) -> tuple[RunRecord, dic
     with contextlib.suppress(InputError):
         inputs = inputs_record({name: info[name] for name in INPUTS if name in info})
         left = {name: value for name, value in left.items() if name not in INPUTS}
-    job = Job(
+    job = CommandRecord(
         options=moved("options", part(dict[str, Any])) or {},
         model=moved("model", part(Model)),
         data=moved("data", part(Data)),
@@ -92,10 +92,10 @@ def record_of_old_run(run: Any, info: Mapping[str, Any]) -> tuple[RunRecord, dic
         operator=moved("operator", operator_record),
         inputs=inputs,
         noise=moved("noise", part(Noise)),
-        eigenpairs=moved("eigenpairs", part(FoundPairs)),
-        program=moved("program", part(Program)),
+        eigenpairs=moved("eigenpairs", part(EigenpairRecord)),
+        program=moved("program", part(CompiledRecord)),
         seconds=moved("seconds", part(float)),
-        job=None if job == Job() else job,
+        job=None if job == CommandRecord() else job,
     ), left
 
 
@@ -116,13 +116,13 @@ def warn_of_narrow_vectors(folder: Path, info: Mapping[str, Any], arrays: Mappin
         )
 
 
-def block_of_old_text(text: str) -> Block:
+def block_of_old_text(text: str) -> Selection:
     """The restriction that a run of an earlier version has in words: its patterns, `in layers`, its layers.
 
     Examples:
         >>> from jaxhess.results.old_runs import block_of_old_text
         >>> block_of_old_text("attention norm in layers 0,3")
-        Block(patterns=('attention', 'norm'), layers=(0, 3))
+        Selection(patterns=('attention', 'norm'), layers=(0, 3))
 
     Raises:
         InputError: The text is none of these.
@@ -132,7 +132,7 @@ def block_of_old_text(text: str) -> Block:
         numbers = tuple(int(number) for number in layers.split(",")) if layers else None
     except ValueError:
         raise InputError(f"The restriction {text!r:.100} names no layers.") from None
-    return Block(tuple(patterns.split()), numbers)
+    return Selection(tuple(patterns.split()), numbers)
 
 
 def _storage(notes: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from jaxhess.results.figures import CENTRAL_MASS, density_figure, distribution_f
 from jaxhess.results.page import Picture, Section, Table, facts, page
 from jaxhess.results.summary import checks
 from jaxhess.slq.extremes import Extreme
-from jaxhess.slq.record import FoundPairs, RunRecord
+from jaxhess.slq.record import EigenpairRecord, RunRecord
 from jaxhess.slq.spectrum import Spectrum
 
 DISTRIBUTION_CAPTION = """How to read it: the curve is the share of all eigenvalues of the {matrix} at or below a
@@ -246,7 +246,7 @@ def _more(left: int) -> str:
     return f"; the {MOST_OUTLIERS} farthest from zero, {left} more are not shown" if left > 0 else ""
 
 
-def _eigenpairs(pairs: FoundPairs | None) -> Iterator[Section]:
+def _eigenpairs(pairs: EigenpairRecord | None) -> Iterator[Section]:
     """Values and residuals of eigenvectors that the run computed, if it did."""
     if pairs is None:
         return

@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float64]
 Axis = Literal["symlog", "linear"]
 
 
-class Known(NamedTuple):
+class SpectrumLimits(NamedTuple):
     """What the band of a density rests on beside the quadratures.
 
     Attributes:
@@ -91,7 +91,7 @@ class Density:
 def smoothed(
     ritz_values: Array,
     weights: Array,
-    known: Known,
+    known: SpectrumLimits,
     points: int = 400,
     axis: Axis = "symlog",
     width: float | None = None,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from jaxhess.errors import InputError
 from jaxhess.krylov.integrals import integral_bounds
 from jaxhess.krylov.quadrature import Quadrature
-from jaxhess.slq.density import Known
+from jaxhess.slq.density import SpectrumLimits
 
 Array = npt.NDArray[np.float64]
 Function = Callable[[Array], npt.ArrayLike]
@@ -37,7 +37,7 @@ def evaluated(f: Function, ritz_values: Array) -> Array:
     return nodes
 
 
-def bounds_of_mean(f: Function, quadratures: list[Quadrature], known: Known) -> tuple[float, float]:
+def bounds_of_mean(f: Function, quadratures: list[Quadrature], known: SpectrumLimits) -> tuple[float, float]:
     """Lower and upper bounds of the mean over probes of v'f(H)v."""
     rows = zip(quadratures, known.slack, known.exhausted, strict=True)
     found = [
@@ -48,7 +48,7 @@ def bounds_of_mean(f: Function, quadratures: list[Quadrature], known: Known) -> 
     return float(low), float(high)
 
 
-def excess(f: Function, mean: float, power: int, quadratures: list[Quadrature], known: Known) -> float:
+def excess(f: Function, mean: float, power: int, quadratures: list[Quadrature], known: SpectrumLimits) -> float:
     """By how much, averaged over probes, the integral of (f - mean)^power may exceed its quadrature; 0 or more."""
 
     def deviation(x: Array) -> Array:

@@ -46,7 +46,7 @@ class Devices:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class CommandRecord:
     """What was asked for and where it ran.
 
     Attributes:

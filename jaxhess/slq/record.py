@@ -19,8 +19,8 @@ from jaxhess.files.typed import read_as
 from jaxhess.krylov.ghosts import FLOAT32_ROUNDING, relative_tolerance
 from jaxhess.krylov.storage import Reorthogonalize, Storage
 from jaxhess.operators.audit import Noise
-from jaxhess.operators.restriction import Block
-from jaxhess.slq.job import Job
+from jaxhess.operators.restriction import Selection
+from jaxhess.slq.job import CommandRecord
 from jaxhess.vectors import Distribution
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -100,7 +100,7 @@ class OperatorRecord:
     kind: str
     dtypes: tuple[str, ...] = ()
     accumulation_dtype: str | None = None
-    restriction: Block | str | None = None
+    restriction: Selection | str | None = None
     terms: tuple[OperatorRecord, ...] = ()
     operator: OperatorRecord | None = None
     details: dict[str, JsonValue] = dataclasses.field(default_factory=dict)
@@ -140,7 +140,7 @@ class ProgramMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledRecord:
     """The compiled segment of steps: seconds of all compilations, and its memory where the compiler tells."""
 
     compile_seconds: Length
@@ -148,7 +148,7 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class FoundPairs:
+class EigenpairRecord:
     """Leading eigenpairs that were computed beside the spectrum; what is no finite number is None.
 
     Attributes:
@@ -198,10 +198,10 @@ class RunRecord:
     inputs: Inputs = dataclasses.field(default_factory=Inputs)
     rounding: Number = FLOAT32_ROUNDING
     noise: Noise | None = None
-    eigenpairs: FoundPairs | None = None
-    program: Program | None = None
+    eigenpairs: EigenpairRecord | None = None
+    program: CompiledRecord | None = None
     seconds: Length | None = None
-    job: Job | None = None
+    job: CommandRecord | None = None
 
     def __post_init__(self) -> None:
         relative_tolerance(1, self.rounding)

@@ -24,7 +24,7 @@ from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validated
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
-from jaxhess.slq.record import Lanczos, Probes, Program, ProgramMemory, RunRecord, inputs_record, operator_record
+from jaxhess.slq.record import CompiledRecord, Lanczos, Probes, ProgramMemory, RunRecord, inputs_record, operator_record
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.vectors import Distribution, Vector, random_key, random_probe
 
@@ -171,7 +171,7 @@ class _Run:
         self.orthogonality = np.full(self.probes, np.nan)
         self.seconds = 0.0
         self.batch_size = 0
-        self.program: Program | None = None
+        self.program: CompiledRecord | None = None
         self.compile_seconds = 0.0
 
     def template(self, runs: int = 1) -> LanczosState:
@@ -253,11 +253,11 @@ class _Run:
         self.compile_seconds += time.perf_counter() - began
         return compiled
 
-    def _described(self, state: LanczosState) -> Program:
+    def _described(self, state: LanczosState) -> CompiledRecord:
         memory = self._compiled(state).memory_analysis()
         if memory is None:
-            return Program(self.compile_seconds)
-        return Program(
+            return CompiledRecord(self.compile_seconds)
+        return CompiledRecord(
             self.compile_seconds,
             ProgramMemory(
                 memory.argument_size_in_bytes,
@@ -335,7 +335,7 @@ class _Run:
         """What a save holds of the probes that had ended; returns the first that had not."""
         probe = record["probe"]
         self.batch_size, self.seconds = record["batch_size"], record["seconds"]
-        self.program = None if record["program"] is None else read_as(Program, record["program"])
+        self.program = None if record["program"] is None else read_as(CompiledRecord, record["program"])
         self.sizes[:probe] = record["sizes"]
         for name in COEFFICIENTS:
             getattr(self, name)[:probe] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan

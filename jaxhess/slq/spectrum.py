@@ -37,7 +37,7 @@ from jaxhess.krylov.ghosts import (
 )
 from jaxhess.krylov.quadrature import Quadrature
 from jaxhess.slq.coefficients import Coefficients, checked, quadratures
-from jaxhess.slq.density import Axis, Density, Known, smoothed
+from jaxhess.slq.density import Axis, Density, SpectrumLimits, smoothed
 from jaxhess.slq.extremes import Extremes, extremes
 from jaxhess.slq.functions import bounds_of_mean, evaluated, excess
 from jaxhess.slq.record import RunRecord
@@ -382,13 +382,13 @@ class Spectrum:
         return float(np.nanmin(self.ritz_values - bounds)), float(np.nanmax(self.ritz_values + bounds))
 
     @functools.cached_property
-    def _known(self) -> Known:
+    def _known(self) -> SpectrumLimits:
         """With the slack of every Ritz value: rounding, and after a breakdown the last beta, taken for rounding."""
         last = np.where(self.broke_down, self._last_betas, 0.0)
         slack = [
             tolerances(nodes, self.run.rounding) + beta for nodes, beta in zip(self._quadratures, last, strict=True)
         ]
-        return Known(self.dim, self._ends, slack, self.broke_down)
+        return SpectrumLimits(self.dim, self._ends, slack, self.broke_down)
 
     def _beyond_gauss(self, k: int) -> Array:
         """[probes] what v'H^k v exceeds the quadrature by: the product of the squared betas for k = 2 size, else 0."""

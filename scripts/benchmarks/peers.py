@@ -14,12 +14,12 @@ import numpy as np
 import convert
 from jaxhess.models import LanguageModel
 from jaxhess.vectors import Vector
-from scripts.benchmarks.rows import Row, largest_ritz_value, relative_error
+from scripts.benchmarks.rows import Measurement, largest_ritz_value, relative_error
 
 
 def peer_rows(
     steps: int, model: LanguageModel, hessian: Any, lanczos: Any, vector: Vector, references: dict[str, Any]
-) -> list[Row]:
+) -> list[Measurement]:
     """The same weights, tokens, vector, loss and steps in PyTorch; its vectors are flat, in the order of its model."""
     import torch
     from hessian_eigenthings import HessianOperator, lanczos_tridiagonal
@@ -53,13 +53,13 @@ def peer_rows(
     def gradient() -> Any:
         return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss_of(network, tokens), weights)])
 
-    def row(name: str, run: Callable[[], Any], expected: str) -> Row:
+    def row(name: str, run: Callable[[], Any], expected: str) -> Measurement:
         if expected not in references:
-            return Row(name, run)
+            return Measurement(name, run)
         reference = flat(references[expected]).double().numpy()
-        return Row(name, run, lambda answer: relative_error(answer.double().numpy(), reference))
+        return Measurement(name, run, lambda answer: relative_error(answer.double().numpy(), reference))
 
-    def lanczos_row(name: str, method: Any) -> Row:
+    def lanczos_row(name: str, method: Any) -> Measurement:
         operator = HessianOperator(network, [lanczos_tokens], loss_of, method=method)
 
         def steps() -> Any:
@@ -68,7 +68,7 @@ def peer_rows(
         def error(run: Any) -> float:
             return relative_error(largest_ritz_value(run.alphas, [*run.betas, run.last_beta]), references["ritz value"])
 
-        return Row(f"hessian-eigenthings, {name}", steps, error if references else None)
+        return Measurement(f"hessian-eigenthings, {name}", steps, error if references else None)
 
     double_backward = HessianOperator(network, [tokens], loss_of)
     return [

@@ -35,7 +35,7 @@ from jaxhess.plan.hardware import peak_matmul_flops
 from jaxhess.slq.spectrum import json_ready
 from jaxhess.vectors import Vector, check_seed, random_key
 from scripts.benchmarks.peers import peer_rows
-from scripts.benchmarks.rows import Row, largest_ritz_value, measure, relative_error, show, summarise
+from scripts.benchmarks.rows import Measurement, largest_ritz_value, measure, relative_error, show, summarise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,14 +194,14 @@ class _VectorsOnly(jaxhess.LinearOperator):
 
 def _rows(
     options: Options, model: LanguageModel, hessian: Any, lanczos: Any, vector: Vector, references: dict[str, Any]
-) -> list[Row]:
+) -> list[Measurement]:
     no_remat = model.configured(remat=False).loss()
     stored, lanczos_stored = (jaxhess.linearize(dataclasses.replace(h, loss=no_remat)) for h in (hessian, lanczos))
     loss, params, batches = hessian.loss, hessian.params, hessian.batches
     difference = jaxhess.FiniteDifferenceHessian(loss, params, batches, step=options.fd_step, per="coordinate")
     four = jax.tree.map(lambda x: jnp.stack([x, -x, 2 * x, 0.5 * x]), vector)
 
-    def program(name: str, f: Callable, *arguments: Any, expected: str = "product", first: bool = False) -> Row:
+    def program(name: str, f: Callable, *arguments: Any, expected: str = "product", first: bool = False) -> Measurement:
         compiled = jax.jit(f).lower(*arguments).compile()
         reference = references.get(expected)
 
@@ -211,9 +211,9 @@ def _rows(
         def work() -> Any:
             return jax.block_until_ready(compiled(*arguments))
 
-        return Row(name, work, None if reference is None else error, compiled)
+        return Measurement(name, work, None if reference is None else error, compiled)
 
-    def lanczos_row(name: str, operator: Any, expected: str = "ritz value") -> Row:
+    def lanczos_row(name: str, operator: Any, expected: str = "ritz value") -> Measurement:
         def steps() -> jaxhess.LanczosState:
             state = jaxhess.start_lanczos([vector], options.steps, jaxhess.Storage("none"))
             return jax.block_until_ready(jaxhess.lanczos_segment(operator, state, options.steps))
@@ -223,7 +223,7 @@ def _rows(
         error = (
             None if reference is None else lambda s: relative_error(largest_ritz_value(*s.tridiagonal()[:2]), reference)
         )
-        return Row(f"Lanczos, {options.steps} steps, {name}", steps, error, compiled, options.steps)
+        return Measurement(f"Lanczos, {options.steps} steps, {name}", steps, error, compiled, options.steps)
 
     def product(operator: Any, v: Vector) -> Vector:
         return operator.mv(v)

@@ -19,7 +19,7 @@ from jaxhess.plan.hlo import bytes_accessed, matmul_flops, read_program
 
 
 @dataclasses.dataclass
-class Row:
+class Measurement:
     """One thing that is timed: `run` returns when its result is there; `error` compares that with float64."""
 
     name: str
@@ -32,7 +32,7 @@ class Row:
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def measure(rows: list[Row], rounds: int) -> None:
+def measure(rows: list[Measurement], rounds: int) -> None:
     """Runs every row once, for its error, and then in turn for its times."""
     for row in rows:
         answer = row.run()  # compiles what is not yet, and warms up
@@ -59,7 +59,7 @@ def relative_error(found: Any, reference: Any) -> float:
     return float(np.sqrt(sum(a for a, _ in squares) / sum(b for _, b in squares)))
 
 
-def summarise(rows: list[Row], peak: float | None) -> None:
+def summarise(rows: list[Measurement], peak: float | None) -> None:
     """Fills every row's result with its times and with what its program says, per device."""
     for row in rows:
         quartiles = np.percentile(row.times, [25, 75])

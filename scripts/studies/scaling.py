@@ -93,7 +93,7 @@ SMALL = Options(
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class ProgramCost:
     """A compiled program: what it takes on one device, and the processor seconds of all in each timed run."""
 
     parameters: int
@@ -114,7 +114,7 @@ class Point:
     """The programs of one size on one mesh, by name."""
 
     at: int
-    programs: dict[str, Program]
+    programs: dict[str, ProgramCost]
 
     @property
     def parameters(self) -> int:
@@ -131,7 +131,7 @@ def study(options: Options) -> Study:
 
     def programs(
         mesh: str, sizes: Sizes, names: tuple[str, ...] = PROGRAMS[:2], timed: bool = True
-    ) -> dict[str, Program]:
+    ) -> dict[str, ProgramCost]:
         return {name: measured(mesh, sizes, name, options.rounds if timed else 0) for name in names}
 
     def sweep(size: str, values: tuple[int, ...], names: tuple[str, ...] = PROGRAMS[:2]) -> list[Point]:
@@ -206,7 +206,7 @@ def spread(values: Sequence[float] | np.ndarray) -> float:
 
 
 @functools.cache
-def measured(mesh: str, sizes: Sizes, name: str, rounds: int) -> Program:
+def measured(mesh: str, sizes: Sizes, name: str, rounds: int) -> ProgramCost:
     """The gradient or product of this name, compiled, and run once more than it is timed."""
     operators, vector = problem(mesh, sizes)
     operator = operators[name]
@@ -221,7 +221,7 @@ def measured(mesh: str, sizes: Sizes, name: str, rounds: int) -> Program:
         jax.block_until_ready(compiled(*arguments))
         times.append(time.process_time() - began)
     received = sum(bytes_by_kind(collective_traffic(read)).values())
-    return Program(operator.dim, matmul_flops(read), temporary_bytes(compiled), int(received), seconds, times[1:])
+    return ProgramCost(operator.dim, matmul_flops(read), temporary_bytes(compiled), int(received), seconds, times[1:])
 
 
 @functools.lru_cache(maxsize=1)
@@ -279,7 +279,7 @@ def places(axis: str, points: list[Point]) -> list[int]:
 def law(points: list[Point], name: str, round_: int | None = None) -> Affine:
     """The runtime law of a product over the tokens, by the median runs or by those of one round."""
 
-    def seconds(program: Program) -> float:
+    def seconds(program: ProgramCost) -> float:
         return program.seconds if round_ is None else program.times[round_]
 
     return runtime_law(*([seconds(point.programs[n]) for point in points] for n in ("gradient", name)))

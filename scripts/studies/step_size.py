@@ -117,7 +117,7 @@ class VectorErrors:
     predicted: float
 
 
-class Extremes(NamedTuple):
+class RitzEnds(NamedTuple):
     """Of the smallest and of the largest Ritz value."""
 
     smallest: float
@@ -130,10 +130,10 @@ class DtypeErrors:
 
     dtype: str
     vectors: list[VectorErrors]
-    ritz_values: Extremes
-    ritz_exact: Extremes
-    ritz_automatic: Extremes
-    ritz_fixed: list[Extremes]
+    ritz_values: RitzEnds
+    ritz_exact: RitzEnds
+    ritz_automatic: RitzEnds
+    ritz_fixed: list[RitzEnds]
 
 
 Measured = Callable[[DtypeErrors], list[float]]
@@ -233,9 +233,9 @@ def errors_of(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> D
     probe = random_probe(random_key(options.seed), exact.in_dtype("float32").shape_dtype)
     true = extremes(reference, cast(probe, options.reference), options.ritz_steps)
 
-    def ritz_errors(operator: jaxhess.LinearOperator) -> Extremes:
+    def ritz_errors(operator: jaxhess.LinearOperator) -> RitzEnds:
         found = extremes(operator, cast(probe, "float32"), options.ritz_steps)
-        return Extremes(*(abs(x / y - 1) for x, y in zip(found, true, strict=True)))
+        return RitzEnds(*(abs(x / y - 1) for x, y in zip(found, true, strict=True)))
 
     return DtypeErrors(
         str(jax.tree.leaves(exact.params)[0].dtype),
@@ -247,14 +247,14 @@ def errors_of(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> D
     )
 
 
-def extremes(operator: jaxhess.LinearOperator, probe: Vector, steps: int) -> Extremes:
+def extremes(operator: jaxhess.LinearOperator, probe: Vector, steps: int) -> RitzEnds:
     """The extreme Ritz values after so many steps; NaN where a product overflowed."""
     state = jaxhess.lanczos_segment(operator, jaxhess.start_lanczos([probe], steps), steps)
     alphas, betas, _ = state.tridiagonal()
     if alphas.size == 0 or not np.isfinite(alphas + betas).all():
-        return Extremes(math.nan, math.nan)
+        return RitzEnds(math.nan, math.nan)
     values = quadrature(alphas, betas).ritz_values
-    return Extremes(float(values[0]), float(values[-1]))
+    return RitzEnds(float(values[0]), float(values[-1]))
 
 
 def vectors(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> dict[str, Vector]:

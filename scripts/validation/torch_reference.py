@@ -32,7 +32,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from convert.agreement import EXACT, Coefficients, Measure, Side
+from convert.agreement import EXACT, LanczosCoefficients, Measure, Side
 from convert.measurement import MODES, Mode
 from jaxhess.data import TokenBlocks
 from jaxhess.errors import InputError
@@ -223,7 +223,9 @@ def measure(
             "exact Hessian product": named(exact(start)),
             "finite-difference Hessian product": named(difference(start)),
         },
-        lanczos={mode: Coefficients(*map(_array, lanczos(exact, start, steps, mode))) for mode in modes if steps},
+        lanczos={
+            mode: LanczosCoefficients(*map(_array, lanczos(exact, start, steps, mode))) for mode in modes if steps
+        },
         quadrature=quadrature,
     )
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from convert.agreement import Coefficients, Measure, Side, compare, distance, judge
+from convert.agreement import LanczosCoefficients, Measure, Side, compare, distance, judge
 
 RNG = np.random.default_rng(0)
 EXACT = RNG.normal(size=(40, 30))
@@ -83,7 +83,7 @@ def test_the_distance_of_measures_is_how_far_mass_moves():
 def side(**changes) -> Side:
     weights = {"first.weight": np.arange(9.0).reshape(3, 3), "second.weight": np.ones((2, 3))}
     quantities = {"logits": EXACT, "gradient": {name: 2.0 * x for name, x in weights.items()}}
-    run = Coefficients(np.arange(1.0, 5), np.ones(4), np.array([1e-8, 1e-7, 1e-6, 0.1]))
+    run = LanczosCoefficients(np.arange(1.0, 5), np.ones(4), np.array([1e-8, 1e-7, 1e-6, 0.1]))
     full = run._replace(alphas=run.alphas.copy(), orthogonality=np.full(4, 1e-7))
 
     def nodes(alphas, betas):
@@ -105,7 +105,7 @@ def test_what_is_the_same_agrees_for_as_many_steps_as_orthogonality_lasts():
     late.lanczos["none"].alphas[3] += 1
     assert verdict(late).agrees
     early = side(
-        lanczos={**side().lanczos, "none": Coefficients(np.array([1.0, 2.1, 3, 4]), *side().lanczos["none"][1:])}
+        lanczos={**side().lanczos, "none": LanczosCoefficients(np.array([1.0, 2.1, 3, 4]), *side().lanczos["none"][1:])}
     )
     assert (
         "alphas" in judge((early, side()), (early, side()), dtype="float32", wider="float64", depth=2).first_difference

@@ -16,8 +16,8 @@ import jaxhess
 from convert.by_name import layers_module, tensors_by_name
 from jaxhess.errors import InputError
 from jaxhess.operators.restriction import restriction
-from jaxhess.slq.job import Job, Model
-from jaxhess.slq.record import FoundPairs, OperatorRecord, RunRecord
+from jaxhess.slq.job import CommandRecord, Model
+from jaxhess.slq.record import EigenpairRecord, OperatorRecord, RunRecord
 from scripts import export as script
 from scripts.validation import torch_reference
 
@@ -53,8 +53,8 @@ def exported(tmp_path_factory):
         np.array([2]),
         operator.dim,
         run=RunRecord(
-            eigenpairs=FoundPairs(tuple(pairs.values.tolist()), tuple(pairs.residuals.tolist())),
-            job=Job(model=Model("gpt_neox", model.num_params, model.config.to_dict())),
+            eigenpairs=EigenpairRecord(tuple(pairs.values.tolist()), tuple(pairs.residuals.tolist())),
+            job=CommandRecord(model=Model("gpt_neox", model.num_params, model.config.to_dict())),
         ),
     )
     result.save(run)

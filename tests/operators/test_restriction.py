@@ -24,7 +24,7 @@ from jaxhess import (
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.models import abstract_params, initialize
-from jaxhess.operators.restriction import Block, restriction
+from jaxhess.operators.restriction import Selection, restriction
 
 
 def chosen(pattern, layers=None) -> dict[str, int]:
@@ -115,7 +115,7 @@ def test_other_operators_restrict_alike():
         assert relative(difference @ v, product) < 1e-5
     block = GaussNewton(exact.loss, exact.params, batch).restrict("attention", layers=[0])
     result = spectrum(block, steps=4, probes=1)
-    assert result.run.operator.restriction == Block(("attention",), (0,))
+    assert result.run.operator.restriction == Selection(("attention",), (0,))
     assert result.dim == exact.dim
     assert result.ritz_values.min() > -1e-6 * result.ritz_values.max()
     with pytest.raises(ValueError, match="Restricted to attention in layers 0 already"):

@@ -12,16 +12,16 @@ from small_models import run_command
 
 from jaxhess import Spectrum
 from jaxhess.krylov.storage import Storage
-from jaxhess.operators.audit import Directions, Noise
+from jaxhess.operators.audit import Noise, NoiseAlong
 from jaxhess.results.report import report_files
-from jaxhess.slq.job import Data, Devices, Job, Model
+from jaxhess.slq.job import CommandRecord, Data, Devices, Model
 from jaxhess.slq.record import (
-    FoundPairs,
+    CompiledRecord,
+    EigenpairRecord,
     Inputs,
     Lanczos,
     OperatorRecord,
     Probes,
-    Program,
     ProgramMemory,
     RunRecord,
 )
@@ -87,11 +87,11 @@ RECORD = RunRecord(
     ),
     Inputs(3.25, 64.0),
     2.0**-23,
-    Noise(4e-7, 7e-7, "Hessian in float64", Directions(1e-6, 8e-7), Directions(8e-8, 1e-6)),
-    FoundPairs((5.0,), (0.01,), (False,), 4, "eigenvectors"),
-    Program(38.5, ProgramMemory(4, 3, 2, 1)),
+    Noise(4e-7, 7e-7, "Hessian in float64", NoiseAlong(1e-6, 8e-7), NoiseAlong(8e-8, 1e-6)),
+    EigenpairRecord((5.0,), (0.01,), (False,), 4, "eigenvectors"),
+    CompiledRecord(38.5, ProgramMemory(4, 3, 2, 1)),
     46.5,
-    Job(
+    CommandRecord(
         INFO["options"],
         Model("here", 55, INFO["model"]["config"]),
         Data("there", 4, 16, 1, "bbcd"),

@@ -12,12 +12,12 @@ import pytest
 from known_spectra import run_record
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from jaxhess.operators.audit import Directions, Noise
-from jaxhess.operators.restriction import Block
+from jaxhess.operators.audit import Noise, NoiseAlong
+from jaxhess.operators.restriction import Selection
 from jaxhess.results.figures import density_figure, distribution_figure, stem_figure
 from jaxhess.results.report import report_files, write_report
-from jaxhess.slq.job import Job, Model
-from jaxhess.slq.record import FoundPairs, Inputs, OperatorRecord, RunRecord
+from jaxhess.slq.job import CommandRecord, Model
+from jaxhess.slq.record import EigenpairRecord, Inputs, OperatorRecord, RunRecord
 from jaxhess.slq.spectrum import Spectrum
 
 INFO = {
@@ -266,9 +266,9 @@ HOSTILE = "</title><script>alert(1)</script>"
     ("run", "info"),
     [
         (RunRecord(operator=OperatorRecord("Hessian", restriction=HOSTILE)), {}),
-        (RunRecord(operator=OperatorRecord(HOSTILE, restriction=Block((HOSTILE,)))), {}),
-        (RunRecord(job=Job({"model": HOSTILE, HOSTILE: 1}, Model(HOSTILE, 1, {HOSTILE: HOSTILE}))), {}),
-        (RunRecord(noise=Noise(0.5, None, HOSTILE, Directions(0.5, None))), {HOSTILE: {HOSTILE: [HOSTILE]}}),
+        (RunRecord(operator=OperatorRecord(HOSTILE, restriction=Selection((HOSTILE,)))), {}),
+        (RunRecord(job=CommandRecord({"model": HOSTILE, HOSTILE: 1}, Model(HOSTILE, 1, {HOSTILE: HOSTILE}))), {}),
+        (RunRecord(noise=Noise(0.5, None, HOSTILE, NoiseAlong(0.5, None))), {HOSTILE: {HOSTILE: [HOSTILE]}}),
     ],
 )
 def test_no_text_of_a_record_becomes_markup(tmp_path, run, info):
@@ -279,7 +279,7 @@ def test_no_text_of_a_record_becomes_markup(tmp_path, run, info):
 
 
 def test_a_restriction_is_no_mathematics(tmp_path):
-    operator = OperatorRecord("Hessian", restriction=Block((r"$\frac{$",)))
+    operator = OperatorRecord("Hessian", restriction=Selection((r"$\frac{$",)))
     write_report(tmp_path, _spectrum(run=RunRecord(operator=operator)))
 
 
@@ -316,7 +316,7 @@ def test_report_of_independent_vectors_has_no_ghosts(tmp_path):
 
 
 def test_report_shows_eigenpairs_with_their_residuals_if_the_run_has_any(tmp_path):
-    pairs = FoundPairs((12.5, -3.25), (1.5e-4, None))
+    pairs = EigenpairRecord((12.5, -3.25), (1.5e-4, None))
     write_report(tmp_path, _spectrum(run=RunRecord(eigenpairs=pairs)))
     _, parser = _read(tmp_path)
     texts = [text for text in parser.texts if text.strip()]

@@ -12,7 +12,7 @@ import jaxhess
 from jaxhess import Spectrum
 from jaxhess.files.typed import read_as
 from jaxhess.krylov.storage import Storage
-from jaxhess.operators.restriction import Block
+from jaxhess.operators.restriction import Selection
 from jaxhess.results.foreign import to_json
 from jaxhess.slq.record import (
     Inputs,
@@ -136,10 +136,10 @@ def test_operators_made_of_others_are_recorded_to_the_bottom():
 
 def test_a_block_is_recorded_as_data_and_named_in_words():
     found = operator_record({"kind": "Hessian", "restriction": {"patterns": ["mlp", "norm"], "layers": [0, 3]}})
-    assert found.restriction == Block(("mlp", "norm"), (0, 3))
+    assert found.restriction == Selection(("mlp", "norm"), (0, 3))
     assert found.matrix_name == "loss Hessian, block mlp norm in layers 0,3"
     assert operator_record({"kind": "Hessian"}).matrix_name == "loss Hessian"
-    assert str(Block((), (1,))) == "* in layers 1"
+    assert str(Selection((), (1,))) == "* in layers 1"
 
 
 def test_an_operator_that_describes_itself_wrongly_is_refused_before_the_work():
