@@ -1,7 +1,7 @@
 """Hugging Face checkpoints <-> jaxhess models."""
 
+from convert.exporting import export
 from convert.families import FAMILIES
-from convert.hugging_face import export
 from convert.loading import load, load_config, read_config
 from convert.orbax_checkpoint import save
 from convert.tokenizer import load_tokenizer

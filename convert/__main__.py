@@ -10,8 +10,8 @@ import jax
 import tyro
 
 from convert.destination import appearing, check_destination
+from convert.exporting import write_hugging_face
 from convert.hub import local_directory
-from convert.hugging_face import write_hugging_face
 from convert.json_files import read_json
 from convert.loading import load, load_config
 from convert.orbax_checkpoint import is_orbax, write_orbax

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from convert.agreement import LanczosCoefficients, Measure, Side
-from convert.by_name import tensors_by_name
+from convert.named_parameters import tensors_by_name
 from jaxhess.data import TokenBlocks
 from jaxhess.krylov.lanczos import lanczos_segment
 from jaxhess.krylov.quadrature import quadrature

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from convert.by_name import save_directions
+from convert.named_parameters import save_directions
 from jaxhess.command import one_sentence
 from jaxhess.errors import InputError
 from jaxhess.files.output import Content, Output

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from convert.destination import appearing, check_destination
-from convert.hugging_face import write_hugging_face
+from convert.exporting import write_hugging_face
 from convert.tokenizer import add_tokenizer
 from jaxhess.command import one_sentence
 from jaxhess.data import TokenBatch, TokenBlocks

@@ -31,9 +31,9 @@ from rich.table import Table
 import convert
 import jaxhess
 from convert.agreement import Side, Verdict, judge
-from convert.by_name import layers_module, tensors_by_name
 from convert.hub import local_directory
 from convert.measurement import MODES, measure, probe_of
+from convert.named_parameters import layers_module, tensors_by_name
 from convert.text import load_blocks
 from jaxhess.command import compile_quickly, one_sentence, terminal
 from jaxhess.distributed.memory import available_bytes

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import convert
 from convert.__main__ import main
 from convert.destination import appearing, check_destination
-from convert.hugging_face import write_hugging_face
+from convert.exporting import write_hugging_face
 from jaxhess.distributed.mesh import make_mesh
 from jaxhess.errors import InputError
 from jaxhess.files.manifest import write_manifest

@@ -13,7 +13,7 @@ from small_models import batch_of, run_command, tokens
 
 import convert
 import jaxhess
-from convert.by_name import layers_module, tensors_by_name
+from convert.named_parameters import layers_module, tensors_by_name
 from jaxhess.errors import InputError
 from jaxhess.operators.restriction import restriction
 from jaxhess.slq.job import CommandRecord, Model

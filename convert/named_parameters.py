@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert.configs import family_of, hugging_face_config
-from convert.hugging_face import file_tensor, parts_of_tensors
+from convert.exporting import file_tensor, parts_of_tensors
 from convert.mapping import Row, axis_sizes, mapping_rows
 from jaxhess.errors import InputError
 from jaxhess.krylov.eigenpairs import Eigenpairs
