@@ -8,7 +8,9 @@ import importlib.metadata
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -44,6 +46,11 @@ def simulated_devices(count: int) -> list[jax.Device]:
     if len(devices) < count:
         raise InputError(f"JAX has started in this process with {len(devices)} CPU devices; {count} are needed.")
     return devices
+
+
+def default_folder(name: str) -> Path:
+    """Where a command writes without `--out`: runs/<date>-<time>-<name>."""
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
 
 
 def terminal(quiet: bool = False) -> Console:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jaxhess.command import one_sentence, terminal
+from jaxhess.command import default_folder, one_sentence, terminal
 from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import json_ready
@@ -47,7 +46,7 @@ def run(options: Options) -> dict[str, Any]:
     """The whole comparison; returns what it also saved."""
     if not options.spectra:
         raise InputError("Give at least one run folder or file.")
-    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-compare"
+    out = options.out or default_folder("compare")
     with Output(out, FILES, options.overwrite) as output:
         labels = names(options.spectra)
         spectra = load(options)

@@ -94,7 +94,7 @@ def start(job: dict, process: int) -> int:
     for name, value in LAUNCHERS[job["launcher"]].items():
         os.environ[name] = value.format(process=process, **job)
     jax.config.update("jax_num_cpu_devices", job["devices"])
-    processes.JOINING, processes.LEAVING = job["joining"], job["leaving"]
+    processes.START_SECONDS, processes.SHUTDOWN_SECONDS = job["joining"], job["leaving"]
     log = os.open(f"{job['log']}{process}", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -44,16 +44,16 @@ LAUNCHERS = {
 shell of `salloc` is a step of one task, though SLURM_NTASKS is that of the allocation.
 """
 
-JOINING = 300
+START_SECONDS = 300
 """Seconds that a process waits at the start for those that are not there yet."""
 
-PATIENCE = 3600
+WAIT_SECONDS = 3600
 """Seconds that a process waits for the others, while they read a checkpoint for example."""
 
 HEARTBEAT = 30
 """Seconds without a heartbeat after which JAX ends all processes. Under load a machine stalls for some seconds."""
 
-LEAVING = 15
+SHUTDOWN_SECONDS = 15
 """Seconds that a process which ends waits for the others to end too; after them JAX ends these."""
 
 _turn = 0
@@ -70,7 +70,7 @@ def initialize() -> None:
     `JAX_COORDINATOR_ADDRESS` (host:port of process 0). Elsewhere that, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` tell.
     On CPUs collectives go through gloo.
 
-    If some do not come, JAX ends those that did after `JOINING` seconds.
+    If some do not come, JAX ends those that did after `START_SECONDS` seconds.
 
     Raises:
         InputError: Some of the three variables are set and some are not, or one is no number in its range, or no
@@ -92,9 +92,9 @@ def initialize() -> None:
             process_id=process,
             local_device_ids=None if local is None else int(local),
             coordinator_bind_address=_bind_address() if process == 0 else None,
-            initialization_timeout=JOINING,
+            initialization_timeout=START_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=LEAVING,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise InputError(
@@ -190,7 +190,7 @@ def agreed(value: T) -> T:
         return value
     key = f"{_next_turn()}/agreed"
     if index() > 0:
-        return json.loads(_store().blocking_key_value_get(key, 1000 * PATIENCE))
+        return json.loads(_store().blocking_key_value_get(key, 1000 * WAIT_SECONDS))
     text = json.dumps(value)
     _store().key_value_set(key, text)
     return json.loads(text)
@@ -262,7 +262,7 @@ def exists(path: Path) -> bool:
 def meet(name: str) -> None:
     """Returns when every process has come here."""
     if count() > 1:
-        _store().wait_at_barrier(name, 1000 * PATIENCE)
+        _store().wait_at_barrier(name, 1000 * WAIT_SECONDS)
 
 
 def finish() -> None:
@@ -280,7 +280,7 @@ def said_by_first(text: str) -> bool:
         _store().key_value_set("jaxhess/end", text)
         return False
     try:
-        return _store().blocking_key_value_get("jaxhess/end", 1000 * LEAVING // 3) == text
+        return _store().blocking_key_value_get("jaxhess/end", 1000 * SHUTDOWN_SECONDS // 3) == text
     except jax.errors.JaxRuntimeError:
         return False
 

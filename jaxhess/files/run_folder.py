@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
             raise InputError(f"{name} is no array of real numbers")
     return found
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of nested dictionaries, with names joined by dots.
+
+    Examples:
+        >>> list(dotted({"a": 1, "b": {"c": [2], "d": {}}}))
+        [('a', 1), ('b.c', [2])]
+    """
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def json_ready(value: Any) -> Any:

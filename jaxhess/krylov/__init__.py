@@ -1,19 +1,13 @@
 """Krylov methods: Lanczos, quadrature, ghosts and bounds, eigenpairs, trace estimators, conjugate gradients.
 
-`docs/numerics.md` has the measured cost and errors of every choice of re-orthogonalisation and storage.
+`docs/numerics.md` has the measured cost and errors of every choice of re-orthogonalisation and storage, and how exact
+sums are.
 
 The last two vectors are always kept orthogonal: by the window or basis they are in, or by a pass of their own.
 
 Errors. A Q = Q T + beta_m q_{m+1} e_m' + F: what re-orthogonalisation takes away and what narrow storage rounds is not
 in T. Its size is measured in every step (`LanczosState.step_errors`), and every residual bound contains it
-(`Quadrature.error_bounds`). Selective orthogonalisation (Parlett and Scott 1979) was tried and left out: it keeps the
-whole basis, was best in no case, and went on past the end of the Krylov space.
-
-Sums. alphas and betas are accumulated in `Storage.scalar_dtype`, float32 or float64. In float32 the squared length of a
-vector of 1e8 entries is right to 6e-8, for XLA adds in a tree, and an inner product to 2e-11 of the lengths: float64 is
-for float64 vectors. A matrix product does not add in a tree on a CPU: it was off by 7e-4 at 1e7 entries, and full
-re-orthogonalisation by it was worse than none; `jaxhess.vectors.basis_dot` is a sum of products for that reason
-(`pytest -m study -k hundred_million -s` prints these figures).
+(`Quadrature.error_bounds`).
 
 Breakdown is tested relative to |alpha| + beta; betas are recorded after re-orthogonalisation, so that T is the
 projection on the basis that is kept (see `lanczos.BREAKDOWN`).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -13,9 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from jaxhess.slq.density import Axis, Density
-
-if TYPE_CHECKING:
-    from jaxhess.slq.spectrum import Spectrum
+from jaxhess.slq.spectrum import Spectrum
 
 Array = npt.NDArray[np.float64]
 

@@ -32,7 +32,7 @@ from jaxhess.slq.record import RunRecord
 from jaxhess.slq.spectrum import Spectrum
 
 NAMES = ("ritz_values", "weights", "residual_bounds", "error_bounds", "ghosts")
-COEFFICIENTS = ("alphas", "betas", "sizes", "dim", "step_errors")
+INPUT_ARRAYS = ("alphas", "betas", "sizes", "dim", "step_errors")
 
 
 def save(spectrum: Spectrum, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -54,7 +54,7 @@ def contents(spectrum: Spectrum) -> dict[str, bytes]:
     run = json_ready(dataclasses.asdict(spectrum.run))
     record = {"format": FORMAT, "run": run, "info": spectrum.info, "summary": summary(spectrum)}
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **{name: getattr(spectrum, name) for name in (*NAMES, *COEFFICIENTS)})
+    np.savez(buffer, allow_pickle=False, **{name: getattr(spectrum, name) for name in (*NAMES, *INPUT_ARRAYS)})
     return {ARRAYS: buffer.getvalue(), RECORD: (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()}
 
 
@@ -96,7 +96,7 @@ def load(path: str | os.PathLike[str], dim: int | None = None) -> Spectrum:
             run = dataclasses.replace(run, rounding=rounding_of_old_run(arrays))
             warn_of_narrow_vectors(path, info, arrays)
             arrays.setdefault("step_errors", np.zeros(0))
-        alphas, betas, sizes, rows, errors = (arrays[name] for name in COEFFICIENTS)
+        alphas, betas, sizes, rows, errors = (arrays[name] for name in INPUT_ARRAYS)
         return Spectrum(alphas, betas, sizes, int(rows), left, run=run, step_errors=errors)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path / ARRAYS} is corrupt or not a spectrum: {error}") from None

@@ -36,7 +36,7 @@ from jaxhess.slq.spectrum import Spectrum
 
 Array = npt.NDArray[np.float64]
 
-FORMATS = OLD_FORMAT, FORMAT = "jaxhess-quadrature-1", "jaxhess-quadrature-2"
+QUADRATURE_FORMATS = OLD_FORMAT, FORMAT = "jaxhess-quadrature-1", "jaxhess-quadrature-2"
 VALUES = ("ritz_values", "eigenvalues", "evals")
 COLUMNS = ("probe", "ritz_value", "weight", "residual_bound", "ghost")
 DAMAGE = ValueError, OSError, TypeError, LookupError, ArithmeticError, csv.Error
@@ -75,7 +75,7 @@ def read_spectrum(path: Path, dim: int | None = None) -> Spectrum:
 
 def _record(data: dict[str, Any], path: Path) -> tuple[RunRecord, dict[str, Any]]:
     """The record and the notes of a file that we wrote; of any other, where it came from."""
-    if not isinstance(data.get("format"), str) or data["format"] not in FORMATS:
+    if not isinstance(data.get("format"), str) or data["format"] not in QUADRATURE_FORMATS:
         return RunRecord(), {"imported": str(path)}
     info = data.get("info", {"imported": str(path)})
     if not isinstance(info, dict):

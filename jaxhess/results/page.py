@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from jaxhess.files.run_folder import dotted
+
 
 class Link(NamedTuple):
     """A table's cell that links to another page."""
@@ -52,7 +54,7 @@ class Section:
 
 def facts(values: Mapping[str, Any], title: str = "") -> Table:
     """A table of names and values; those of nested dictionaries are named with dots, unknown ones left out."""
-    return Table(("name", "value"), list(_flat(values)), title)
+    return Table(("name", "value"), list(_rows(values)), title)
 
 
 def page(title: str, sections: Iterable[Section], notes: Iterable[str] = (), warnings: Iterable[str] = ()) -> str:
@@ -66,15 +68,13 @@ def page(title: str, sections: Iterable[Section], notes: Iterable[str] = (), war
     return _template().render(title=title, sections=sections, notes=notes, warnings=warnings)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[Sequence[str]]:
-    """Names and values, without what is not known."""
-    for key, value in values.items():
+def _rows(values: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    """Names and values, without unknown ones; dictionaries in a list are numbered."""
+    for name, value in dotted(values):
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            value = {str(number): item for number, item in enumerate(value)}
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _rows({f"{name}.{number}": item for number, item in enumerate(value)})
         elif value not in (None, []):
-            yield prefix + key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @functools.cache

@@ -7,12 +7,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxhess.errors import InputError
-from jaxhess.files.run_folder import json_ready
+from jaxhess.files.run_folder import dotted, json_ready
 from jaxhess.results.page import Link, Picture, Section, Table, facts, page
 
 RECORD, PAGE = "study.json", "study.html"
@@ -213,14 +213,14 @@ def _page(study: Study) -> str:
         sections.append(Section("Figures", study.figures))
     if study.tables:
         sections.append(Section("Tables", study.tables))
-    sections.append(Section("How it was made", [facts(dict(_short(study.record)))]))
+    sections.append(Section("How it was made", [facts(_short(study.record))]))
     return page(study.title, sections, [verdict_count(study.claims), HOW_TO_READ])
 
 
-def _short(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _short(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of a record fits on a page: single values, and short lists of them."""
-    for key, value in json_ready(dict(record)).items():
-        if isinstance(value, dict):
-            yield from _short(value, f"{prefix}{key}.")
-        elif not isinstance(value, list) or (len(value) <= 10 and not any(isinstance(x, dict | list) for x in value)):
-            yield prefix + key, value
+
+    def fits(value: Any) -> bool:
+        return not isinstance(value, list) or (len(value) <= 10 and not any(isinstance(x, dict | list) for x in value))
+
+    return {name: value for name, value in dotted(json_ready(dict(record))) if fits(value)}

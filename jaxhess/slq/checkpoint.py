@@ -24,7 +24,7 @@ from jaxhess.errors import InputError
 from jaxhess.files.lock import LOCK, lock, unlock
 from jaxhess.files.orbax import quiet, reading
 from jaxhess.files.output import writing
-from jaxhess.files.run_folder import read_json
+from jaxhess.files.run_folder import dotted, read_json
 from jaxhess.krylov.basis import HOST
 from jaxhess.vectors import checksum
 
@@ -335,7 +335,7 @@ def _compare(known: dict[str, Any], identity: dict[str, Any], folder: Any) -> No
             f"{folder} holds an unfinished run of an earlier version of jaxhess, which only that version can resume: "
             "finish it there, or start again with --overwrite, or in another folder."
         )
-    before, now = dict(_flat(known)), dict(_flat(json.loads(json.dumps(identity))))
+    before, now = dict(dotted(known)), dict(dotted(json.loads(json.dumps(identity))))
     narrow = any(name.startswith("operator") and "16" in str(value) for name, value in before.items())
     differences = [
         f"{name} is {now.get(name, 'absent')} here and {before.get(name, 'absent')} there"
@@ -350,11 +350,3 @@ def _same(name: str, a: Any, b: Any, tolerance: float) -> bool:
     if name.split(".")[-1] == "loss" and isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=tolerance)  # another mesh sums in another order
     return type(a) is type(b) and a == b
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value

@@ -20,12 +20,11 @@ from jaxhess.krylov.ghosts import FLOAT32_ROUNDING, relative_tolerance
 from jaxhess.krylov.storage import Reorthogonalize, Storage
 from jaxhess.operators.audit import Noise
 from jaxhess.operators.restriction import Selection
-from jaxhess.slq.job import CommandRecord
+from jaxhess.slq.job import CommandRecord, Count
 from jaxhess.vectors import Distribution
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Length = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=2**63)]
 
 MATRIX_NAMES = {
     "Hessian": "loss Hessian",

@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-import time
 from pathlib import Path
 
 import tyro
 
 import scripts.studies
-from jaxhess.command import compile_quickly, one_sentence, simulated_devices, terminal
+from jaxhess.command import compile_quickly, default_folder, one_sentence, simulated_devices, terminal
 from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.results.study import index_page, verdict_count
@@ -40,7 +39,7 @@ def make(options: Options) -> Path:
     """Runs the studies; returns the path of the index."""
     if unknown := set(options.only) - set(STUDIES):
         raise InputError(f"--only {' '.join(sorted(unknown))}: the studies are {', '.join(STUDIES)}.")
-    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-studies"
+    out = options.out or default_folder("studies")
     with Output(out, (INDEX,), options.overwrite) as output:
         found = {}
         for name in options.only or STUDIES:

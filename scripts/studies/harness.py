@@ -19,7 +19,7 @@ from rich.table import Table as ConsoleTable
 import convert
 import jaxhess
 from convert.text import load_blocks
-from jaxhess.command import one_sentence, terminal
+from jaxhess.command import default_folder, one_sentence, terminal
 from jaxhess.data import TokenBlocks
 from jaxhess.distributed.mesh import parse_axes
 from jaxhess.files.output import Output
@@ -91,7 +91,7 @@ def make_mesh(axes: str | None) -> jax.sharding.Mesh:
 
 def run(name: str, study: Callable[[AnyOptions], Study], options: AnyOptions) -> Study:
     """Makes the study and writes it into its folder, which is claimed before the work; prints claims and tables."""
-    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name.replace('_', '-')}"
+    out = options.out or default_folder(name.replace("_", "-"))
     began = time.perf_counter()
     with Output(out, (RECORD, PAGE, f"{name}.png"), options.overwrite) as output:
         found = study(options)

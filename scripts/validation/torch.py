@@ -35,7 +35,7 @@ from convert.hub import local_directory
 from convert.measurement import MODES, measure, probe_of
 from convert.named_parameters import layers_module, tensors_by_name
 from convert.text import load_blocks
-from jaxhess.command import compile_quickly, one_sentence, terminal
+from jaxhess.command import compile_quickly, default_folder, one_sentence, terminal
 from jaxhess.distributed.memory import available_bytes
 from jaxhess.errors import InputError
 from jaxhess.files.output import Output
@@ -110,7 +110,7 @@ class Options:
 
 def run(options: Options) -> bool | None:
     """The whole comparison; whether everything agrees, None where something is not decided."""
-    out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-validate-{Path(options.model).name}"
+    out = options.out or default_folder(f"validate-{Path(options.model).name}")
     check(options)
     with Output(out, (RECORD, PAGE), options.overwrite) as output:
         return compare(options, output)

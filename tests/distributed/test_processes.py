@@ -344,7 +344,7 @@ def test_four_processes_of_which_one_is_killed_end_and_go_on_in_the_same_bits(ru
             return {p.name for p in Path(saves).glob("steps/*") if p.name.isdigit()}  # others are being written
 
         seen = before = saved()
-        leaving = 60 if number == signal.SIGTERM else processes.LEAVING
+        leaving = 60 if number == signal.SIGTERM else processes.SHUTDOWN_SECONDS
         life = run(4, "diagonal", out=rest, checkpoint=saves, slow=0.2, leaving=leaving)
         deadline = time.monotonic() + 60
         while len(seen - before) < 2 and time.monotonic() < deadline:
