@@ -24,12 +24,12 @@ from jaxhess.slq.checkpoint import Interrupted
 T = TypeVar("T")
 
 SAVED = 75
-"""Exit status of a run that SIGTERM stopped and that is saved (EX_TEMPFAIL of sysexits.h: try again). What a scheduler
-says of a process that SIGTERM killed is another, 143."""
+"""Exit status of a run that SIGTERM stopped and that is saved (EX_TEMPFAIL of sysexits.h: try again). A process that
+SIGTERM kills has status 143 instead."""
 
 OUT_OF_MEMORY = (
-    "Memory is exhausted: lower --microbatch, --query-chunk or --logit-chunk, use --reorthogonalize none, "
-    "a narrower --dtype, or cut the parameters over more devices (--mesh fsdp=N)."
+    "Memory is exhausted. What helps, with the options that this command has: a lower --microbatch, --query-chunk or "
+    "--logit-chunk, --reorthogonalize none, a narrower --dtype, more devices (--mesh fsdp=N)."
 )
 
 
@@ -97,7 +97,7 @@ def one_sentence(several: bool = False) -> Iterator[None]:
     except InputError as error:
         _end(f"error: {' '.join(str(error).split())}", 2)
     except Interrupted as stopped:
-        _end(f"{stopped}; go on with --resume", SAVED)
+        _end(f"{stopped}; resume it with --resume", SAVED)
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

@@ -77,8 +77,8 @@ class Options:
     accumulation_dtype: Literal["float32", "float64"] = "float32"
     """Of the operator's sums over microbatches."""
     audit: bool = True
-    """Measure the noise of the products (asymmetry, non-linearity, distance from a wider dtype) for the record: seven
-    products and two compilations."""
+    """Measure the noise of the products (asymmetry, non-linearity, distance from a wider dtype) for the record: four
+    products of the operator, two of the reference."""
     mesh: str | None = None
     """Device mesh, for example fsdp=8 or data=2,fsdp=4 or fsdp=4,tensor=2; by default fsdp over all devices."""
     seed: int = 0

@@ -54,7 +54,7 @@ HEARTBEAT = 30
 """Seconds without a heartbeat after which JAX ends all processes. Under load a machine stalls for some seconds."""
 
 SHUTDOWN_SECONDS = 15
-"""Seconds that a process which ends waits for the others to end too; after them JAX ends these."""
+"""Seconds that an ending process waits for the others. Then JAX ends them."""
 
 _turn = 0
 """Agreements so far, the same in every process: the name of the next one in the store."""
@@ -137,7 +137,7 @@ def _check_address(address: str) -> None:
 
 
 def refuse_several() -> None:
-    """Raises InputError where several processes were started of what is written for one."""
+    """Raises InputError if several processes were started of a command for one."""
     found = launched(os.environ)
     if found is not None:
         raise InputError(f"This command is for one process, and {found[0]} were started: each would do all of it.")

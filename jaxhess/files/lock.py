@@ -48,7 +48,7 @@ def lock(folder: Path) -> int:
 
 
 def unlock(folder: Path, descriptor: int) -> None:
-    """Gives the folder free, and removes the lock file if a run made it."""
+    """Frees the folder, and removes the lock file if a run made it."""
     with contextlib.suppress(OSError):
         if is_lock(folder / LOCK):
             (folder / LOCK).unlink()  # while it is locked: who waits for it looks again (`lock`)

@@ -1,7 +1,7 @@
 """The manifest of a folder: which of its files are ours, by a fingerprint of their bytes.
 
 `manifest.json` lists every file that was written here. A file is ours if it is listed and its fingerprint is still the
-same; all else is somebody's.
+same; every other file belongs to someone else.
 """
 
 from __future__ import annotations

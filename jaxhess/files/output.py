@@ -1,7 +1,8 @@
-"""Where commands write: nothing of others is replaced, one run at a time, and no finished result is lost.
+"""Where commands write: files that jaxhess did not write are never replaced, runs write one at a time, and no finished
+result is lost.
 
-A folder keeps a manifest of what was written into it (`jaxhess.files.manifest`). All else is somebody's, is refused by
-name before the work, and is never touched, with or without `--overwrite`.
+A folder keeps a manifest of what was written into it (`jaxhess.files.manifest`). Every other file belongs to
+someone else: it is refused by name before the work, and is never touched, with or without `--overwrite`.
 
 A folder that is written into is locked (flock) until it is released or the process dies, however it dies. Where a file
 system has no locks (Lustre without `-o flock`, some NFS, Windows) two runs with one folder both begin: the second to

@@ -30,7 +30,7 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        InputError: It cannot be read, is no JSON, no text, or nested without end.
+        InputError: It cannot be read, is not JSON, not UTF-8 text, or nested too deeply.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

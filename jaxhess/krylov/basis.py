@@ -1,8 +1,8 @@
 """The stored Lanczos basis: vectors stacked along a leading axis, on the devices or in pinned memory of the host.
 
 On the devices a pass over a full basis is one batched product. From the host rows come one at a time, so that the
-devices hold one of them; so do those of a window. The host's basis has one more row than asked for, where the vector
-after the last step is written and never read.
+devices hold one of them, or three while orthogonality is measured. Rows of a window come one at a time too. The host's
+basis has one more row than asked for, where the vector after the last step is written and never read.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> 
     in every step. A modified pass makes no vector longer.
 
     Scalars stay on device. After a breakdown `previous` keeps the last vector, `current` is zero, and further steps
-    only count. `state` is donated: its buffers become those of the result.
+    only increase `step`. `state` is donated: its buffers become those of the result.
 
     Examples:
         >>> import jax.numpy as jnp, jaxhess

@@ -70,7 +70,7 @@ def distance(a: Spectrum, b: Spectrum) -> Distance:
     More steps make other Ritz values of the same spectrum, without any chance; the first steps of a longer run are the
     shorter run.
 
-    The yardstick: the root mean square distance of two single probes of one spectrum, over all pairs inside a and
+    The reference: the root mean square distance of two single probes of one spectrum, over all pairs inside a and
     inside b, times sqrt((1/p + 1/q) / 2) for the means of p and q probes, whose chance is smaller by that.
     Probes that are the same in both (one seed, one model) are closer than that, never farther.
     """

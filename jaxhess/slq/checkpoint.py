@@ -55,8 +55,8 @@ class Checkpoint:
     """Where and how often an unfinished run is saved.
 
     Each save is a directory of its own (Orbax), complete or not there at all; the one before it is removed afterwards.
-    Killed at any moment, also during a save, a run goes on from the last one and ends, on the same mesh, in the same
-    bits. (On GPUs that needs `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.)
+    Killed at any moment, also during a save, a run can be resumed from the last one, and ends, on the same mesh, in
+    the same bits. (On GPUs that needs `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.)
 
     Examples:
         >>> import jax.numpy as jnp, jaxhess, tempfile
@@ -82,7 +82,7 @@ class Checkpoint:
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self, discard: bool = False) -> None:
-        """Raises before the work where saving makes no sense; `discard`: an unfinished run there is to be removed.
+        """Checks, before the work, that the run can be saved here; `discard`: an unfinished run there is to be removed.
 
         Raises:
             InputError: `every` is below 1; the folder holds a run of another `identity`, an unfinished run and neither
@@ -102,7 +102,7 @@ class Checkpoint:
             )
         if known is not None and not (self.resume or discard):
             raise InputError(
-                f"{self.folder} holds an unfinished run: go on with it (--resume, resume=True), discard it "
+                f"{self.folder} holds an unfinished run: resume it (--resume, resume=True), discard it "
                 "(--overwrite, or remove the folder), or choose another."
             )
         if known is not None and not discard:
@@ -114,7 +114,7 @@ class Checkpoint:
         return processes.on_first((Path(self.folder) / IDENTITY).exists)
 
     def remove(self) -> None:
-        """Removes the saves, once the result is saved, what says which run it is last, and the folder if it is empty.
+        """Removes the saves, then the identity file, then the folder if it is empty. Call it when the result is saved.
 
         Nothing is removed where no identity of ours says that there is an unfinished run, and never anything else.
         """
@@ -343,7 +343,7 @@ def _compare(known: dict[str, Any], identity: dict[str, Any], folder: Any) -> No
         if not _same(name, before.get(name), now.get(name), 1e-3 if narrow else 1e-5)
     ]
     if differences:
-        raise InputError(f"{folder} holds the unfinished run of something else: {'; '.join(differences)}.")
+        raise InputError(f"{folder} holds an unfinished run with other settings: {'; '.join(differences)}.")
 
 
 def _same(name: str, a: Any, b: Any, tolerance: float) -> bool:

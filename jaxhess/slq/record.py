@@ -59,8 +59,8 @@ class Lanczos:
 
     Attributes:
         steps: Asked for, of each probe.
-        storage: What was kept; None: not known. Dtypes are those that the run had; that of vectors is None where leaves
-            had different ones.
+        storage: What was kept; None: not known. `vector_dtype` None: leaves had different ones. `basis_dtype` None: as
+            the vectors.
         batch_size: How many probes advanced together.
         orthogonality: The largest entry of |Q'Q - I| of every probe's kept vectors, None for a probe where it was not
             measured. None: measured for no probe.

@@ -268,7 +268,7 @@ class _Run:
         )
 
     def _start(self, first: int) -> LanczosState:
-        """The probes that follow; the last one repeats where there are fewer, for another size would compile again."""
+        """The next batch. A short batch is filled with copies of its last probe, so that nothing compiles again."""
         numbers = [min(first + k, self.probes - 1) for k in range(self.batch_size)]
         return start_lanczos((self.draw(p) for p in numbers), self.steps, self.storage)
 
@@ -282,7 +282,7 @@ class _Run:
                 end = min(end, done - done % every + every)
             state = lanczos_segment(self.operator, state, end)
             ended = bool(np.all(state.broken))
-            if ended:  # further steps only count
+            if ended:  # further steps only increase `step`
                 state = dataclasses.replace(state, step=jax.device_put(np.int32(self.steps), state.step.sharding))
             seconds = time.perf_counter() - began
             length = _next_length(length, end - done, seconds)

@@ -47,12 +47,12 @@ def test_the_distance_is_how_far_mass_moves():
 @pytest.mark.parametrize("eigenvalues", [BULK, OUTLIERS], ids=["bulk", "outliers"])
 @pytest.mark.parametrize("probes", [(2, 2), (4, 4), (2, 8)])
 def test_the_same_operator_is_the_same_within_twice_chance_in_nearly_all_runs(eigenvalues, probes):
-    """The yardstick itself is estimated from few pairs: from two probes on either side it errs in one run of ten."""
+    """The reference itself is estimated from few pairs: from two probes on either side it errs in one run of ten."""
     found = [
         distance(lanczos(eigenvalues, probes[0], 2 * k), lanczos(eigenvalues, probes[1], 2 * k + 1)) for k in range(60)
     ]
     assert np.mean([d.same for d in found]) >= (0.8 if min(probes) == 2 and sum(probes) == 4 else 0.9)
-    # The yardstick is neither generous: on average it is what such distances are.
+    # The reference is not too large either: on average it is what such distances are.
     ratio = np.sqrt(np.mean([d.wasserstein**2 for d in found]) / np.mean([d.chance**2 for d in found]))
     assert 0.7 < ratio < 1.4
 
@@ -82,7 +82,7 @@ def test_a_probe_that_broke_down_goes_on_without_finding_more():
     assert distance(ended, ended).steps == 8
 
 
-def test_one_probe_each_has_no_yardstick():
+def test_one_probe_each_has_no_reference():
     assert distance(lanczos(BULK, 1, 1), lanczos(BULK, 1, 2)).same is None
 
 

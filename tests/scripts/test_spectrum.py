@@ -229,7 +229,7 @@ def test_a_run_that_stopped_among_its_eigenpairs_is_ended_by_resume(tmp_path, mo
     assert (out / script.UNFINISHED).exists()
     with pytest.raises(SystemExit):
         run_command(script, *options)
-    assert "holds an unfinished run: go on with it (--resume" in capsys.readouterr().err
+    assert "holds an unfinished run: resume it (--resume" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_command(script, *options, "--resume", "--seed", "1")
     assert "options.seed is 1 here and 0 there" in capsys.readouterr().err
