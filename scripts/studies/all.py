@@ -32,6 +32,8 @@ STUDIES = sorted({module.name for module in pkgutil.iter_modules(scripts.studies
 class Options(StudyOptions):
     """The index goes to --out, every study to a folder in it."""
 
+    out: Path | None = None
+    """Folder for index.html and a folder for each study; by default runs/<date>-studies."""
     only: tuple[str, ...] = ()
     """Names of studies; by default all."""
 
