@@ -198,6 +198,6 @@ def _check_sizes(family: Family, chosen: dict[str, Any], file: str | Path) -> se
         if not said and field not in family.optional_sizes:
             raise InputError(f"{file} does not say {names[0]}.")
         if any(chosen[name] != chosen[said[0]] for name in said):
-            raise InputError(f"{file} has two values, {names[0]} and {said[-1]}, for one size.")
+            raise InputError(f"{file} gives different values for {names[0]} and {said[-1]}, which mean the same size.")
         unsaid |= set(names) - set(said)
     return unsaid

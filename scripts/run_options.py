@@ -41,11 +41,12 @@ class Options:
     """How Hessian products are made. `linearized` is exact too: it does the primal pass once and keeps it, faster for
     many times the memory. `finite-difference` is the product of arXiv 2602.00816, for comparison."""
     step: float | Literal["auto"] = "auto"
-    """Of finite differences; `auto` measures gradient noise and third derivative and balances them."""
+    """Step of finite differences; `auto` measures gradient noise and third derivative and balances them."""
     step_per: Literal["coordinate", "unit"] = "coordinate"
     """Whether the step is the root mean square of the shift's entries (as in the paper), or its whole length."""
     shift: Literal["realised", "float32"] = "realised"
-    """Of finite differences in low precision: shift the stored weights and divide by what moved, or float32 copies."""
+    """How finite differences in low precision shift the weights: as stored, and divide by what moved, or as float32
+    copies."""
     residual_gb: float | None = None
     """GB per device that `linearized` may keep; by default what is left."""
     fisher_samples: int = 1
@@ -72,17 +73,17 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """Storage of the weights; by default the checkpoint's own."""
     compute_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    """Of matrix products and activations; by default that of the weights. Norms, softmax and loss are in float32 or
-    wider, and float32 is float32 on a GPU too (no TF32)."""
+    """Dtype of matrix products and activations; by default that of the weights. Norms, softmax and loss are in float32
+    or wider, and float32 is float32 on a GPU too (no TF32)."""
     accumulation_dtype: Literal["float32", "float64"] = "float32"
-    """Of the operator's sums over microbatches."""
+    """Dtype of the operator's sums over microbatches."""
     audit: bool = True
     """Measure the noise of the products (asymmetry, non-linearity, distance from a wider dtype) for the record: four
     products of the operator, two of the reference."""
     mesh: str | None = None
     """Device mesh, for example fsdp=8 or data=2,fsdp=4 or fsdp=4,tensor=2; by default fsdp over all devices."""
     seed: int = 0
-    """Of the probes (and of random tokens)."""
+    """Seed of the probes (and of random tokens)."""
     probe_distribution: Literal["normal", "rademacher"] = "normal"
     """Entries of the probes: normal ones give weights of known distribution, rademacher a smaller trace variance."""
     query_chunk: int = 256
@@ -97,8 +98,9 @@ class Options:
     """Steps between saves of an unfinished run (they replace each other, in the run folder); 0 for none. SIGTERM saves
     too."""
     resume: bool = False
-    """Resume the unfinished run in --out, which must be of the same model, data and options. --mesh, --microbatch,
-    --query-chunk and --logit-chunk may differ."""
+    """Resume the unfinished run in --out; if there is none, start one. Model, data and the options that determine the
+    numbers must be the same; --mesh, --microbatch, --batch-size, --query-chunk, --logit-chunk, --residual-gb, --audit
+    and --eigenpairs may differ."""
 
 
 def check(options: Options) -> None:
@@ -125,9 +127,7 @@ def check(options: Options) -> None:
     if options.fisher_samples < 1:
         raise InputError(f"--fisher-samples {options.fisher_samples} must be at least 1.")
     if options.operator != "hessian" and options.hvp != "exact":
-        raise InputError(
-            f"--hvp {options.hvp} is a way to make Hessian products; --operator {options.operator} has one."
-        )
+        raise InputError(f"--hvp {options.hvp} works only with --operator hessian; leave --hvp out.")
     if options.residual_gb is not None and not 0 < options.residual_gb < math.inf:
         raise InputError(f"--residual-gb {options.residual_gb} must be a positive number.")
     if isinstance(options.step, float) and not 0 < options.step < math.inf:
@@ -149,6 +149,8 @@ def layer_numbers(text: str | None, count: int) -> list[int] | None:
             raise InputError(f"--layers {text!r} is not a list of layers and ranges, like 0-3,-1.")
         first, last = int(match[1]), int(match[2] or match[1])
         if match[2] and not 0 <= first <= last < count:
-            raise InputError(f"--layers {text!r}: ranges go up, and the model has layers 0 to {count - 1}.")
+            raise InputError(
+                f"--layers {text!r}: a range must go from a lower to a higher layer, within 0 to {count - 1}."
+            )
         found.extend(range(first, last + 1))
     return found

@@ -23,7 +23,7 @@ from run_options import TINY, Options, check, layer_numbers  # beside this file
 import convert
 import jaxhess
 from convert.text import load_blocks
-from jaxhess.command import one_sentence, parse, terminal
+from jaxhess.command import default_folder, one_sentence, parse, terminal
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
 from jaxhess.files.output import Output
@@ -132,8 +132,7 @@ def run_folder(options: Options) -> Iterator[tuple[Output, jaxhess.Checkpoint]]:
     Raises:
         InputError: There is something in the folder that may not be replaced, or another unfinished run.
     """
-    named = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(options.model).name}"
-    out = options.out or Path("runs") / processes.agreed(named)
+    out = options.out or Path(processes.agreed(str(default_folder(Path(options.model).name))))
     checkpoint = jaxhess.Checkpoint(out / UNFINISHED, options.checkpoint_every or 1, options.resume)
     checkpoint.check(discard=options.overwrite)
     # Also a run that was interrupted after its spectrum was written is to be finished.

@@ -71,8 +71,8 @@ def make_mesh(axes: Mapping[str, int] | str | None = None, devices: Sequence[jax
     if math.prod(sizes.values()) != len(devices):
         asked = ",".join(f"{k}={v}" for k, v in sizes.items())
         raise InputError(
-            f"Mesh {asked} needs {math.prod(sizes.values())} devices but there are {len(devices)}: "
-            f"the sizes must multiply to {len(devices)}, for example fsdp={len(devices)}."
+            f"Mesh {asked} needs {math.prod(sizes.values())} devices, but {len(devices)} are available. "
+            f"On CPU, JAX_NUM_CPU_DEVICES={math.prod(sizes.values())} simulates them."
         )
     shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
     types = (AxisType.Auto,) * len(MESH_AXES)

@@ -98,8 +98,8 @@ def initialize() -> None:
         )
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise InputError(
-            f"Process {process} of {count} could not join the others: {error} {PLAIN[0]}=host:port names the machine "
-            "of process 0 and a free port on it."
+            f"Could not connect to the other processes: {str(error).rstrip('.')}. Set {PLAIN[0]} to host:port of "
+            "process 0, with a port that is free there."
         ) from error
     if process > 0:
         warnings.simplefilter("ignore")  # all say the same
@@ -140,7 +140,9 @@ def refuse_several() -> None:
     """Raises InputError if several processes were started of a command for one."""
     found = launched(os.environ)
     if found is not None:
-        raise InputError(f"This command is for one process, and {found[0]} were started: each would do all of it.")
+        raise InputError(
+            f"This command runs in one process, but {found[0]} were started. Start it without srun or mpirun."
+        )
 
 
 def launched(environment: Any) -> tuple[int, int] | None:
@@ -164,8 +166,11 @@ def launched(environment: Any) -> tuple[int, int] | None:
     if environment.get(PLAIN[0]):
         _check_address(environment[PLAIN[0]])
     count, process = counts[0]
-    if not count.isdigit() or not process.isdigit() or not int(process) < int(count):
-        raise InputError(f"Process {process} of {count} processes: they are counted from 0.")
+    if not count.isdigit() or count == "0":
+        raise InputError(f"The number of processes is {count}; it must be at least 1.")
+    if not process.isdigit() or not int(process) < int(count):
+        last = int(count) - 1
+        raise InputError(f"The process number is {process}; with {count} processes it must be from 0 to {last}.")
     return (int(count), int(process)) if int(count) > 1 else None
 
 
@@ -255,7 +260,10 @@ def exists(path: Path) -> bool:
     """
     found = gathered(path.exists())
     if any(found) and not all(found):
-        raise InputError(f"{agreed(str(path))} is there for process {found.index(True)}, not for {found.index(False)}.")
+        raise InputError(
+            f"Process {found.index(False)} cannot see {agreed(str(path))}, but process {found.index(True)} can. Put it "
+            "on a file system that all nodes share."
+        )
     return found[0]
 
 

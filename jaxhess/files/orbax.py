@@ -37,8 +37,10 @@ def reading(path: Path, cure: str = "") -> Iterator[None]:
             raise
         what = "cannot be read" if isinstance(error, PermissionError) else "is damaged"
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        text = " ".join(f"{kind}{error}".split()).split(" [tensorstore_spec")[0].rstrip(".")  # pages of JSON
-        raise InputError(f"{path} {what}: {text}{cure or '.'}") from error
+        text = re.split(r" \[tensorstore_spec| See full TensorStore", " ".join(f"{kind}{error}".split()))[
+            0
+        ]  # pages of JSON
+        raise InputError(f"{path} {what}: {text.rstrip('.')}{cure or '.'}") from error
 
 
 @contextlib.contextmanager

@@ -31,10 +31,10 @@ class Storage:
             r, the window of arXiv 2602.00816.
         vector_dtype: Storage of the last two Lanczos vectors; None: as the operator's vectors.
         basis_dtype: Storage of the vectors kept for re-orthogonalisation; None: as the last two. bfloat16 halves them.
-        basis_memory: Where these are: on the "device", or in pinned memory of the "host"; then probes advance one at a
-            time.
-        scalar_dtype: Of alphas and betas, and of the inner products and norms that they are. Never narrower than the
-            vectors.
+        basis_memory: Where the kept vectors are stored: on the "device", or in pinned memory of the "host"; then probes
+            advance one at a time.
+        scalar_dtype: Dtype of alphas and betas, and of the inner products and norms that they are. Never narrower than
+            the vectors.
 
     Dtypes may be given as anything that `jax.numpy.dtype` takes; names are kept.
 

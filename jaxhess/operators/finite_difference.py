@@ -223,11 +223,11 @@ def _(operator: FiniteDifferenceHessian) -> dict[str, Any]:
         if not error < UNTRUSTED:
             stuck = max(vanished, key=lambda name: vanished[name])
             raise InputError(
-                f"No finite-difference step serves in {dtypes}: the best, of length "
-                f"{length:.3g}, gives a random vector's product with {100 * error:.0f}% of error. It is too short "
-                "for rounding where it is short enough not to leap over jumps of the gradient, as ReLU has, or for "
-                f"other leaves ({100 * vanished[stuck]:.0f}% of the entries of {stuck} do not move). Use exact "
-                "products, shift='float32' or a wider dtype."
+                f"No finite-difference step is accurate in {dtypes}: the best one (length {length:.3g}) gives an error "
+                f"of {100 * error:.0f}% for a random vector. Smaller steps are lost to rounding "
+                f"({100 * vanished[stuck]:.0f}% of the entries of {stuck} do not change); larger steps cross "
+                "discontinuities of the gradient, for example of ReLU. Use exact products, shift='float32' or a wider "
+                "dtype."
             )
     still = {name: share for name, share in vanished.items() if share > 0.9}
     if still:

@@ -18,7 +18,7 @@ from jaxhess.vectors import Vector
 class LikelihoodLoss(Protocol):
     """A loss `sum_t w_t (-log p(y_t | z_t(params)))` that knows its outputs z and its curvature in them.
 
-    `jaxhess.NextTokenLoss` and `jaxhess.SoftmaxCrossEntropy` are such losses.
+    `jaxhess.models.NextTokenLoss` and `jaxhess.SoftmaxCrossEntropy` are such losses.
     """
 
     def __call__(self, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:

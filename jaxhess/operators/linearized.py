@@ -142,14 +142,14 @@ def linearize(
         vectors = jax.tree.leaves(hessian.shape_dtype)
         working = 4 * bytes_per_device(vectors, 4) + max(map(temporary_bytes, programs))
         left = min(processes.gathered(available_bytes(jax.tree.leaves(hessian.params))))
-        allowed, words = left - working, "left beside a run's own"
+        allowed, words = left - working, "free"
     else:
         allowed, words = budget, "allowed"
     if needed > allowed:
         raise InputError(
-            f"Linearising {sum(map(len, hessian.batches))} microbatches would keep {needed / 1e9:.3g} GB on each "
-            f"device, and {allowed / 1e9:.3g} GB are {words}: take fewer or shorter sequences, more devices, or the "
-            "exact operator, which keeps nothing."
+            f"Linearising {sum(map(len, hessian.batches))} microbatches needs {needed / 1e9:.3g} GB per device, "
+            f"but only {allowed / 1e9:.3g} GB are {words}. Use fewer or shorter sequences, more devices, or exact "
+            "products (--hvp exact)."
         )
     residuals, count = [], jnp.float32(0)
     for program, group in zip(programs, hessian.batches, strict=True):

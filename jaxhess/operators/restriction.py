@@ -88,7 +88,10 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
     for pattern in patterns:
         if not any(_matches(name, pattern) for name, _ in named):
             names = ", ".join(name for name, _ in named)
-            raise InputError(f"No parameter matches {pattern!r}; the names are {names}.")
+            raise InputError(
+                f"No parameter matches {pattern!r}. Use attention, mlp, norm, embed or head where the names have these "
+                f"words, or a pattern over these names: {names}."
+            )
     wanted = [not patterns or any(_matches(name, pattern) for pattern in patterns) for name, _ in named]
     if layers is None:
         return Restriction(tuple(wanted), Selection(patterns))
@@ -96,7 +99,7 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
     stacked = {name: leaf.shape[0] for name, leaf in named if STACKED in name.split("/") and name not in listed}
     for pattern in patterns or ("*",):
         if not any(_matches(name, pattern) for name in (*listed, *stacked)):
-            raise InputError(f"Layers {list(layers)} of {pattern!r}: none of these is in a layer.")
+            raise InputError(f"{pattern!r} matches no parameter inside a layer, so layers cannot be chosen with it.")
     count = max([number + 1 for number in listed.values()] + list(stacked.values()))
     odd = next((name for name, layer_count in stacked.items() if layer_count != count), None)
     if odd is not None:
@@ -108,7 +111,7 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
     ]
     for pattern in patterns or ("*",):
         if not any(kept and _matches(name, pattern) for (name, _), kept in zip(named, selection, strict=True)):
-            raise InputError(f"Layers {list(indices)} of {pattern!r}: none of these is in one of those layers.")
+            raise InputError(f"{pattern!r} matches no parameter in layers {list(indices)}.")
     return Restriction(tuple(selection), Selection(patterns, indices))
 
 

@@ -104,7 +104,9 @@ def coefficients(ritz_values: npt.ArrayLike, weights: npt.ArrayLike) -> tuple[Ar
     """
     theta, w = np.asarray(ritz_values, np.float64), np.asarray(weights, np.float64)
     if theta.ndim != 1 or theta.shape != w.shape:
-        raise InputError(f"{theta.shape} Ritz values and {w.shape} weights; a probe has as many of both.")
+        raise InputError(
+            f"Shapes differ: ritz_values {theta.shape}, weights {w.shape}. Each probe needs one weight per Ritz value."
+        )
     theta, w = theta[~np.isnan(theta)], w[~np.isnan(theta)]
     if not (np.isfinite(theta).all() and np.isfinite(w).all() and (w >= 0).all()):
         raise InputError("a Ritz value or weight is not finite, or a weight is negative.")

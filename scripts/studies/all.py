@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import pkgutil
 from pathlib import Path
 
 import tyro
 
-import scripts.studies
 from jaxhess.command import compile_quickly, default_folder, one_sentence, simulated_devices, terminal
 from jaxhess.errors import InputError
 from jaxhess.files.output import Output
@@ -23,7 +21,7 @@ from jaxhess.results.study import index_page, verdict_count
 from scripts.studies.harness import StudyOptions, run
 
 INDEX = "index.html"
-STUDIES = sorted({module.name for module in pkgutil.iter_modules(scripts.studies.__path__)} - {"all", "harness"})
+STUDIES = sorted({path.stem for path in Path(__file__).parent.glob("*.py")} - {"all", "harness"})
 """Every other file of this folder."""
 
 
@@ -31,6 +29,8 @@ STUDIES = sorted({module.name for module in pkgutil.iter_modules(scripts.studies
 class Options(StudyOptions):
     """The index goes to --out, every study to a folder in it."""
 
+    out: Path | None = None
+    """Folder for index.html and a folder for each study; by default runs/<date>-studies."""
     only: tuple[str, ...] = ()
     """Names of studies; by default all."""
 

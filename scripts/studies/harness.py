@@ -29,8 +29,10 @@ from jaxhess.results.study import PAGE, RECORD, Study, study_files, verdict_coun
 
 TINY = Path(__file__).parents[1] / "tiny"
 HESSFORMER = "HessFormer: Hessians at Foundation Scale (arXiv 2505.11564)"
-FOUNDATION = "Hessian Spectral Analysis at Foundation Model Scale (arXiv 2602.00816)"
-"""Read in its abstract and in a summary: places are headings of the summary, with what it names of the paper."""
+FOUNDATION = (
+    "Hessian Spectral Analysis at Foundation Model Scale (arXiv 2602.00816; cited from its abstract and a summary)"
+)
+"""Places are headings of the summary, with what it names of the paper."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ModelOptions(StudyOptions):
     microbatch: int = 2
     """Sequences whose activations exist at once."""
     seed: int = 0
-    """Of the random vector."""
+    """Seed of the random vector."""
     mesh: str | None = None
     """Device mesh, for example fsdp=8, of the first devices; by default fsdp over all of them."""
 

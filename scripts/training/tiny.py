@@ -135,7 +135,10 @@ def export_all(options: Options, corpus: Corpus, work: Path) -> None:
     config = DecoderConfig.from_dict(json.loads((work / "decoder.json").read_text()))
     curve = json.loads((work / "loss_curve.json").read_text())
     if curve["python"] != platform.python_version():
-        raise InputError(f"{work} was trained under Python {curve['python']}: export with that, its files are others.")
+        raise InputError(
+            f"{work} was trained with Python {curve['python']}; export it with the same version, because the training "
+            "text (its standard library) differs."
+        )
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     with np.load(work / "params.npz") as saved:
         params = jax.tree.map_with_path(

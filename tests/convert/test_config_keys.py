@@ -131,7 +131,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"pruned_heads": {"0": [1]}}, "has pruned_heads {'0': [1]}"),
     ("llama", {"a\nb": 1}, r"has a\nb 1; it is not understood"),
     ("gpt_neox", {"head_dim": 8}, "has head_dim 8; it is not understood for gpt_neox."),
-    ("gpt2", {"hidden_size": 32}, "has two values, n_embd and hidden_size, for one size."),
+    ("gpt2", {"hidden_size": 32}, "gives different values for n_embd and hidden_size, which mean the same size."),
     ("llama", {"rms_norm_eps": float("inf")}, "has rms_norm_eps inf; it must be a number from 0 to 1."),
     ("llama", {"rms_norm_eps": 1e300}, "has rms_norm_eps 1e+300; it must be a number from 0 to 1."),
     ("llama", {"rms_norm_eps": -1e-6}, "has rms_norm_eps -1e-06; it must be"),

@@ -222,7 +222,7 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
         f"error: {full} is not empty": [str(qwen3), str(full)],
         f"error: {full} holds no checkpoint": [str(qwen3), str(full), "--overwrite"],
         "error: There is no directory": [str(tmp_path / "nowhere"), str(target)],
-        "error: Mesh fsdp=3 needs 3 devices but there are 8": [str(qwen3), str(target), "--mesh", "fsdp=3"],
+        "error: Mesh fsdp=3 needs 3 devices, but 8 are available": [str(qwen3), str(target), "--mesh", "fsdp=3"],
         "error: Mesh 'eight' cannot be read": [str(qwen3), str(target), "--mesh", "eight"],
         "has no manifest.json": [str(qwen3), str(qwen3), "--overwrite"],
     }

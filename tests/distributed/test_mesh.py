@@ -15,7 +15,7 @@ from jaxhess.models import abstract_params, initialize, model_shardings
 @pytest.mark.parametrize(
     ("axes", "sentence"),
     [
-        ("fsdp=3", "needs 3 devices but there are 8.*multiply to 8"),
+        ("fsdp=3", "needs 3 devices, but 8 are available.*JAX_NUM_CPU_DEVICES=3"),
         ("fsdp=4,fsdp=2", "cannot be read"),
         ("fsdp", "axis=size"),
         ("pipeline=8", "Unknown mesh axis 'pipeline'; the axes are data, fsdp, tensor"),

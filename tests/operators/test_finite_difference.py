@@ -338,7 +338,7 @@ def test_the_automatic_step_serves_zeros_jumps_and_unequal_scales(name, dtype, t
 def test_where_no_step_serves_the_automatic_one_is_refused():
     operator = hard_case("ReLU", "bfloat16")
     with pytest.raises(
-        ValueError, match=r"No finite-difference step serves in bfloat16: the best, .* with \d+% of error"
+        ValueError, match=r"No finite-difference step is accurate in bfloat16: the best one .* an error of \d+%"
     ):
         validate(operator)
     assert "error" not in validate(dataclasses.replace(operator, step=1e-3))["shift_of_a_random_vector"]

@@ -84,7 +84,7 @@ def test_weights_are_not_kept_once_for_each_microbatch(compute_dtype):
 def test_what_does_not_fit_the_budget_is_refused_with_the_numbers():
     operator = language_operator(**NO_REMAT)
     needed = residual_bytes(operator)
-    with pytest.raises(ValueError, match=rf"2 microbatches would keep {needed / 1e9:.3g} GB.*1e-05 GB are allowed"):
+    with pytest.raises(ValueError, match=rf"2 microbatches needs {needed / 1e9:.3g} GB.*1e-05 GB are allowed"):
         linearize(operator, budget=1e4)
     announced = []
     assert linearize(operator, budget=needed, announce=announced.append).residual_bytes <= needed

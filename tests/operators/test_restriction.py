@@ -55,10 +55,10 @@ def test_names_select_what_they_say():
 @pytest.mark.parametrize(
     ("patterns", "layers", "sentence"),
     [
-        (["atention"], None, r"No parameter matches 'atention'; the names are .*layers/attention/query/kernel"),
+        (["atention"], None, r"No parameter matches 'atention'. Use .* these names: .*layers/attention/query/kernel"),
         ([], [2], "the model has layers 0 to 1"),
-        (["embed"], [0], "none of these is in a layer"),
-        (["mlp", "head"], [0], "'head': none of these is in a layer"),
+        (["embed"], [0], "'embed' matches no parameter inside a layer"),
+        (["mlp", "head"], [0], "'head' matches no parameter inside a layer"),
         ([], [], "name at least one"),
         ([], [0.5], r"Layers \[0.5\]: the model has layers 0 to 1"),
     ],
@@ -93,7 +93,7 @@ def test_layers_may_be_a_list():
     assert [x.shape for x in jax.tree.leaves(taken)] == [(4, 4)]
     with pytest.raises(ValueError, match="layers 0 to 1"):
         restriction(params, [], [2])
-    with pytest.raises(ValueError, match=r"Layers \[0\] of 'layers/1/\*': none of these is in one of those layers"):
+    with pytest.raises(ValueError, match=r"'layers/1/\*' matches no parameter in layers \[0\]"):
         restriction(params, ["layers/1/*"], [0])
     with pytest.raises(ValueError, match="layers/b has 3 rows and the model 5 layers"):
         restriction({"layers": {"a": jnp.ones((5, 2)), "b": jnp.ones(3)}}, [], [0])

@@ -14,25 +14,32 @@ from scripts.studies import all as script
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.slow
-def test_the_index_has_every_claim_with_its_verdict(tmp_path):
-    command = [sys.executable, "-m", script.__name__, "--out", str(tmp_path / "out")]
+def test_every_study_is_found():
+    assert {"ghosts", "scaling", "step_size"} <= set(script.STUDIES)
+    for name in script.STUDIES:
+        assert (ROOT / "scripts" / "studies" / f"{name}.py").is_file()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(("scaling",), marks=pytest.mark.slow), pytest.param(script.STUDIES, marks=pytest.mark.study)],
+    ids=["one", "all"],
+)
+def test_the_index_has_every_claim_with_its_verdict(tmp_path, names):
+    command = [sys.executable, "-m", script.__name__, "--out", str(tmp_path / "out"), "--only", *names]
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL)
     index = (tmp_path / "out" / "index.html").read_text()
-    assert script.STUDIES == ["ghosts", "scaling", "step_size"]
-    for name in script.STUDIES:
+    for name in names:
         assert f'href="{name}/study.html"' in index
         claims = Study.load(tmp_path / "out" / name).claims
-        assert len(claims) == 6
+        assert claims
         for claim in claims:
             row = next(row for row in index.split("<tr>") if claim.statement in row and claim.place in row)
             assert f"<td>{claim.verdict}: " in row
-        decided = [claim for claim in claims if claim.verdict != "cannot tell"]
-        assert len(decided) >= 3
 
 
 def test_an_unknown_study_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_command(script, "--only", "nothing", "--out", str(tmp_path / "out"))
-    assert "the studies are ghosts, scaling, step_size" in capsys.readouterr().err
+    assert f"the studies are {', '.join(script.STUDIES)}" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
