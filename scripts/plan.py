@@ -31,7 +31,8 @@ from jaxhess.plan.hardware import ACCELERATORS
 class Options(run_options.Options):
     """The options of `scripts/spectrum.py`, and four more: --hardware, --efficiency, --compile and --json. Plans are of
     the whole Hessian, with exact products or finite differences, for one probe at a time; others are refused.
-    `--model` may also be a config.json; what a plan does not depend on (--data, --out, --seed and others) is ignored."""
+    `--model` may also be a config.json; what a plan does not depend on (--data, --out, --seed and others) is
+    ignored."""
 
     hardware: tuple[str, ...] = tuple(ACCELERATORS)
     """What to plan for; by default all that are known."""
