@@ -14,7 +14,6 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, JsonValue
 
 from jaxhess.errors import InputError
-from jaxhess.files.run_folder import json_ready
 from jaxhess.files.typed import read_as
 from jaxhess.krylov.ghosts import FLOAT32_ROUNDING, relative_tolerance
 from jaxhess.krylov.storage import Reorthogonalize, Storage
@@ -214,21 +213,19 @@ class RunRecord:
 def operator_record(description: Mapping[str, Any]) -> OperatorRecord:
     """The record of an operator from what `jaxhess.operators.facts.describe` returns.
 
-    Of a user's operator, entries that have the name of a field and another type are details with all others.
+    Raises:
+        InputError: An entry has another type than its field.
     """
-    try:
-        return read_as(OperatorRecord, _described(description))
-    except InputError:
-        details = {name: json_ready(value) for name, value in description.items() if name != "kind"}
-        return OperatorRecord(str(description["kind"]), details=details)
+    return read_as(OperatorRecord, _described(description))
 
 
 def inputs_record(facts: Mapping[str, Any]) -> Inputs:
-    """The record of an operator's inputs from what `jaxhess.operators.facts.validate` returns, as `operator_record`."""
-    try:
-        return read_as(Inputs, _with_details(Inputs, facts))
-    except InputError:
-        return Inputs(details={name: json_ready(value) for name, value in facts.items()})
+    """The record of an operator's inputs from what `jaxhess.operators.facts.validate` returns.
+
+    Raises:
+        InputError: An entry has another type than its field.
+    """
+    return read_as(Inputs, _with_details(Inputs, facts))
 
 
 def _described(data: Any) -> Any:

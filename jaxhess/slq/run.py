@@ -24,7 +24,16 @@ from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validated
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
-from jaxhess.slq.record import CompiledRecord, Lanczos, Probes, ProgramMemory, RunRecord, inputs_record, operator_record
+from jaxhess.slq.record import (
+    CompiledRecord,
+    Lanczos,
+    OperatorRecord,
+    Probes,
+    ProgramMemory,
+    RunRecord,
+    inputs_record,
+    operator_record,
+)
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.vectors import Distribution, Vector, random_key, random_probe
 
@@ -121,7 +130,7 @@ def spectrum(
     record = RunRecord(
         Probes(probes, distribution, seed),
         Lanczos(steps, _resolved(storage, kept)),
-        operator_record(describe(operator)),
+        _operator_record(describe(operator)),
         inputs_record(validated(operator)),
         unit_roundoff(operator, kept.current),
     )
@@ -371,11 +380,19 @@ def _resolved(storage: Storage, kept: LanczosState) -> Storage:
     return dataclasses.replace(storage, vector_dtype=vector_dtype, scalar_dtype=scalar_dtype)
 
 
+def _operator_record(description: dict[str, Any]) -> OperatorRecord:
+    """The record; a user's operator may have fields of the same names and other types, which are then details."""
+    try:
+        return operator_record(description)
+    except InputError:
+        details = {name: json_ready(value) for name, value in description.items() if name != "kind"}
+        return OperatorRecord(str(description["kind"]), details=details)
+
+
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     """What of a record does not depend on the mesh."""
-    if isinstance(facts, dict):
-        return {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device")}
-    return facts
+    is_one = not isinstance(facts, dict)
+    return facts if is_one else {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device")}
 
 
 def _next_length(length: int, done: int, seconds: float) -> int:

@@ -222,8 +222,11 @@ def test_launchers_and_plain_variables_are_found(environment, found):
     [
         ({"JAX_NUM_PROCESSES": "4"}, "set without JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "set without JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
-        ({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "4", "JAX_COORDINATOR_ADDRESS": "a:1"}, "Process 4 of 4"),
-        ({"JAX_NUM_PROCESSES": "four", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, "of four"),
+        ({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "4", "JAX_COORDINATOR_ADDRESS": "a:1"}, "it must be from 0 to 3"),
+        (
+            {"JAX_NUM_PROCESSES": "four", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"},
+            "number of processes is four",
+        ),
         *(
             ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": address}, "it is host:port")
             for address in ("garbage", "a:", ":1", "a:port", "a:0", "a:65536", "::1:7", "a:1:7")

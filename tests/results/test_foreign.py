@@ -299,7 +299,7 @@ def test_a_record_of_other_types_is_refused(tmp_path, change, words):
         ("a.json", '{"eigenvalues": [1, 2]}', "their weights"),
         ("a.json", '{"eigenvalues": [1, 2], "weights": [0.1, 0.2]}', "sum to 0.3"),
         ("a.json", '{"eigenvalues": [1, 2], "weights": [1.1, -0.1]}', "negative"),
-        ("a.json", '{"eigenvalues": [1, 2], "weights": [1.0]}', "as many"),
+        ("a.json", '{"eigenvalues": [1, 2], "weights": [1.0]}', "Each probe needs one weight"),
         ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5]}', "how many parameters"),
         ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5], "dim": 7}', "of 7 parameters, not of 10"),
         ("a.json", '{"eigenvalues": [1, 2], "weights": [0.5, 0.5], "dim": 10.7}', "whole and positive"),

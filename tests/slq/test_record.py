@@ -10,6 +10,7 @@ from known_spectra import EVERYTHING
 
 import jaxhess
 from jaxhess import Spectrum
+from jaxhess.errors import InputError
 from jaxhess.files.typed import read_as
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.restriction import Selection
@@ -20,6 +21,7 @@ from jaxhess.slq.record import (
     RunRecord,
     operator_record,
 )
+from jaxhess.slq.run import _operator_record
 
 STEPS = 20
 NOTES = (
@@ -143,6 +145,8 @@ def test_a_block_is_recorded_as_data_and_named_in_words():
 
 
 def test_fields_of_a_users_operator_may_have_any_name_and_type():
-    found = operator_record({"kind": "Mine", "terms": 3, "dtypes": "float8"})
+    found = _operator_record({"kind": "Mine", "terms": 3, "dtypes": "float8"})
+    with pytest.raises(InputError, match="terms"):
+        operator_record({"kind": "Mine", "terms": 3})
     assert (found.kind, found.terms, found.details) == ("Mine", (), {"terms": 3, "dtypes": "float8"})
     assert read_as(Inputs, {"loss": 1}).loss == 1.0

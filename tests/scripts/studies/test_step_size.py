@@ -10,7 +10,7 @@ QUICK = "--seq-len 8 --sequences 8 --microbatch 8 --dtypes float32 --reference f
 QUICK += " --per-decade 1 --lanczos 2 --ritz-steps 2 --mesh fsdp=1"
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_folder_holds_a_study_in_which_the_step_matters_and_is_kept(tmp_path, capsys):
     out = tmp_path / "out"
     run_command(script, *QUICK.split(), "--out", str(out))
