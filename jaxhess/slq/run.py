@@ -191,10 +191,8 @@ class _Run:
         self, batch_size: int | None, saver: Saver | None = None, stop: Callable[[], bool] = lambda: False
     ) -> None:
         """All probes to their end, from where the last save left them."""
-        record = None if saver is None else saver.latest()
         first, begun = 0, None
-        if record is not None:
-            assert saver is not None
+        if saver is not None and (record := saver.latest()) is not None:
             first = self._resume_from(record)
             if record["step"] > 0:  # these probes advance together to their end
                 begun = saver.restore(self.template(record["runs"]))
@@ -391,8 +389,9 @@ def _operator_record(description: dict[str, Any]) -> OperatorRecord:
 
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
     """What of a record does not depend on the mesh."""
-    is_one = not isinstance(facts, dict)
-    return facts if is_one else {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device")}
+    if not isinstance(facts, dict):
+        return facts
+    return {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device")}
 
 
 def _next_length(length: int, done: int, seconds: float) -> int:
