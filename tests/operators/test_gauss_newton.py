@@ -134,7 +134,7 @@ def test_the_hessian_less_gauss_newton_vanishes_at_a_zero_residual():
     # With p = y everywhere both the slope in the logits and the softmax's curvature vanish.
     loss = SoftmaxCrossEntropy(lambda params, inputs: 1e3 * jnp.tanh(inputs @ params))
     operator = GaussNewton(loss, 5 * jnp.eye(3), [(jnp.eye(3), jnp.arange(3))])
-    # p is one but for a rounding, on processors whose exponentials and sums round so; it is multiplied by slopes below one.
+    # p is one but for a rounding, on some processors; it is multiplied by slopes below one.
     assert np.abs(operator.to_matrix()).max() < np.finfo(np.float32).eps
 
 
