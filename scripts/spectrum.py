@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from run_options import TINY, Options, check, layer_numbers  # beside this file
+from run_options import Options, check, layer_numbers  # beside this file
 
 import convert
 import jaxhess
@@ -38,8 +38,6 @@ from jaxhess.slq.job import CommandRecord, Data, Devices, Model
 from jaxhess.slq.record import EigenpairRecord
 from jaxhess.slq.run import check_basis_fits
 from jaxhess.vectors import random_key
-
-__all__ = ["TINY", "Options", "run"]
 
 UNFINISHED = "unfinished"
 FREE = {

@@ -1,4 +1,4 @@
-"""Spectra side by side: how far apart they are, and how far the chance in their probes alone would put them."""
+"""Spectra side by side: how far apart they are, and how far sampling error alone would put them."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def distribution_figure(spectrum: Spectrum) -> Figure:
     """The share of eigenvalues at or below x on the density's axis: the probes' mean, its bounds and its 95% interval.
 
     The inner band is the mean over probes of the Chebyshev-Markov-Stieltjes bounds, so that it bounds the mean of the
-    probes' own distribution functions; the outer one adds the chance in the probes. Shares are on a logit axis that
+    probes' own distribution functions; the outer one adds the sampling error. Shares are on a logit axis that
     ends at a tenth of one eigenvalue, from 0 and from 1.
     """
     density = spectrum.density()
@@ -96,7 +96,7 @@ def distribution_figure(spectrum: Spectrum) -> Figure:
     mean, lower, upper, low, high = (np.clip(share, floor / 10, 1 - floor / 10) for share in shares)
     band = "bounds for these probes"
     axes.fill_between(x, lower, upper, color=ACCENT, alpha=0.3, linewidth=0, step="post", label=band)
-    band = "with the chance in the probes: 95%"
+    band = "with the sampling error of the probes: 95%"
     axes.fill_between(x, low, high, color=ACCENT, alpha=0.12, linewidth=0, step="post", label=band)
     axes.plot(x, mean, color=ACCENT, linewidth=1.6, drawstyle="steps-post", label="mean over probes")
     axes.set_yscale("logit")

@@ -30,7 +30,7 @@ values near zero flat directions, negative ones directions in which the loss cur
 towards 0 and 1, so that a share of a few eigenvalues shows at either end: at 0.999 one eigenvalue in a thousand is
 larger. The horizontal axis is linear near zero and logarithmic in both directions away from it. The inner band holds
 what these same probes would show after any number of further Lanczos steps, for a matrix that differs from the operator
-by no more than the rounding of the run; more steps narrow it. The outer band also covers the chance in the probes: at
+by no more than the rounding of the run; more steps narrow it. The outer band also covers the sampling error: at
 each place it holds the share of the operator's own eigenvalues with 95%; more probes narrow it. Where a band is narrow,
 the share is known; where it spans the figure, nothing is known about how eigenvalues are spread in there."""
 
@@ -38,7 +38,7 @@ DENSITY_CAPTION = """How to read it: the curve is the weights of the Ritz values
 a Gaussian whose standard deviation is {width} of the axis' length. With few Lanczos steps its bumps are the shape of
 that Gaussian around single Ritz values, and the dips between them are gaps of the method rather than of the spectrum.
 The band holds with 95% what the operator's own eigenvalues would give, equally smoothed: both what the steps taken
-leave open and the chance in the probes. Where it reaches the bottom, the curve's shape there says nothing; the
+leave open and the sampling error. Where it reaches the bottom, the curve's shape there says nothing; the
 distribution above says how many eigenvalues there are. {zero} Red ticks mark the Ritz values outside the central 99% of
 the mass."""
 

@@ -40,7 +40,7 @@ class Density:
         edges: [points + 1] ascending eigenvalues.
         mass: [probes, points], each row summing to one.
         bounds: [2, points] of the mass that the equally smoothed measures of these probes can have, their mean.
-        chance: [points] half the width of a 95% interval in the square root of the mass, from the chance in the probes.
+        chance: [points] half the width of a 95% interval of sampling error, in the square root of the mass.
         axis: The coordinate in which bins are equally wide.
         width: Standard deviation of the kernel in that coordinate.
         linthresh: Scale of the symlog coordinate asinh(x/linthresh); None on a linear axis.
@@ -82,7 +82,7 @@ class Density:
         """[points] each: low and high ends of what holds the operator's own density, equally smoothed, with 95%.
 
         Both what the Lanczos steps leave open (Chebyshev-Markov-Stieltjes inequalities: the mass of a Ritz value lies
-        between its neighbours; after a breakdown, within its slack) and the chance in the probes.
+        between its neighbours; after a breakdown, within its slack) and the sampling error of the probes.
         """
         low, high = share_interval(self.bounds[0], self.bounds[1], self.chance)
         return low / np.diff(self.edges), high / np.diff(self.edges)

@@ -73,7 +73,7 @@ class Spectrum:
         step_errors: [probes, steps] float64, what each step left out of the recurrence (`LanczosState.step_errors`); it
             is part of `residual_bounds`. Empty: not known, and taken for zero.
 
-    Standard errors are of the chance in the probes: `jaxhess.krylov.errors` says how, and `docs/numerics.md` has
+    Standard errors are those of sampling the probes: `jaxhess.krylov.errors` says how, and `docs/numerics.md` has
     the measured coverage of their intervals. They are the sphere's, as far as the steps taken know it. For probes
     of random signs that is an upper bound; where the probes' own scatter shows it to be far too large, the scatter
     is taken.
@@ -230,7 +230,7 @@ class Spectrum:
     def trace_function(self, f: Callable[[Array], npt.ArrayLike]) -> Estimate:
         """tr f(H), estimated by dim times the mean over probes of sum_i w_i f(theta_i) (Ubaru, Chen and Saad 2017).
 
-        The standard error is that of chance in the probes. It rests on the integral of (f - mean)^2, of which the upper
+        The standard error is the sampling error. It rests on the integral of (f - mean)^2, of which the upper
         bound is taken, and is NaN where that is infinite, or after a single step (`trace` has an error then). What the
         quadratures of f lack is in `bounds`, and the interval covers both: the bounds are by the
         Chebyshev-Markov-Stieltjes inequalities (`krylov.integrals`), narrow where f is smooth from end to end of the
@@ -297,7 +297,7 @@ class Spectrum:
     def distribution_interval(self, x: npt.ArrayLike, level: float = 0.95) -> tuple[Array, Array]:
         """Low and high ends, each [len(x)], of what holds the share of all eigenvalues at or below x.
 
-        The means over probes of `distribution_bounds`, and on top of them the chance in the probes.
+        The means over probes of `distribution_bounds`, widened by the sampling error of the probes.
 
         Raises:
             InputError: x as there; `level` is not between 0 and 1.

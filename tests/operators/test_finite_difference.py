@@ -31,7 +31,7 @@ from jaxhess.operators.microbatches import sum_over_microbatches
 from jaxhess.operators.precision import exact_operator
 from jaxhess.plan.hlo import matmul_flops
 from jaxhess.vectors import cast, norm
-from scripts.spectrum import TINY
+from scripts.run_options import TINY
 
 SMALL = DecoderConfig(
     vocab_size=101,

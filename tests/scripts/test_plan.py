@@ -10,7 +10,7 @@ from small_models import run_command
 
 from jaxhess.command import simulated_devices
 from scripts import plan as script
-from scripts.spectrum import TINY
+from scripts.run_options import TINY
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "scripts" / "benchmarks" / "configs" / "llama-3.1-8b.json")

@@ -17,7 +17,7 @@ from jaxhess.data import TokenBatch
 from jaxhess.operators.facts import describe
 from scripts import spectrum as script
 
-TINY = Path(script.TINY)
+TINY = Path(script.Options().model)
 QUICK = [
     "--seq-len",
     "16",
