@@ -49,6 +49,38 @@ class Traffic:
     received: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """One array of one collective, with the attributes of `Traffic`; `share` is below 1 where it is one of several that
+    are added up before they are exchanged."""
+
+    kind: str
+    group: int
+    reach: int
+    entries: int
+    share: float
+    received: float
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.kind, self.group, self.reach
+
+
+def exchanges_of(program: Program) -> dict[tuple[str, str], list[Exchange]]:
+    """The arrays that every collective exchanges, by (computation, instruction).
+
+    Raises:
+        InputError: The groups of a collective cannot be read.
+    """
+    sums = _Sums(program)
+    found = {}
+    for name, computation in program.computations.items():
+        for instruction in computation.instructions.values():
+            if exchanged := _exchanges(instruction, computation, sums):
+                found[name, instruction.name] = exchanged
+    return found
+
+
 def collective_traffic(compiled: jax.stages.Compiled | Program, unknown_trips: int | None = None) -> list[Traffic]:
     """What one run moves between devices, by kind and group; `unknown_trips`: see `Program.total`.
 
@@ -56,12 +88,7 @@ def collective_traffic(compiled: jax.stages.Compiled | Program, unknown_trips: i
         InputError: A loop around a collective has no known trip count, or the groups of a collective cannot be read.
     """
     program = read_program(compiled)
-    sums = _Sums(program)
-    exchanges: dict[tuple[str, str], list[_Exchange]] = {}
-    for name, computation in program.computations.items():
-        for instruction in computation.instructions.values():
-            if found := _exchanges(instruction, computation, sums):
-                exchanges[name, instruction.name] = found
+    exchanges = exchanges_of(program)
     keys = sorted({exchange.key for found in exchanges.values() for exchange in found})
 
     def total(key: tuple[str, int, int], what: str) -> float:
@@ -123,23 +150,7 @@ _SAME = ("bitcast", "copy", "reshape", "transpose", "convert", "get-tuple-elemen
 """Opcodes whose result is their operand, laid out or stored otherwise."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Exchange:
-    """One array of one collective; `share` is below 1 where it is one of several that are added up."""
-
-    kind: str
-    group: int
-    reach: int
-    entries: int
-    share: float
-    received: float
-
-    @property
-    def key(self) -> tuple[str, int, int]:
-        return self.kind, self.group, self.reach
-
-
-def _exchanges(instruction: Instruction, computation: Computation, sums: _Sums) -> list[_Exchange]:
+def _exchanges(instruction: Instruction, computation: Computation, sums: _Sums) -> list[Exchange]:
     """The arrays that a collective exchanges; none for an instruction that is not one."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
@@ -148,7 +159,7 @@ def _exchanges(instruction: Instruction, computation: Computation, sums: _Sums) 
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attributes)
         reach = 1 + max((abs(int(a) - int(b)) for a, b in pairs), default=0)
-        return [_Exchange(kind, 2, reach, _entries(t), 1.0, float(bytes_of(t))) for t in given if reach > 1]
+        return [Exchange(kind, 2, reach, _entries(t), 1.0, float(bytes_of(t))) for t in given if reach > 1]
     groups = replica_groups(instruction)
     group, reach = groups.shape[1], int(np.ptp(groups, axis=1).max()) + 1
     around = (group - 1) / group
@@ -161,7 +172,7 @@ def _exchanges(instruction: Instruction, computation: Computation, sums: _Sums) 
         if kind == "all-reduce":
             sliced, summands = sums.fate(computation, instruction, index if len(given) > 1 else None)
             became, passes, share = ("reduce-scatter", 1, 1 / summands) if sliced else (kind, 2, 1 / summands)
-        found.append(_Exchange(became, group, reach, whole * _entries(t), share, share * passes * around * bytes_of(t)))
+        found.append(Exchange(became, group, reach, whole * _entries(t), share, share * passes * around * bytes_of(t)))
     return found
 
 

@@ -70,6 +70,8 @@ class Program:
 
     computations: dict[str, Computation]
     entry: str
+    frames: dict[int, str] = dataclasses.field(default_factory=dict)
+    """By `stack_frame_id`: the place, `file:line function`, of the innermost call that made an instruction."""
 
     @classmethod
     def read(cls, text: str) -> Program:
@@ -90,7 +92,12 @@ class Program:
                 lines[instruction.name] = instruction
         if entry is None:
             raise InputError("No ENTRY computation in the text: this is not an HLO module.")
-        return cls(computations, entry)
+        return cls(computations, entry, _stack_frames(text))
+
+    def source(self, instruction: Instruction) -> str:
+        """Where it comes from, `file:line function`; empty where the compiler does not say."""
+        frame = instruction.attribute(r"stack_frame_id=(\d+)")
+        return "" if frame is None else self.frames.get(int(frame), "")
 
     def total(self, cost: Cost, *, inside_fusions: bool = True, unknown_trips: int | None = None) -> float:
         """The sum of `cost(instruction, its computation)` over all executed instructions.
@@ -155,8 +162,58 @@ def bytes_accessed(compiled: jax.stages.Compiled | Program, unknown_trips: int |
         InputError: A loop has no known trip count.
     """
     program = read_program(compiled)
-    cost = functools.partial(_bytes_accessed, program)
+
+    def cost(instruction: Instruction, computation: Computation) -> float:
+        return kernel_bytes(program, instruction, computation) or 0.0
+
     return program.total(cost, inside_fusions=False, unknown_trips=unknown_trips)
+
+
+def kernel_bytes(program: Program, instruction: Instruction, computation: Computation) -> float | None:
+    """Bytes that a kernel reads and writes, as `bytes_accessed` counts them; None for what is no kernel."""
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        return None
+    operands = list(computation.operands(instruction))
+    if instruction.opcode == "fusion":
+        return _fusion_bytes(program.computations[callees(instruction)[0]], instruction)
+    if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+        return 2.0 * bytes_of(instruction.type)
+    if instruction.opcode in _UPDATES:
+        return 2.0 * bytes_of(operands[_UPDATES[instruction.opcode]].type)
+    return float(bytes_of(instruction.type) + sum(bytes_of(operand.type) for operand in operands))
+
+
+def kernel_products(program: Program, instruction: Instruction, computation: Computation) -> dict[str, float]:
+    """Operations of a kernel's matrix products, by what computes them.
+
+    These are bfloat16, float16, tfloat32 (float32 inputs at less than the highest precision) and float32; a product
+    by an algorithm of several passes, such as `dot_bf16_bf16_f32_x3`, is so many products in the narrower dtype.
+    """
+    if instruction.opcode == "fusion":
+        inner = program.computations[callees(instruction)[0]]
+        places = [(i, inner) for i in inner.instructions.values()]
+    else:
+        places = [(instruction, computation)]
+    found: dict[str, float] = {}
+    for place, within in places:
+        if flops := _matmul_flops(place, within):
+            unit, passes = _unit(place, within)
+            found[unit] = found.get(unit, 0.0) + passes * flops
+    return found
+
+
+def _unit(product: Instruction, computation: Computation) -> tuple[str, int]:
+    """What computes a product, and in how many passes."""
+    algorithm = (product.attribute(r'algorithm"?[=:]"?(?:ALG_DOT_|dot_)(\w+)') or "").lower()
+    if algorithm:
+        passes = re.search(r"_x(\d)$", algorithm)
+        narrow = {"bf16": "bfloat16", "tf32": "tfloat32", "f16": "float16", "f32": "float32"}[algorithm.split("_")[0]]
+        return narrow, int(passes[1]) if passes else 1
+    widest = max((dtype for x in list(computation.operands(product))[:2] for dtype, _ in x.arrays), key=_bits)
+    if widest == "f32":
+        exact = re.search(r'operand_precision"?[=:][\[{]"?highest', product.attributes, re.IGNORECASE)
+        return ("float32" if exact else "tfloat32"), 1
+    return {"bf16": "bfloat16", "f16": "float16", "f64": "float64"}.get(widest, widest), 1
 
 
 def read_program(compiled: jax.stages.Compiled | Program) -> Program:
@@ -198,6 +255,20 @@ def _bits(dtype: str) -> int:
     width = re.match(r"[a-z]+(\d+)", dtype)
     assert width is not None, dtype
     return int(width.group(1))
+
+
+def _stack_frames(text: str) -> dict[int, str]:
+    """The tables at the head of the module, of files, functions, places in them, and frames, put together."""
+    head = text.partition("\n%")[0]
+
+    def rows(name: str, pattern: str) -> dict[str, list[str]]:
+        table = re.search(rf"^{name}\n(.*?)(?:\n\n|\Z)", head, re.DOTALL | re.MULTILINE)
+        return {n: found for n, *found in re.findall(rf"^(\d+) {pattern}", table[1], re.MULTILINE)} if table else {}
+
+    files, functions = rows("FileNames", '"(.*)"()$'), rows("FunctionNames", '"(.*)"()$')
+    places = rows("FileLocations", r"\{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)")
+    words = {n: f"{files[file][0]}:{line} {functions[function][0]}" for n, (file, function, line) in places.items()}
+    return {int(n): words[place] for n, (place, _) in rows("StackFrames", r"\{file_location_id=(\d+)()").items()}
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -273,18 +344,8 @@ _FREE = frozenset(
 )
 
 
-def _bytes_accessed(program: Program, instruction: Instruction, computation: Computation) -> float:
-    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
-        return 0.0
-    operands = list(computation.operands(instruction))
-    if instruction.opcode == "fusion":
-        inner = program.computations[callees(instruction)[0]]
-        return _fusion_bytes(inner, instruction)
-    if instruction.opcode in ("dynamic-slice", "gather", "slice"):
-        return 2.0 * bytes_of(instruction.type)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2.0 * bytes_of(operands[1].type)
-    return float(bytes_of(instruction.type) + sum(bytes_of(operand.type) for operand in operands))
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""Opcodes that change a part of their first operand in place, with the place of the operand that is written."""
 
 
 def _fusion_bytes(inner: Computation, fusion: Instruction) -> float:
@@ -300,9 +361,10 @@ def _fusion_bytes(inner: Computation, fusion: Instruction) -> float:
         readers = _through_bitcasts(parameter.name, users)
         if readers and all(r.opcode in ("dynamic-slice", "gather") for r, _ in readers):
             read += sum(bytes_of(r.type) for r, _ in readers)
-        elif readers and all(r.opcode == "dynamic-update-slice" and r.operands[0] == by for r, by in readers):
+        elif readers and all(r.opcode in _UPDATES and r.operands[0] == by for r, by in readers):
             updated += sum(
-                bytes_of(parameter.type) - bytes_of(inner.instructions[r.operands[1]].type) for r, _ in readers
+                bytes_of(parameter.type) - bytes_of(inner.instructions[r.operands[_UPDATES[r.opcode]]].type)
+                for r, _ in readers
             )
         else:
             read += bytes_of(parameter.type)
