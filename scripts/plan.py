@@ -1,6 +1,7 @@
 """What a run of `scripts/spectrum.py` with the same options would take: memory, FLOPs, traffic, time; whether it fits.
 
-No weights, no text and no GPU are needed. The program itself is compiled, for simulated devices.
+No weights, no text and no GPU are needed. The program itself is compiled: for the card named, where XLA's compiler for
+GPUs is installed (pip install 'jaxhess[gpu-plan]'), else for simulated CPUs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import run_options  # beside this file
@@ -24,35 +25,46 @@ from jaxhess.distributed.mesh import make_mesh, parse_axes
 from jaxhess.errors import InputError
 from jaxhess.files.output import OutputFile
 from jaxhess.files.run_folder import json_ready
-from jaxhess.plan.hardware import ACCELERATORS
+from jaxhess.plan import gpu
+from jaxhess.plan.hardware import ACCELERATORS, card_name
+from jaxhess.plan.roofline import CUSTOM, LAUNCH, LINK, MATMUL, MEMORY
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(run_options.Options):
-    """The options of `scripts/spectrum.py`, and four more: --hardware, --efficiency, --compile and --json. Plans are of
-    the whole Hessian, with exact products or finite differences, for one probe at a time; others are refused. `--model`
-    may also be a config.json; what a plan does not depend on (--data, --out, --seed and others) is ignored."""
+    """The options of `scripts/spectrum.py`, and four more: --card, --compiler, --price and --carbon. Plans are of the
+    whole Hessian; other matrices and blocks of it are refused. `--model` may also be a config.json, `--out` is the
+    plan's file; what a plan does not depend on (--data, --seed and others) is ignored."""
 
-    hardware: tuple[str, ...] = tuple(ACCELERATORS)
-    """What to plan for; by default all that are known."""
-    efficiency: float = planning.EFFICIENCY
-    """Share of the peak rate that matrix products are taken to reach; the hours are proportional to it."""
-    compile: bool = True
-    """Compile the program, for facts beside the formulas; without it a plan takes a second."""
-    json: Path | None = None
-    """File for the plan; one that is there is replaced with --overwrite, if it is a plan."""
+    card: str | None = None
+    """What to plan for: A100-80GB, H100, H200 or B200. By default all of them, by the formulas."""
+    compiler: Literal["auto", "gpu", "cpu", "none"] = "auto"
+    """What the program is compiled with: for the card (gpu, one card is named and the extra gpu-plan is installed), for
+    simulated CPUs, or not at all: a plan by the formulas takes a second. By default gpu where it can be."""
+    price: float | None = None
+    """Of an hour of one card, in any currency."""
+    carbon: float | None = None
+    """kg of CO2 for a kilowatt-hour, of the electricity that is used."""
+    out: Path | None = None
+    """File for the plan, as JSON; one that is there is replaced with --overwrite, if it is a plan."""
 
 
 def run(options: Options) -> dict[str, Any]:
-    """The plan, as it is written to `--json`."""
-    out = None if options.json is None else OutputFile(options.json, "plan", options.overwrite)
+    """The plan, as it is written to `--out`."""
+    out = None if options.out is None else OutputFile(options.out, "plan", options.overwrite)
+    compiler = _compiler(options)
+    for name in ("price", "carbon"):
+        if (value := getattr(options, name)) is not None and not 0 <= value < math.inf:
+            raise InputError(f"--{name} {value} must be a number, 0 or more.")
     job = job_of(options)
-    for name in options.hardware:
-        planning.verdict.accelerator(name)
-    if not 0 < options.efficiency <= 1:
-        raise InputError(f"--efficiency {options.efficiency} must be a share, above 0 and at most 1.")
+    cards = list(ACCELERATORS) if options.card is None else [card_name(options.card)]
+    mesh, found = None, None
+    axes = job.axes or {"fsdp": 1}
+    if compiler == "gpu":
+        mesh = make_mesh(axes, planning.gpu_devices(cards[0], job.devices))
+    elif compiler == "cpu":
+        mesh = make_mesh(axes, simulated_devices(job.devices))
     memory = planning.memory(job)
-    parts = {field.name: getattr(memory, field.name) for field in dataclasses.fields(memory)}
     facts: dict[str, Any] = {
         "command": command(options),
         "parameters": sum(x.size for x in jax.tree.leaves(job.params())),
@@ -62,7 +74,7 @@ def run(options: Options) -> dict[str, Any]:
         "products": job.products,
         "formula": {
             "bytes_per_device": {
-                **parts,
+                **dataclasses.asdict(memory),
                 "arguments": memory.arguments,
                 "outputs": memory.outputs,
                 "total": memory.total,
@@ -71,17 +83,29 @@ def run(options: Options) -> dict[str, Any]:
             "flops_of_the_run": planning.flops(job) * job.devices * job.products,
             "traffic_per_product_per_device": planning.traffic(job),
         },
-        "hardware": {name: _on(job, name, options.efficiency) for name in options.hardware},
     }
-    if options.compile:
-        found = dataclasses.asdict(
-            planning.compiled(job, make_mesh(job.axes or {"fsdp": 1}, simulated_devices(job.devices)))
-        )
-        facts["compiled"] = {key: value for key, value in found.items() if _is_sound(key, job)}
+    if mesh is not None:
+        found = planning.compiled(job, mesh)
+        sound = {key: value for key, value in found.facts().items() if compiler == "gpu" or _is_sound(key, job)}
+        facts["compiled"] = {"compiler": compiler, **sound}
+    if compiler == "gpu" and found is not None:
+        facts["roofline"] = _roofline(planning.roofline(found.program, cards[0]))
+    by_compiler = found if compiler == "gpu" else None
+    facts["cards"] = {name: _on(job, name, by_compiler, options) for name in cards}
     if out is not None:
         out.write(json_ready(_rounded(facts)))
     show(terminal(), facts)
     return facts
+
+
+def _compiler(options: Options) -> str:
+    """What the program is compiled with."""
+    if options.compiler == "gpu" and options.card is None:
+        raise InputError(f"--compiler gpu compiles for one card: add --card, one of {', '.join(ACCELERATORS)}.")
+    if options.compiler != "auto":
+        return options.compiler
+    at_hand = options.card is not None and gpu.available() and options.storage.basis_memory == "device"
+    return "gpu" if at_hand else "cpu"
 
 
 def job_of(options: Options) -> planning.Job:
@@ -92,25 +116,24 @@ def job_of(options: Options) -> planning.Job:
     """
     without_plan = {
         "operator": options.operator != "hessian",
-        "hvp": options.hvp == "linearized",
         "restrict": bool(options.restrict),
         "layers": options.layers is not None,
         "eigenpairs": options.eigenpairs > 0,
-        "batch-size": options.batch_size not in (None, 1),
         "shift": options.shift == "float32" and options.hvp == "finite-difference",
     }
     for name, asked in without_plan.items():
         if asked:
             raise InputError(
-                f"There is no plan for --{name} {getattr(options, name.replace('-', '_'))}: plans are of the whole "
-                "Hessian, by exact products or finite differences, one probe at a time."
+                f"There is no plan for --{name} {getattr(options, name)}: plans are of the whole Hessian, by exact or "
+                "linearised products, or by finite differences with a realised shift."
             )
     config = convert.read_config(options.model, options.dtype)
-    names = {field.name for field in dataclasses.fields(planning.Job)} - {"config", "axes", "hvp"}
+    names = {field.name for field in dataclasses.fields(planning.Job)} - {"config", "axes", "batch_size"}
+    config = dataclasses.replace(config, query_chunk=options.query_chunk, remat=options.hvp != "linearized")
     return planning.Job(
-        config=dataclasses.replace(config, query_chunk=options.query_chunk),
+        config=config,
         axes=parse_axes(options.mesh) if options.mesh else {},
-        hvp="exact" if options.hvp == "exact" else "finite-difference",
+        batch_size=options.batch_size or 1,
         **{name: getattr(options, name) for name in names},
     )
 
@@ -120,7 +143,7 @@ def command(options: Options) -> str:
     words = ["python", "scripts/plan.py"]
     defaults = dict(_flat(Options()))
     for name, value in _flat(options):
-        if value == defaults[name] or name == "json":
+        if value == defaults[name] or name == "out":
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
@@ -144,63 +167,114 @@ def _flat(options: Any) -> Iterator[tuple[str, Any]]:
 
 def show(console: Console, facts: dict[str, Any]) -> None:
     """The plan as tables."""
-    formula, compiled = facts["formula"], facts.get("compiled")
+    formula, compiled = facts["formula"], facts.get("compiled", {})
     console.print(
         f"{facts['parameters']:,} parameters in {facts['dtype']} on {facts['devices']} devices; {facts['products']} "
         f"products, each over {facts['microbatches']} microbatches."
     )
     if facts["devices"] == 1:
         console.print("This is the plan of one device; --mesh plans for more.")
-    table = Table("on each device", "GB by formula", "GB compiled")
+    by = f"compiled ({compiled['compiler'].upper()})" if compiled else "compiled"
+    table = Table("on each device", "GB by formula", f"GB {by}")
     rows = {
         "parameters": "theta", "each of two Lanczos vectors": "vector", "stored basis": "basis", "tokens": "batch",
+        "kept by linearisation": "residuals",
         "product and sums": "result", "states between layers": "saved", "one layer, or one slice of logits": "working",
         "audit of noise, its peak": "audit", "kept by the host": "host",
         "arguments": "arguments", "outputs, in their place": "outputs", "temporaries": "temporaries", "peak": "total",
     }  # fmt: skip
     for name, key in rows.items():
-        found = compiled.get(key) if compiled else None
-        if key == "total" and compiled and "temporaries" in compiled:
+        found = compiled.get(key)
+        if key == "total" and "temporaries" in compiled:
             found = compiled["arguments"] + compiled["temporaries"]
         table.add_row(name, _giga(formula["bytes_per_device"][key]), "" if found is None else _giga(found))
     console.print(table)
-    if compiled and facts["dtype"] not in ("float32", "float64"):
-        console.print(
-            f"Compiled for CPUs, which widen {facts['dtype']}: the formula's temporaries are nearer to a GPU's."
-        )
-    table = Table("one product, on each device", "by formula", "compiled")
+    if compiled.get("compiler") == "cpu" and "temporaries" not in compiled:
+        console.print(f"Compiled for CPUs, which widen {facts['dtype']}: temporaries and traffic are the formula's.")
+    table = Table("one step, on each device", "by formula", by)
     table.add_row(
         "TFLOPs",
         f"{formula['flops_per_product_per_device'] / 1e12:.4g}",
         f"{compiled['flops'] / 1e12:.4g}" if compiled else "",
     )
     for kind, received in formula["traffic_per_product_per_device"].items():
-        found = compiled["traffic"][kind] if compiled and "traffic" in compiled else None
+        found = compiled["traffic"][kind] if "traffic" in compiled else None
         if received or found:
             table.add_row(f"{kind}, GB received", _giga(received), "" if found is None else _giga(found))
     console.print(table)
-    table = Table("hardware", "GB needed", "GB usable", "seconds a product", "GPU-hours", "verdict")
-    for name, found in facts["hardware"].items():
-        verdict = "fits" if found["fits"] else "; or ".join(found["changes"]) or "does not fit 4,096 devices"
+    if "roofline" in facts:
+        _show_roofline(console, facts["roofline"])
+    asked = [name for name in ("price", "carbon") if next(iter(facts["cards"].values()))[name] is not None]
+    titles = {"price": "cost", "carbon": "kg CO2"}
+    table = Table(
+        *("card", "by", "GB needed", "GB usable", "s a product", "GPU-hours", "kWh"), *(titles[name] for name in asked)
+    )
+    for name, found in facts["cards"].items():
+        numbers = ("seconds_per_product", "device_hours", "kilowatt_hours", *asked)
+        shown = (f"{found[key]:.3g}" for key in numbers)
+        table.add_row(name, found["source"], _giga(found["needed"]), _giga(found["usable"]), *shown)
+    console.print(table)
+    for name, found in facts["cards"].items():
+        changes = "; or ".join(found["changes"]) or "4,096 devices are too few"
+        console.print(f"{name}: {'fits.' if found['fits'] else f'does not fit; by the formula this would: {changes}.'}")
+    if any(
+        found["fits"] and found["needed"] > 0.75 / gpu.USABLE * found["usable"] for found in facts["cards"].values()
+    ):
+        console.print(
+            f"Where more than 0.75 of the memory is needed: export XLA_PYTHON_CLIENT_MEM_FRACTION={gpu.USABLE}."
+        )
+    console.print("kWh are those of the cards at full power, without the servers around them.")
+
+
+def _show_roofline(console: Console, found: dict[str, Any]) -> None:
+    console.print(
+        f"A step takes at least {found['seconds']:.3g} s: {found['ceiling']:.0%} of the rate that matrix products can "
+        f"reach, {found['of_peak']:.0%} of the data sheet's. {found['launches']:,.0f} kernels, "
+        f"{found['launch_seconds']:.2g} s between them; collectives {found['communication_seconds']:.2g} s, of which "
+        f"{found['waiting_seconds']:.2g} s nothing else runs."
+    )
+    console.print(
+        f"Assumed: {MATMUL:.0%} of the peak rate in matrix products ({CUSTOM:.0%} in Pallas kernels), {MEMORY:.1%} of "
+        f"memory's, {LINK:.0%} of the links'; no cache between kernels; {LAUNCH * 1e6:.0f} us a launch."
+    )
+    table = Table("cause", "GB", "s")
+    for cause, (moved, seconds) in found["by_cause"].items():
+        table.add_row(cause, _giga(moved), f"{seconds:.3g}")
+    console.print(table)
+    table = Table("dearest kernels", "s", "GB", "TFLOPs", "times")
+    for kernel in found["kernels"][:12]:
         table.add_row(
-            name,
-            _giga(found["needed"]),
-            _giga(found["usable"]),
-            f"{found['seconds_per_product']:.3g}",
-            f"{found['device_hours']:.3g}",
-            verdict,
+            kernel["source"],
+            f"{kernel['seconds']:.3g}",
+            _giga(kernel["bytes"]),
+            f"{kernel['flops'] / 1e12:.3g}",
+            f"{kernel['count']:,.0f}",
         )
     console.print(table)
-    if any(found["fits"] and found["needed"] > 0.75 * found["usable"] / 0.92 for found in facts["hardware"].values()):
-        console.print("Where more than 0.75 of the memory is needed: export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.")
-    console.print("One probe at a time, so --batch-size 1; by default a run takes as many together as fit.")
 
 
-def _on(job: planning.Job, hardware: str, efficiency: float) -> dict[str, Any]:
-    """The estimate on this hardware, and what to change where it does not fit."""
-    found = planning.forecast(job, hardware, efficiency)
-    changes = [] if found.fits else [words for words, _ in planning.changes(job, hardware)]
-    return {**dataclasses.asdict(found), "fits": found.fits, "changes": changes}
+def _roofline(found: planning.Roofline) -> dict[str, Any]:
+    """As it is written."""
+    return {
+        **dataclasses.asdict(found),
+        "ceiling": found.ceiling,
+        "of_peak": MATMUL * found.ceiling,
+        "by_cause": found.by_cause(),
+        "assumed": {"matmul": MATMUL, "custom": CUSTOM, "memory": MEMORY, "link": LINK, "launch": LAUNCH},
+    }
+
+
+def _on(job: planning.Job, card: str, compiled: planning.Compiled | None, options: Options) -> dict[str, Any]:
+    """The estimate on this card, and what to change where it does not fit."""
+    found = planning.forecast(job, card, compiled)
+    scale = 1.0 if compiled is None else found.needed / planning.memory(job).total
+    changes = [] if found.fits else planning.changes(job, card, max(1.0, scale))
+    return {
+        **dataclasses.asdict(found),
+        "price": None if options.price is None else options.price * found.device_hours,
+        "carbon": None if options.carbon is None else options.carbon * found.kilowatt_hours,
+        "changes": [words for words, _ in changes],
+    }
 
 
 def _is_sound(fact: str, job: planning.Job) -> bool:
@@ -216,7 +290,7 @@ def _giga(x: float) -> str:
 def _rounded(facts: Any) -> Any:
     """Six digits of every number that is not counted."""
     if isinstance(facts, dict):
-        return {key: _rounded(value) for key, value in facts.items() if key != "seconds"}
+        return {key: _rounded(value) for key, value in facts.items() if key != "compile_seconds"}
     return float(f"{facts:.6g}") if isinstance(facts, float) and math.isfinite(facts) else facts
 
 

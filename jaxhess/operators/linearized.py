@@ -159,6 +159,20 @@ def linearize(
     return LinearizedHessian(hessian, tuple(residuals), count)
 
 
+def abstract_linearized(hessian: Hessian) -> LinearizedHessian:
+    """What `linearize(hessian)` returns, as `jax.ShapeDtypeStruct`s with shardings; the Hessian's arrays may be."""
+    kept, count = [], None
+    for program in _programs(hessian):
+        shapes, counts = program.out_info
+        kept.append(Microbatches(jax.tree.map(_struct, shapes, program.output_shardings[0])))
+        count = jax.ShapeDtypeStruct((), counts.dtype, sharding=program.output_shardings[1])
+    return LinearizedHessian(hessian, tuple(kept), count)  # type: ignore[arg-type]
+
+
+def _struct(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 def _linearize(hessian: Hessian, params: Any, batch: Any) -> tuple[Any, jax.Array]:
     """The linear map v -> product of one batch, a pytree of the arrays it needs, and the batch's count."""
     one = dataclasses.replace(hessian, params=params)

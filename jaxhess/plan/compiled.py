@@ -14,7 +14,7 @@ from jaxhess.errors import InputError
 from jaxhess.krylov.lanczos import compile_segment
 from jaxhess.operators.loss import LossOperator
 from jaxhess.plan.collectives import bytes_by_kind, collective_traffic
-from jaxhess.plan.hlo import matmul_flops, read_program
+from jaxhess.plan.hlo import Program, matmul_flops, read_program
 from jaxhess.plan.job import Job
 
 
@@ -39,7 +39,8 @@ class Compiled:
             products to float32, and keeps what it has widened.
         flops: Operations of the matrix products in one step.
         traffic: Bytes that one step receives through each kind of collective.
-        seconds: Of compilation.
+        compile_seconds: Of compilation.
+        program: What was compiled, for `jaxhess.plan.roofline`.
     """
 
     arguments: int
@@ -47,11 +48,17 @@ class Compiled:
     temporaries: int
     flops: float
     traffic: dict[str, float]
-    seconds: float
+    compile_seconds: float
+    program: Program = dataclasses.field(repr=False, compare=False)
+
+    def facts(self) -> dict[str, Any]:
+        """All but the program."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "program"]
+        return {name: getattr(self, name) for name in names}
 
 
 def compiled(job: Job, mesh: Mesh | None = None) -> Compiled:
-    """The job's program, compiled for this mesh (of simulated devices, as a rule) but never run.
+    """The job's program, compiled for this mesh but never run.
 
     Examples:
         >>> import jax, jaxhess
@@ -65,12 +72,18 @@ def compiled(job: Job, mesh: Mesh | None = None) -> Compiled:
 
     Args:
         job: What to compile; no weight and no token of it exist.
-        mesh: None: over all devices of this process.
+        mesh: Of simulated CPUs as a rule, or of `jaxhess.plan.gpu_devices`. None: over all devices of this process.
 
     Raises:
-        InputError: The devices are not as many as the mesh's.
+        InputError: The devices are not as many as the mesh's; a basis in the host's memory on GPUs that are only
+            described, for which the compiler does not know that memory.
     """
     mesh = make_mesh(job.axes or {"fsdp": 1}) if mesh is None else mesh
+    if job.storage.basis_memory == "host" and mesh.devices.flat[0].platform != "cpu":
+        raise InputError(
+            "Compiled for a GPU that is not there, a basis in the host's memory would count as the device's: take the "
+            "formula alone (--compiler none), or --basis-memory device."
+        )
     began = time.perf_counter()
     program = compile_segment(job.operator(mesh), job.state(mesh))
     seconds = time.perf_counter() - began
@@ -85,6 +98,7 @@ def compiled(job: Job, mesh: Mesh | None = None) -> Compiled:
         matmul_flops(text, unknown_trips=1),
         bytes_by_kind(collective_traffic(text, unknown_trips=1)),
         seconds,
+        text,
     )
 
 

@@ -49,6 +49,7 @@ class Memory:
         working: What is alive within one layer or one slice of the vocabulary, whichever is more: gathered weights and
             their gradients, activations, attention scores or logits.
         temporaries: Those three together; or what it takes to update the vectors, where that is more.
+        residuals: What linearised products keep.
         audit: The peak of the audit of noise that a run begins with, 0 without: four vectors in float32 or wider.
         host: Vectors kept in the host's memory.
     """
@@ -61,6 +62,7 @@ class Memory:
     saved: int
     working: int
     temporaries: int
+    residuals: int
     audit: int
     host: int
 
@@ -72,7 +74,7 @@ class Memory:
     @property
     def arguments(self) -> int:
         """What a program is given."""
-        return self.theta + self.outputs + self.batch
+        return self.theta + self.outputs + self.batch + self.residuals
 
     @property
     def total(self) -> int:
@@ -105,6 +107,7 @@ def memory(job: Job) -> Memory:
         result = summed if job.microbatches == 1 and wide == sizes.bytes else theta + summed * (job.microbatches > 1)
     else:
         result = summed + 2 * theta + summed * (job.step == "auto")
+    residuals = 0
     alive, kept = ALIVE[job.hvp], 2 if job.hvp == "exact" else 1
     saved = kept * job.config.num_layers * sizes.states
     layer = sum(alive[kind] * getattr(sizes, kind) for kind in ("weights", "feed_forward", "scores"))
@@ -115,7 +118,7 @@ def memory(job: Job) -> Memory:
     updating = summed + 2 * wide * max(bytes_per_device([x]) // x.dtype.itemsize for x in params)
     temporaries = max(result + saved + working, updating)
     audit = theta + batch + 4 * summed + temporaries if job.audit else 0
-    return Memory(theta, vector, basis, batch, result, saved, working, temporaries, audit, host)
+    return Memory(theta, vector, basis, batch, result, saved, working, temporaries, residuals, audit, host)
 
 
 def flops(job: Job) -> float:

@@ -35,6 +35,15 @@ def available() -> bool:
 def gpu_devices(card: str, count: int) -> list[Any]:
     """So many devices of this kind, in servers of eight, to compile programs for.
 
+    Examples:
+        >>> from jaxhess import plan
+        >>> from jaxhess.plan import gpu
+        >>> gpu.available() and len(plan.gpu_devices("H200", 16)) == 16  # doctest: +SKIP
+        True
+        >>> plan.gpu_devices("V100", 8)
+        Traceback (most recent call last):
+        jaxhess.errors.InputError: The card 'V100' is not in the table; it has A100-80GB, H100, H200, B200.
+
     Args:
         card: A name in `jaxhess.plan.hardware.ACCELERATORS`.
         count: Fewer than eight are on one server; more fill theirs.
@@ -54,7 +63,7 @@ def gpu_devices(card: str, count: int) -> list[Any]:
             f"A mesh of {count} devices does not fill servers of {device.node}: take at most {device.node} devices, or "
             f"a multiple of {device.node}."
         )
-    if jax.config.jax_platforms != "cpu":
+    if jax.config.read("jax_platforms") != "cpu":
         raise InputError("JAX must be limited to CPUs to compile for a card: set JAX_PLATFORMS=cpu before it starts.")
     hosts, each = (1, count) if count <= device.node else (count // device.node, device.node)
     described = topologies.get_topology_desc(

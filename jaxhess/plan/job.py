@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,15 @@ from jaxhess.krylov.state import LanczosState, abstract_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.models import DecoderConfig, Params, abstract_params, logical_axes
 from jaxhess.models.language_model import LOGIT_CHUNK, NextTokenLoss
-from jaxhess.operators import FiniteDifferenceHessian, Hessian, Microbatches
+from jaxhess.operators import FiniteDifferenceHessian, Hessian, LinearizedHessian, Microbatches
+from jaxhess.operators.linearized import abstract_linearized
 
-Product = Literal["exact", "finite-difference"]
+Product = Literal["exact", "linearized", "finite-difference"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A spectrum to compute, one probe at a time; fields are the options of `scripts/spectrum.py` of the same names.
+    """A spectrum to compute; fields are the options of `scripts/spectrum.py` of the same names.
 
     Examples:
         >>> import convert
@@ -39,6 +40,8 @@ class Job:
         axes: Sizes of the mesh axes; those left out are 1.
         microbatch: Sequences whose activations exist at once on all devices together; at least one on each of the
             parts that a batch is cut into.
+        hvp: How products are made. What linearised ones keep is planned too, but not the pass that makes it.
+        batch_size: Probes that advance together.
         compute_dtype: None: that of the weights.
 
     Raises:
@@ -54,6 +57,7 @@ class Job:
     step: float | Literal["auto"] = 1e-3
     steps: int = 30
     probes: int = 4
+    batch_size: int = 1
     storage: Storage = Storage()
     compute_dtype: str | None = None
     accumulation_dtype: str = "float32"
@@ -61,11 +65,15 @@ class Job:
     audit: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "sequences", "microbatch", "steps", "probes", "logit_chunk"):
+        for name in ("seq_len", "sequences", "microbatch", "steps", "probes", "batch_size", "logit_chunk"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.hvp not in ("exact", "finite-difference"):
-            raise InputError(f"There is no plan for products {self.hvp!r}; there is for exact and finite-difference.")
+        if self.hvp not in get_args(Product):
+            raise InputError(
+                f"There is no plan for products {self.hvp!r}; there is for {', '.join(get_args(Product))}."
+            )
+        if self.batch_size > 1 and self.storage.basis_memory == "host":
+            raise InputError("A basis in the host's memory is that of one probe: take batch_size 1.")
         if self.hvp == "finite-difference" and self.step == "auto" and jnp.dtype(self.dtype).itemsize < 4:
             raise InputError(
                 f"There is no plan for the step auto in {self.dtype}: it is measured on float32 copies. Give a number."
@@ -135,7 +143,7 @@ class Job:
         abstract, axes = _abstract(dataclasses.replace(self.config, query_chunk=1))
         return jax.tree.map(_struct, abstract, param_shardings(abstract, axes, self.shape if mesh is None else mesh))
 
-    def operator(self, mesh: Any) -> Hessian | FiniteDifferenceHessian:
+    def operator(self, mesh: Any) -> Hessian | LinearizedHessian | FiniteDifferenceHessian:
         """The abstract operator."""
         cut = batch_sharding(mesh, axis=1)
         size = (self.microbatches, self.sequences_per_device * data_shards(mesh))
@@ -144,13 +152,14 @@ class Job:
         loss = NextTokenLoss(dataclasses.replace(self.config, dtype=self.dtype), mesh, self.logit_chunk)
         params, batches = self.params(mesh), Microbatches(TokenBatch(tokens, weights))
         dtype = self.accumulation_dtype
-        if self.hvp == "exact":
-            return Hessian(loss, params, batches, accumulation_dtype=dtype)
-        return FiniteDifferenceHessian(loss, params, batches, step=self.step, accumulation_dtype=dtype)
+        if self.hvp == "finite-difference":
+            return FiniteDifferenceHessian(loss, params, batches, step=self.step, accumulation_dtype=dtype)
+        hessian = Hessian(loss, params, batches, accumulation_dtype=dtype)
+        return abstract_linearized(hessian) if self.hvp == "linearized" else hessian
 
     def state(self, mesh: Any) -> LanczosState:
         """The abstract state of a Lanczos run."""
-        return abstract_lanczos(self.params(mesh), self.steps, self.storage)
+        return abstract_lanczos(self.params(mesh), self.steps, self.storage, self.batch_size)
 
 
 @functools.cache

@@ -8,13 +8,11 @@ them from where the program starts them to where it waits for them, one at a tim
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-from collections.abc import Callable
 
 from jaxhess.errors import InputError
 from jaxhess.plan.collectives import Exchange, exchanges_of
-from jaxhess.plan.hardware import Accelerator
+from jaxhess.plan.hardware import Accelerator, accelerator
 from jaxhess.plan.hlo import Computation, Instruction, Program, bytes_of, callees, kernel_bytes, kernel_products
 
 MATMUL = 0.8
@@ -41,6 +39,11 @@ vectors and sums over microbatches; collectives; what else is in a layer; what h
 class Kernels:
     """Kernels of one source line and one cause together, in one step; all numbers are those of one device.
 
+    Examples:
+        >>> from jaxhess import plan
+        >>> plan.Kernels("model.py:3 norm", "layers", count=2, flops=0, bytes=2e9, seconds=5e-4).bytes
+        2000000000.0
+
     Attributes:
         source: `file:line function`; what kind of instruction, where the compiler does not say.
         cause: One of `CAUSES`.
@@ -60,7 +63,18 @@ class Kernels:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """What one step of a Lanczos segment takes on one device, at least.
+    """What one step of a Lanczos segment takes on one device, at least; made by `roofline`.
+
+    Examples:
+        >>> from jaxhess import plan
+        >>> from jaxhess.plan.hlo import Program
+        >>> text = r'''
+        ... ENTRY main (x: f32[8]) -> f32[8] {
+        ...   x = f32[8] parameter(0)
+        ...   ROOT y = f32[8] negate(%x)
+        ... }'''
+        >>> plan.roofline(Program.read(text), "H100").by_cause()["other"][0]  # bytes
+        64.0
 
     Attributes:
         seconds: In all.
@@ -95,27 +109,29 @@ class Roofline:
         return {c: (sum(k.bytes for k in ks), sum(k.seconds for k in ks)) for c, ks in found.items() if ks}
 
 
-def roofline(program: Program, device: Accelerator, devices: int = 1) -> Roofline:
+def roofline(program: Program, card: str) -> Roofline:
     """The roofline of one step of a Lanczos segment that was compiled for this card.
 
     Examples:
-        >>> from jaxhess.plan.hardware import accelerator
+        >>> from jaxhess import plan
         >>> from jaxhess.plan.hlo import Program
         >>> text = '''
         ... ENTRY main (x: f32[1024,1024]) -> f32[1024,1024] {
         ...   x = f32[1024,1024] parameter(0)
         ...   ROOT y = f32[1024,1024] negate(%x)
         ... }'''
-        >>> found = roofline(Program.read(text), accelerator("H200"))
+        >>> found = plan.roofline(Program.read(text), "H200")
         >>> found.bytes, found.launches
         (8388608.0, 1.0)
 
     Args:
         program: If it has a loop of unknown length, which are the steps, one passage of it; otherwise all of it.
-        device: What it was compiled for.
-        devices: How many it runs on.
+        card: What it was compiled for, a name in `jaxhess.plan.hardware.ACCELERATORS`.
+
+    Raises:
+        InputError: The card is not in the table, or its rate in products of some dtype is not.
     """
-    run = _Run(program, device)
+    run = _Run(program, accelerator(card))
     seconds = run.seconds(_step(program))
     kernels = sorted(run.found.values(), key=lambda k: -k.seconds)
     local = [k for k in kernels if k.cause != "communication"]
@@ -136,7 +152,16 @@ def roofline(program: Program, device: Accelerator, devices: int = 1) -> Rooflin
 def whole_copies(program: Program, least: float) -> dict[str, float]:
     """Kernels of a step that only copy or transpose, with a result of at least so many bytes: bytes by name.
 
-    A slice of a stack that is copied out of it, or into it, counts with the slice's size.
+    Examples:
+        >>> from jaxhess import plan
+        >>> from jaxhess.plan.hlo import Program
+        >>> text = r'''
+        ... ENTRY main (x: f32[8,9]) -> f32[9,8] {
+        ...   x = f32[8,9] parameter(0)
+        ...   ROOT y = f32[9,8] transpose(%x)
+        ... }'''
+        >>> plan.whole_copies(Program.read(text), least=100)
+        {'y': 288.0}
     """
     found: dict[str, float] = {}
 
@@ -153,7 +178,9 @@ def whole_copies(program: Program, least: float) -> dict[str, float]:
     return found
 
 
-_MOVES = frozenset("parameter constant bitcast copy transpose reshape convert get-tuple-element tuple".split())
+_MOVES = frozenset(
+    ["parameter", "constant", "bitcast", "copy", "transpose", "reshape", "convert", "get-tuple-element", "tuple"]
+)
 
 
 def _only_moves(program: Program, instruction: Instruction) -> bool:

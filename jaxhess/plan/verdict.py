@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from jaxhess.distributed.mesh import data_shards
 from jaxhess.errors import InputError
 from jaxhess.plan import formula
-from jaxhess.plan.hardware import ACCELERATORS, Accelerator, peak_matmul_flops
+from jaxhess.plan.compiled import Compiled
+from jaxhess.plan.gpu import USABLE, fits, memory_limit
+from jaxhess.plan.hardware import Accelerator, accelerator
 from jaxhess.plan.job import Job
+from jaxhess.plan.roofline import roofline
 
-USABLE = 0.92
-"""Share of a device's memory that a program can have: the rest is the runtime's, the collectives' buffers and what is
-lost between blocks. JAX takes 0.75 of it unless `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise."""
-
-EFFICIENCY = 0.4
-"""Share of the peak rate that matrix products are assumed to reach: what large models are usually trained at. Not
-measured; the times of a plan scale with it."""
+EFFICIENCY = 0.45
+"""Share of the peak rate that matrix products reach in the formula's times: what the roofline of the compiled program
+gives for models of 8 billion parameters and more in bfloat16, or less (`docs/planning.md`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """What a job takes on one kind of hardware.
+    """What a job takes on one kind of card.
 
     Examples:
         >>> import convert
@@ -36,26 +35,28 @@ class Forecast:
         (True, True)
 
     Attributes:
+        source: What says so: the "formula", or the GPU's "compiler".
+        fits: Whether there is memory for it.
         needed, usable: Bytes on each device.
-        host: Bytes of a server's own memory for the vectors kept there, and `host_present`, what it has.
-        seconds_per_product: Matrix products, traffic and vector updates, one after the other; nothing overlaps.
+        host: Bytes of a server's own memory for the vectors kept there.
+        seconds_per_product: By the compiler the roofline's. By the formula matrix products, traffic and vector updates,
+            one after the other.
         device_hours: Of the whole run, its products alone: without loading, compiling and the audit of noise.
+        kilowatt_hours: Of the devices at the most power they take, without the servers around them.
     """
 
+    source: Literal["formula", "compiler"]
+    fits: bool
     needed: int
     usable: float
     host: int
-    host_present: float
     seconds_per_product: float
     device_hours: float
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.usable and self.host <= USABLE * self.host_present
+    kilowatt_hours: float
 
 
-def forecast(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Forecast:
-    """The job on `hardware`, a name in `ACCELERATORS`, by the formulas.
+def forecast(job: Job, card: str, compiled: Compiled | None = None) -> Forecast:
+    """The job on `card`, a name in `jaxhess.plan.hardware.ACCELERATORS`.
 
     Examples:
         >>> import convert
@@ -64,15 +65,42 @@ def forecast(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Forecas
         >>> plan.forecast(job, "H100").device_hours < 0.1
         True
 
+    Args:
+        compiled: The job's program, compiled for that card (`jaxhess.plan.gpu_devices`); None: by the formula.
+
     Raises:
-        InputError: Unknown hardware, or one whose peak in the job's dtype is not known.
+        InputError: The card is not in the table, or its peak in the job's dtype is not.
     """
-    device = accelerator(hardware)
-    peak = peak_matmul_flops(device.kind, job.dtype)
-    if peak is None:
-        raise InputError(f"The peak rate of {hardware} in {job.dtype} is not in the table.")
+    device = accelerator(card)
     memory = formula.memory(job)
-    seconds = formula.flops(job) / (efficiency * peak) + _exchange_seconds(job, device)
+    host = _host_bytes(job, device)
+    if compiled is None:
+        needed, seconds = memory.total, _formula_seconds(job, device)
+        enough = needed <= memory_limit(device)
+    else:
+        needed = max(compiled.arguments + compiled.temporaries, memory.audit)
+        seconds = roofline(compiled.program, card).seconds / job.batch_size
+        enough = fits(device, compiled.arguments, compiled.temporaries) and memory.audit <= memory_limit(device)
+    hours = seconds * job.products * job.devices / 3600
+    return Forecast(
+        "formula" if compiled is None else "compiler",
+        enough and host <= USABLE * device.host,
+        needed,
+        memory_limit(device),
+        host,
+        seconds,
+        hours,
+        hours * device.power / 1000,
+    )
+
+
+def _formula_seconds(job: Job, device: Accelerator) -> float:
+    """Of one product."""
+    peak = device.peaks.get(str(jnp.dtype(job.dtype)))
+    if peak is None:
+        raise InputError(f"The peak rate of {device.kind} in {job.dtype} is not in the table.")
+    memory = formula.memory(job)
+    seconds = formula.flops(job) / (EFFICIENCY * peak) + _exchange_seconds(job, device)
     # A step reads and writes some ten vectors. A stored basis is read twice by every pass, of which there are two, or
     # three for rows in 16 bits. A window goes row by row: each row reads the new vector twice and writes it once.
     kept = job.storage.reorthogonalize
@@ -81,12 +109,10 @@ def forecast(job: Job, hardware: str, efficiency: float = EFFICIENCY) -> Forecas
     vectors = 10 + 3 * rows * passes
     stored = 2 * passes
     seconds += (vectors * memory.vector + stored * memory.basis) / device.bandwidth
-    seconds += stored * memory.host / device.host_link
-    hours = seconds * job.products * job.devices / 3600
-    return Forecast(memory.total, USABLE * device.memory, _host_bytes(job, device), device.host, seconds, hours)
+    return seconds + stored * memory.host / device.host_link
 
 
-def changes(job: Job, hardware: str) -> list[tuple[str, Job]]:
+def changes(job: Job, card: str, scale: float = 1.0) -> list[tuple[str, Job]]:
     """What to change so that the job fits, with the job changed; the smallest change first.
 
     First the audit of noise is left out, where that is what does not fit. Then single changes, each as small as it may
@@ -105,38 +131,45 @@ def changes(job: Job, hardware: str) -> list[tuple[str, Job]]:
         >>> words, changed = plan.changes(job, "H100")[0]
         >>> words, plan.forecast(changed, "H100").fits
         ('--microbatch 8192', True)
+
+    Args:
+        scale: What the job takes by the compiler over what it takes by the formula, which the formula's numbers for the
+            changed jobs are multiplied by.
     """
-    device = accelerator(hardware)
+    device = accelerator(card)
 
-    def fits(candidate: Job) -> bool:
-        enough = formula.memory(candidate).total <= USABLE * device.memory
-        return enough and _host_bytes(candidate, device) <= USABLE * device.host
+    def enough(candidate: Job) -> bool:
+        room = scale * formula.memory(candidate).total <= memory_limit(device)
+        return room and _host_bytes(candidate, device) <= USABLE * device.host
 
-    if formula.memory(job).audit > USABLE * device.memory:
+    if formula.memory(job).audit > memory_limit(device):
         quiet = dataclasses.replace(job, audit=False)
-        if fits(quiet):
+        if enough(quiet):
             return [("--no-audit", quiet)]
-        return [(f"--no-audit, {words}", changed) for words, changed in changes(quiet, hardware)]
+        return [(f"--no-audit, {words}", changed) for words, changed in changes(quiet, card, scale)]
     found: list[tuple[str, Job]] = []
-    for ladder in (_microbatch, _query_chunk, _logit_chunk, _host, _basis_dtype, _window, _dtype, _devices):
-        found += next(([step] for step in ladder(job) if fits(step[1])), [])
+    for ladder in (
+        _batch_size,
+        _microbatch,
+        _query_chunk,
+        _logit_chunk,
+        _host,
+        _basis_dtype,
+        _window,
+        _dtype,
+        _devices,
+    ):
+        found += next(([step] for step in ladder(job) if enough(step[1])), [])
     if found:
         return found
     words, smallest = [], job
-    for ladder in (_microbatch, _query_chunk, _basis_dtype, _window, _dtype):
+    for ladder in (_batch_size, _microbatch, _query_chunk, _basis_dtype, _window, _dtype):
         if tried := list(ladder(smallest)):
             words.append(tried[-1][0])
             smallest = tried[-1][1]
     together = [(", ".join(words), smallest)] if words else []
     together += [(", ".join([*words, word]), more) for word, more in _devices(smallest)]
-    return next(([step] for step in together if fits(step[1])), [])
-
-
-def accelerator(name: str) -> Accelerator:
-    """The hardware of that name; InputError lists the known ones."""
-    if name not in ACCELERATORS:
-        raise InputError(f"Unknown hardware {name!r}; known are {', '.join(ACCELERATORS)}.")
-    return ACCELERATORS[name]
+    return next(([step] for step in together if enough(step[1])), [])
 
 
 def _exchange_seconds(job: Job, device: Accelerator) -> float:
@@ -163,6 +196,12 @@ def _exchange_seconds(job: Job, device: Accelerator) -> float:
 def _host_bytes(job: Job, device: Accelerator) -> int:
     """Of one server."""
     return formula.memory(job).host * min(job.devices, device.node)
+
+
+def _batch_size(job: Job) -> Iterator[tuple[str, Job]]:
+    for probes in (4, 2, 1):
+        if probes < job.batch_size:
+            yield _changed(job, "--batch-size", batch_size=probes)
 
 
 def _microbatch(job: Job) -> Iterator[tuple[str, Job]]:

@@ -97,12 +97,12 @@ def table(plans: Plans) -> str:
 
 
 def _row(exact: dict[str, Any], central: dict[str, Any]) -> str:
-    formula, hardware = exact["formula"], exact["hardware"]
+    formula, cards = exact["formula"], exact["cards"]
     totals = [_short(plan["formula"]["bytes_per_device"]["total"] / 1e9) for plan in (exact, central)]
-    fitting = next((kind for kind in ("A100", "H200", "B200") if hardware[kind]["fits"]), None)
-    verdict = {"A100": "80 GB", "H200": "141 GB", "B200": "180 GB"}[fitting] if fitting else _change(hardware["H100"])
+    fitting = next((kind for kind in ("A100-80GB", "H200", "B200") if cards[kind]["fits"]), None)
+    verdict = {"A100-80GB": "80 GB", "H200": "141 GB", "B200": "180 GB"}[fitting] if fitting else _change(cards["H100"])
     received = _short(sum(formula["traffic_per_product_per_device"].values()) / 1e9)
-    hours = _short(hardware["H100"]["device_hours"]) if hardware["H100"]["fits"] else ""
+    hours = _short(cards["H100"]["device_hours"]) if cards["H100"]["fits"] else ""
     tera = _short(formula["flops_per_product_per_device"] / 1e12)
     return f"{totals[0]} ({totals[1]}) | {verdict} | {tera} | {received} | {hours}"
 
@@ -124,8 +124,8 @@ def made(options: Options, name: str, devices: int, hvp: str) -> dict[str, Any]:
     """The plan, from its file or made now."""
     to = path(options.folder, name, devices, hvp)
     if options.overwrite or not to.exists():
-        words = ["scripts/plan.py", *arguments(name, devices, hvp), "--json", str(to.resolve()), "--overwrite"]
-        words += [] if options.compile else ["--no-compile"]
+        words = ["scripts/plan.py", *arguments(name, devices, hvp), "--out", str(to.resolve()), "--overwrite"]
+        words += [] if options.compile else ["--compiler", "none"]
         print("python", *words, flush=True)
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads(to.read_text())

@@ -22,29 +22,27 @@ def read(command: str) -> script.Options:
 
 def test_a_plan_is_compiled_and_written(tmp_path):
     chosen = ["--mesh", "fsdp=2", "--seq-len", "32", "--reorthogonalize", "none"]
-    run_command(script, *chosen, "--json", str(tmp_path / "plan.json"))
+    run_command(script, *chosen, "--out", str(tmp_path / "plan.json"))
     facts = json.loads((tmp_path / "plan.json").read_text())
     formula, compiled = facts["formula"]["bytes_per_device"], facts["compiled"]
     assert formula["arguments"] == pytest.approx(compiled["arguments"], rel=0.1)
     assert facts["formula"]["flops_per_product_per_device"] == pytest.approx(compiled["flops"], rel=0.001)
-    assert facts["hardware"]["A100"]["fits"]
+    assert facts["cards"]["A100-80GB"]["fits"]
     assert facts["command"] == "python scripts/plan.py --seq-len 32 --reorthogonalize none --mesh fsdp=2"
 
 
 def test_the_command_of_a_plan_makes_it_again():
-    options = "--mesh fsdp=4,tensor=2 --hvp finite-difference --step 0.001 --no-audit --hardware A100 H200 --no-compile"
-    made = script.command(read(f"python scripts/plan.py --json out.json {options}"))
+    options = "--mesh fsdp=4,tensor=2 --hvp finite-difference --step 0.001 --no-audit --card h200 --compiler none"
+    made = script.command(read(f"python scripts/plan.py --out out.json {options}"))
     assert read(made) == read(f"python scripts/plan.py {options}")
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change():
-    options = read(
-        f"python scripts/plan.py --model {CONFIG} --no-compile --hardware A100 H200 --microbatch 1 --no-audit"
-    )
+    options = read(f"python scripts/plan.py --model {CONFIG} --compiler none --microbatch 1 --no-audit")
     facts = script.run(options)
     assert facts["parameters"] == 8_030_261_248
     assert facts["dtype"] == "bfloat16"
-    small, large = facts["hardware"]["A100"], facts["hardware"]["H200"]
+    small, large = facts["cards"]["A100-80GB"], facts["cards"]["H200"]
     assert not small["fits"]
     assert not large["fits"]  # 30 vectors of 16 GB are kept by default
     assert [change.split()[0] for change in small["changes"]] == ["--mesh"]
@@ -54,18 +52,17 @@ def test_a_plan_that_does_not_fit_says_what_to_change():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--hvp", "linearized"], "There is no plan for --hvp linearized"),
         (["--operator", "gauss-newton"], "There is no plan for --operator gauss-newton"),
-        (["--batch-size", "4"], "There is no plan for --batch-size 4"),
-        (["--hardware", "V100"], "Unknown hardware 'V100'"),
-        (["--efficiency", "2"], "--efficiency 2.0 must be a share"),
+        (["--card", "V100"], "The card 'V100' is not in the table; it has A100-80GB, H100, H200, B200."),
+        (["--compiler", "gpu"], "--compiler gpu compiles for one card: add --card, one of A100-80GB"),
+        (["--price", "-1"], "--price -1.0 must be a number, 0 or more"),
         (["--mesh", "rows=2"], "Mesh axis rows=2"),
         (["--model", "no/such/config.json"], "There is no directory no/such/config.json"),
     ],
 )
 def test_errors_are_one_sentence(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run_command(script, "--no-compile", *arguments)
+        run_command(script, *([] if "--compiler" in arguments else ["--compiler", "none"]), *arguments)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

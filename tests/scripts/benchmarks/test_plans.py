@@ -19,7 +19,7 @@ def test_the_docs_have_the_table_that_the_command_prints(monkeypatch):
     monkeypatch.setattr(plan, "terminal", lambda: terminal(quiet=True))
 
     def made(name: str, devices: int, hvp: str) -> dict:
-        options = tyro.cli(plan.Options, args=[*script.arguments(name, devices, hvp), "--no-compile"])
+        options = tyro.cli(plan.Options, args=[*script.arguments(name, devices, hvp), "--compiler", "none"])
         command = shlex.split(plan.command(options))[2:]
         assert tyro.cli(plan.Options, args=command) == options
         return plan._rounded(plan.run(options))
