@@ -88,7 +88,7 @@ class Program:
                 name, lines = header.group(2), {}
                 computations[name] = Computation(name, lines)
                 entry = name if header.group(1) else entry
-            elif instruction := _instruction(line):
+            elif instruction := _instruction(re.sub(r'\bir = "[^"]*"', 'ir = ""', line)):  # a Pallas kernel's code
                 lines[instruction.name] = instruction
         if entry is None:
             raise InputError("No ENTRY computation in the text: this is not an HLO module.")
@@ -313,9 +313,27 @@ def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
         target = instruction.attribute(r'custom_call_target="([^"]*)"') or ""
         if target.startswith(("__cublas$gemm", "__cublas$lt$matmul")):
             return _cublas_flops(instruction, computation)
+        if target == PALLAS:
+            return _pallas_flops(instruction)
         if re.search(r"matmul|gemm|conv|fmha|dot", target, re.IGNORECASE):
             raise InputError(f"{instruction.name} is a call of {target}, whose operations are not counted.")
     return 0.0
+
+
+PALLAS = "__gpu$xla.gpu.triton"
+"""What a call of a Pallas kernel is named."""
+
+
+def _pallas_flops(instruction: Instruction) -> float:
+    """Operations of a Pallas kernel that declares them: `pallas_call(metadata={"flops": ..., "programs": ...})`.
+
+    These are of the kernel as it was traced, with so many programs; `vmap` gives it more.
+    """
+    stated = re.search(r"\\22flops\\22: \\22(\d+)\\22, \\22programs\\22: \\22(\d+)\\22", instruction.attributes)
+    grid = re.findall(r"\bgrid_[xyz] = (\d+)", instruction.attributes)
+    if stated is None or not grid:
+        raise InputError(f"{instruction.name} is a Pallas kernel that does not declare its operations.")
+    return float(stated[1]) * math.prod(map(int, grid)) / float(stated[2])
 
 
 def _cublas_flops(instruction: Instruction, computation: Computation) -> float:

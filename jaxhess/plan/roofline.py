@@ -13,7 +13,7 @@ import re
 from jaxhess.errors import InputError
 from jaxhess.plan.collectives import Exchange, exchanges_of
 from jaxhess.plan.hardware import Accelerator, accelerator
-from jaxhess.plan.hlo import Computation, Instruction, Program, bytes_of, callees, kernel_bytes, kernel_products
+from jaxhess.plan.hlo import PALLAS, Computation, Instruction, Program, bytes_of, callees, kernel_bytes, kernel_products
 
 MATMUL = 0.8
 """Share of a card's peak rate that large matrix products are taken to reach."""
@@ -262,7 +262,7 @@ class _Run:
         return took + LAUNCH
 
     def _share(self, instruction: Instruction) -> float:
-        return CUSTOM if instruction.opcode == "custom-call" and "triton" in instruction.attributes else MATMUL
+        return CUSTOM if instruction.attribute(r'custom_call_target="([^"]*)"') == PALLAS else MATMUL
 
     def _rate(self, unit: str) -> float:
         if unit not in self.device.peaks:
