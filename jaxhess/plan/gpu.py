@@ -63,7 +63,7 @@ def gpu_devices(card: str, count: int) -> list[Any]:
             f"A mesh of {count} devices does not fill servers of {device.node}: take at most {device.node} devices, or "
             f"a multiple of {device.node}."
         )
-    if jax.config.read("jax_platforms") != "cpu":
+    if jax.config.jax_platforms != "cpu":  # type: ignore[attr-defined]
         raise InputError("JAX must be limited to CPUs to compile for a card: set JAX_PLATFORMS=cpu before it starts.")
     hosts, each = (1, count) if count <= device.node else (count // device.node, device.node)
     described = topologies.get_topology_desc(

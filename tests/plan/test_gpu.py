@@ -1,0 +1,106 @@
+"""Programs compiled for GPUs that are not there: what they take stays within bounds, and nothing is unsupported."""
+
+import dataclasses
+import importlib.metadata
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+import convert
+from jaxhess import Storage
+from jaxhess.distributed.mesh import data_shards
+from jaxhess.plan import Job, flops, gpu, gpu_devices, memory, traffic
+from jaxhess.plan.hardware import ACCELERATORS
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "scripts" / "benchmarks" / "configs"
+compiles = pytest.mark.skipif(not gpu.available(), reason="needs the extra gpu-plan")
+
+
+def job(model: str, axes: dict[str, int], dtype: str = "bfloat16", each: int = 1, **options: Any) -> Job:
+    """A job on one microbatch of 2,048 tokens for every part of the batch."""
+    config = convert.read_config(CONFIGS / f"{model}.json", dtype)
+    config = dataclasses.replace(config, remat=options.get("hvp") != "linearized", **options.pop("config", {}))
+    made = Job(config, axes, **{"storage": Storage("none"), "sequences": 4096, **options})
+    size = each * data_shards(made.shape)
+    return dataclasses.replace(made, microbatch=size, sequences=size)
+
+
+def compiled_for(card: str, jobs: list[Job]) -> list[tuple[Any, Any, dict[str, float]]]:
+    """`compiled`, `roofline` and copies of whole leaves of every job, in a process that keeps to CPUs."""
+    code = f"""
+import pickle, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from jaxhess import plan
+from jaxhess.distributed.memory import bytes_per_device
+from jaxhess.distributed.mesh import make_mesh
+for job in pickle.load(sys.stdin.buffer):
+    mesh = make_mesh(job.axes or {{"fsdp": 1}}, plan.gpu_devices({card!r}, job.devices))
+    found = plan.compiled(job, mesh)
+    leaf = max(bytes_per_device([x]) for x in jax.tree.leaves(job.params()["layers"]))
+    facts = (found.facts(), plan.roofline(found.program, {card!r}), plan.whole_copies(found.program, leaf / 4))
+    pickle.dump(facts, sys.stdout.buffer)
+    sys.stdout.flush()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(jobs), stdout=subprocess.PIPE, check=True, env=environment
+    )
+    found, rest = [], ran.stdout
+    for _ in jobs:
+        facts = pickle.loads(rest)
+        rest = rest[len(pickle.dumps(facts)) :]
+        found.append(facts)
+    return found
+
+
+def test_the_card_is_described_from_the_table():
+    text = gpu.target_config("H200")
+    # XLA keeps 80% of it for a program: what JAX has with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+    assert f"device_memory_size: {round(0.92 * 141e9 / 0.8)}" in text
+    assert "cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }" in text
+    assert "feature_extension" not in gpu.target_config("A100-80GB")
+
+
+def test_what_does_not_fit():
+    device = ACCELERATORS["H200"]
+    room = 0.92 * 141e9
+    assert gpu.fits(device, 100e9, 0.94 * (room - 100e9))
+    assert not gpu.fits(device, 100e9, 0.96 * (room - 100e9))
+    assert not gpu.fits(device, 1.01 * room, 0)
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("card", "count", "message"),
+    [
+        ("V100", 8, "The card 'V100' is not in the table; it has A100-80GB, H100, H200, B200"),
+        ("H200", 12, "A mesh of 12 devices does not fill servers of 8: take at most 8 devices, or a multiple of 8"),
+        ("H200", 1024, "compiled for at most 512 devices, not for 1024"),
+        ("H200", 8, "JAX must be limited to CPUs to compile for a card: set JAX_PLATFORMS=cpu"),
+    ],
+)
+def test_devices_that_cannot_be_described_are_refused(card, count, message):
+    with pytest.raises(ValueError, match=message):
+        gpu_devices(card, count)
+
+
+def test_without_the_extra_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(gpu, "PLUGIN", "no_such_module")
+    with pytest.raises(ValueError, match=rf"pip install jax-cuda13-plugin=={jax.__version__}\. It needs no GPU"):
+        gpu_devices("H200", 1)
+
+
+@compiles
+def test_a_compiler_of_another_release_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.1.0")
+    with pytest.raises(ValueError, match=f"is of release 0.1.0, but JAX is {jax.__version__}"):
+        gpu_devices("H200", 1)
