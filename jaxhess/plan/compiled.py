@@ -86,19 +86,27 @@ def compiled(job: Job, mesh: Mesh | None = None) -> Compiled:
         )
     began = time.perf_counter()
     program = compile_segment(job.operator(mesh), job.state(mesh))
-    seconds = time.perf_counter() - began
-    memory = program.memory_analysis()
+    return facts_of(program, time.perf_counter() - began)
+
+
+def facts_of(segment: jax.stages.Compiled, compile_seconds: float = 0.0) -> Compiled:
+    """Facts of a Lanczos segment that is compiled already.
+
+    Raises:
+        InputError: The backend does not say how much memory it takes.
+    """
+    memory = segment.memory_analysis()
     if memory is None:
         raise InputError("This backend does not say how much memory a compiled program takes.")
-    text = read_program(program)
+    program = read_program(segment)
     return Compiled(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
-        matmul_flops(text, unknown_trips=1),
-        bytes_by_kind(collective_traffic(text, unknown_trips=1)),
-        seconds,
-        text,
+        matmul_flops(program, unknown_trips=1),
+        bytes_by_kind(collective_traffic(program, unknown_trips=1)),
+        compile_seconds,
+        program,
     )
 
 

@@ -101,6 +101,18 @@ def card_name(name: str) -> str:
     raise InputError(f"The card {name!r} is not in the table; it has {', '.join(ACCELERATORS)}.")
 
 
+def card_of(device_kind: str) -> str:
+    """The name of the card whose `device_kind` in JAX this is.
+
+    Raises:
+        InputError: It is not in the table.
+    """
+    for name, device in ACCELERATORS.items():
+        if device_kind.startswith(device.kind):
+            return name
+    raise InputError(f"The device {device_kind!r} is not in the table of cards; it has {', '.join(ACCELERATORS)}.")
+
+
 def peak_matmul_flops(device_kind: str, dtype: str) -> float | None:
     """Operations per second of one device in matrix products of `dtype`; None where the table does not say."""
     known = {device.kind: device.peaks for device in ACCELERATORS.values()} | _PCIE

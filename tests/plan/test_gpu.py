@@ -6,17 +6,17 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from small_models import TINY
 
 import convert
-from jaxhess import Storage
+from jaxhess import RopeConfig, Storage
 from jaxhess.distributed.mesh import data_shards
-from jaxhess.plan import Job, flops, gpu, gpu_devices, memory, traffic
+from jaxhess.plan import Job, gpu, gpu_devices, memory
 from jaxhess.plan.hardware import ACCELERATORS
 
 ROOT = Path(__file__).parents[2]
@@ -104,3 +104,95 @@ def test_a_compiler_of_another_release_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.1.0")
     with pytest.raises(ValueError, match=f"is of release 0.1.0, but JAX is {jax.__version__}"):
         gpu_devices("H200", 1)
+
+
+FAMILIES = {
+    "llama": {"qk_norm": False},
+    "mistral": {"qk_norm": False, "sliding_window": 24},
+    "qwen2": {"qk_norm": False, "qkv_bias": True, "tied_embeddings": True},
+    "qwen3": {},
+    "gpt_neox": {
+        "norm": "layer", "activation": "gelu", "gated_mlp": False, "parallel_residual": True, "num_kv_heads": 4,
+        "rope": RopeConfig(dims=8), "qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": False,
+    },
+    "gpt2": {
+        "norm": "layer", "activation": "gelu_tanh", "gated_mlp": False, "rope": None, "num_kv_heads": 4,
+        "tied_embeddings": True, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": False,
+    },
+}  # fmt: skip
+"""What the six families have that a Qwen3 has not."""
+
+SIZES = {
+    "vocab_size": 512,
+    "embed_dim": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "mlp_dim": 256,
+    "max_positions": 64,
+    "query_chunk": 32,
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "linearized": {"hvp": "linearized", "config": {"remat": False}},
+    "finite differences": {"hvp": "finite-difference"},
+    "finite differences, measured step": {"hvp": "finite-difference", "step": "auto", "dtype": "float32"},
+    "full": {"storage": Storage("full"), "steps": 4},
+    "full, rows in 16 bits": {"storage": Storage("full", basis_dtype="bfloat16"), "dtype": "float32", "steps": 4},
+    "window": {"storage": Storage(2), "steps": 4},
+    "three probes": {"batch_size": 3, "probes": 3},
+    "microbatches": {"sequences": 16},
+    "float16": {"dtype": "float16"},
+}
+
+
+def small(family: str = "qwen3", dtype: str = "bfloat16", config: dict[str, Any] | None = None, **options: Any) -> Job:
+    """A job of two layers on two by two devices."""
+    fields = {**SIZES, **FAMILIES[family], **(config or {})}
+    made = dataclasses.replace(TINY, **fields, dtype=dtype)
+    defaults = {"seq_len": 64, "sequences": 4, "microbatch": 4, "storage": Storage("none"), "steps": 4}
+    return Job(made, {"fsdp": 2, "tensor": 2}, **{**defaults, **options})
+
+
+@compiles
+@pytest.mark.slow
+def test_every_family_and_option_compiles_for_a_gpu():
+    """Nothing that a rented card would be the first to refuse; and the counts are those of the formula."""
+    jobs = [small(family) for family in FAMILIES] + [small(**options) for options in OPTIONS.values()]
+    found = compiled_for("H200", jobs)
+    assert len(found) == len(jobs)
+    for planned, (facts, roofline, _) in zip(jobs, found, strict=True):
+        assert facts["temporaries"] > 0 < roofline.seconds
+        assert facts["arguments"] == pytest.approx(memory(planned).arguments, rel=0.05)
+
+
+@compiles
+@pytest.mark.slow
+def test_every_operator_compiles_for_a_gpu():
+    code = """
+import dataclasses, pickle, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+import jaxhess
+from jaxhess import plan
+from jaxhess.distributed.mesh import make_mesh
+from jaxhess.krylov.lanczos import compile_segment
+job = pickle.load(sys.stdin.buffer)
+mesh = make_mesh(job.axes, plan.gpu_devices("H100", job.devices))
+hessian, state = job.operator(mesh), job.state(mesh)
+parts = (hessian.loss, hessian.params, hessian.batches)
+fisher = jaxhess.MonteCarloFisher
+tokens = hessian.batches[0].stacked.tokens
+drawn = (jax.ShapeDtypeStruct((*tokens.shape[:2], tokens.shape[2] - 1, 2), tokens.dtype, sharding=tokens.sharding),)
+for operator in (jaxhess.GaussNewton(*parts), jaxhess.EmpiricalFisher(*parts), fisher(*parts, drawn=drawn)):
+    print(type(operator).__name__, compile_segment(operator, state).memory_analysis().temp_size_in_bytes)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(small()), stdout=subprocess.PIPE, check=True, env=environment
+    )
+    assert [line.split()[0] for line in ran.stdout.decode().splitlines()] == [
+        "GaussNewton",
+        "EmpiricalFisher",
+        "MonteCarloFisher",
+    ]
