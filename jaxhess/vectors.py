@@ -15,12 +15,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 
 from jaxhess.errors import InputError
 
 Vector = Any
 """A pytree of floating-point arrays."""
+
+TOGETHER = 8
+"""Stacked vectors that one pass over a sum adds to it."""
 
 Distribution = Literal["normal", "rademacher"]
 
@@ -63,16 +67,17 @@ def _norm_in(dtype: str) -> Callable[[Vector], jax.Array]:
     @jax.custom_batching.custom_vmap
     def one(x: Vector) -> jax.Array:
         total = squares(x)
-        return jax.lax.cond(safe(total), lambda: jnp.sqrt(total), lambda: rescaled(x))
+        length = jnp.sqrt(total)
+        # Were a square root in a branch, XLA would compute both branches and choose (its ConditionalSimplifier).
+        return jax.lax.cond(safe(total), lambda: length, lambda: rescaled(x))
 
     # vmap would turn the condition into a choice between both, and sum every vector twice.
     @one.def_vmap
     def many(_: int, batched: list[Any], x: Vector) -> tuple[jax.Array, bool]:
         axes = jax.tree.map(lambda b: 0 if b else None, batched[0])
         totals = jax.vmap(squares, in_axes=(axes,))(x)
-        return jax.lax.cond(
-            safe(totals), lambda: jnp.sqrt(totals), lambda: jax.vmap(rescaled, in_axes=(axes,))(x)
-        ), True
+        lengths = jnp.sqrt(totals)
+        return jax.lax.cond(safe(totals), lambda: lengths, lambda: jax.vmap(rescaled, in_axes=(axes,))(x)), True
 
     return one
 
@@ -115,21 +120,62 @@ def basis_dot(basis: Vector, x: Vector) -> jax.Array:
 def basis_sum(coefficients: jax.Array, basis: Vector) -> Vector:
     """The linear combination of the m stacked vectors with `coefficients` [m]; leaves in at least float32.
 
-    A basis in a narrower dtype is read one vector at a time: a matrix product would first widen all of it.
+    A basis in a narrower dtype is read a few vectors at a time: a matrix product would first widen all of it.
     """
 
     def leaf(b: jax.Array) -> jax.Array:
         wide = jnp.promote_types(b.dtype, jnp.float32)
-        c = coefficients.astype(wide)
         if b.dtype == wide:
-            return jnp.tensordot(c, b, axes=1, precision="highest")
-
-        def add(k: jax.Array, total: jax.Array) -> jax.Array:
-            return total + c[k] * jax.lax.dynamic_index_in_dim(b, k, keepdims=False).astype(wide)
-
-        return jax.lax.fori_loop(0, b.shape[0], add, jnp.zeros(b.shape[1:], wide))
+            return jnp.tensordot(coefficients.astype(wide), b, axes=1, precision="highest")
+        return add_basis_sum(jnp.zeros(b.shape[1:], wide), coefficients, b)
 
     return jax.tree.map(leaf, basis)
+
+
+def add_basis_sum(y: Vector, coefficients: jax.Array, basis: Vector) -> Vector:
+    """y, in at least float32, plus the linear combination of the m stacked vectors with `coefficients` [m].
+
+    At most `TOGETHER` vectors are added up at a time, so that y is read and written once for so many. A loop for every
+    leaf: what is summed next is then no part of it, and y is changed in place.
+    """
+    m = jax.tree.leaves(basis)[0].shape[0]
+    rounds = -(-m // TOGETHER)
+    width = -(-m // rounds)
+
+    def leaf(e: jax.Array, b: jax.Array) -> jax.Array:
+        def add(k: jax.Array, e: jax.Array) -> jax.Array:
+            start = jnp.minimum(width * k, m - width)
+            total = jnp.zeros((), e.dtype)
+            for row in (start + i for i in range(width)):
+                c = jnp.where(row < width * k, 0, coefficients[row]).astype(e.dtype)  # the last round's may be done
+                total = total + c * jax.lax.dynamic_index_in_dim(b, row, keepdims=False).astype(e.dtype)
+            return e + total
+
+        return jax.lax.fori_loop(0, rounds, add, e)
+
+    return jax.tree.map(leaf, y, basis)
+
+
+def in_order(x: Vector, shardings: list[NamedSharding | None]) -> Vector:
+    """x, every leaf stored with its axes in order, on every device.
+
+    Inside `jit` the compiler chooses: a product it stores like a reduced gradient, with the axis that `fsdp` cuts
+    first, and what is added to it likewise. Arrays that come from outside have their axes in order, and would be
+    transposed as a whole in every step.
+    """
+
+    def local(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+    def leaf(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+        if sharding is None or sharding.mesh.size == 1:
+            return local(x)
+        # The partitioner takes a constraint for a kernel that needs all of x.
+        spec = sharding.spec
+        return jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+    leaves, treedef = jax.tree.flatten(x)
+    return jax.tree.unflatten(treedef, [leaf(e, s) for e, s in zip(leaves, shardings, strict=True)])
 
 
 def size(x: Vector) -> int:

@@ -10,7 +10,7 @@ from convert.text import load_blocks
 from jaxhess import MatrixOperator, audit, leading_eigenpairs, make_mesh, random_probe, spectrum
 from jaxhess.data import random_blocks
 from jaxhess.krylov import diagonal, hutch_plus_plus, hutchinson, xtrace
-from jaxhess.vectors import add_scaled, basis_dot, basis_sum, dot, norm, random_key, scale
+from jaxhess.vectors import add_basis_sum, add_scaled, basis_dot, basis_sum, dot, in_order, norm, random_key, scale
 
 
 def tree(seed: int, dtype=jnp.float32):
@@ -51,6 +51,35 @@ def test_basis_products_match_numpy():
     np.testing.assert_allclose(basis_dot(basis, x), dense @ flat(x), rtol=0, atol=1e-4)
     c = jnp.arange(5.0)
     np.testing.assert_allclose(flat(basis_sum(c, basis)), np.arange(5.0) @ dense, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 8, 9, 11, 24])  # several rounds, and a last one that overlaps the one before
+def test_a_sum_of_many_vectors_takes_each_once(dtype, rows):
+    basis = jax.tree.map(lambda *v: jnp.stack(v).astype(dtype), *[tree(k) for k in range(rows)])
+    y, c = tree(99), jax.random.normal(jax.random.key(0), rows)
+    dense = np.stack([flat(jax.tree.map(lambda b, k=k: b[k].astype("float32"), basis)) for k in range(rows)])
+    expected = flat(y) + np.asarray(c, np.float64) @ dense
+    np.testing.assert_allclose(flat(add_basis_sum(y, c, basis)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_norm_reads_the_vector_once_unless_its_squares_vanish():
+    # A conditional that XLA turns into a choice would scale every vector by its largest entry, and sum it again.
+    for batched, name in ((norm, "one"), (jax.vmap(norm), "several")):
+        program = jax.jit(batched).lower(jnp.ones((3, 1000))).compile().as_text()
+        assert program.count(" conditional(") == 1, name
+    tiny = jnp.array([[3.0, 4.0], [3e-25, 4e-25], [0.0, 0.0], [3e30, 4e30]])
+    np.testing.assert_allclose(jax.vmap(norm)(tiny), [5, 5e-25, 0, 5e30], rtol=1e-6)
+
+
+def test_leaves_are_put_in_order_on_every_device():
+    sharding = NamedSharding(make_mesh("fsdp=4,tensor=2"), PartitionSpec("fsdp", None, "tensor"))
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (8, 3, 6)), sharding)
+    lowered = jax.jit(lambda x: in_order([x], [sharding])[0]).lower(x)
+    assert jnp.array_equal(lowered.compile()(x), x)
+    assert "LayoutConstraint" in lowered.as_text()
+    text = lowered.compile().as_text()
+    assert "all-gather" not in text  # of the constraint alone the partitioner would make one of the whole array
 
 
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, dot, norm
+from jaxhess.vectors import Vector, add_basis_sum, add_scaled, basis_dot, basis_sum, dot, norm
 
 HOST = "pinned_host"
 TOGETHER = 2
@@ -41,12 +41,12 @@ def zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def write_row(basis: Vector, row: jax.Array, vector: Vector) -> Vector:
-    """The basis with the vector in this row, rounded to its dtype; past the last row of a device's basis, as it is."""
+    """The basis with the vector in this row, rounded to its dtype."""
 
     def leaf(b: jax.Array, x: jax.Array) -> jax.Array:
         x = x.astype(b.dtype)
         if not _on_host(b):
-            return b.at[row].set(x, mode="drop")
+            return jax.lax.dynamic_update_index_in_dim(b, x, row, 0)
         return jax.lax.dynamic_update_slice_in_dim(b, jax.device_put(x[None], jax.memory.Space.Host), row, 0)
 
     return jax.tree.map(leaf, basis, vector)
@@ -65,7 +65,7 @@ def project_out(basis: Vector, w: Vector, count: jax.Array) -> tuple[Vector, jax
     if any(map(_on_host, jax.tree.leaves(basis))):
         return project_out_in_turn(basis, w, count)
     overlaps = basis_dot(basis, w)
-    return add_scaled(w, jnp.float32(-1), basis_sum(overlaps, basis)), norm(overlaps)  # whose squares do not overflow
+    return add_basis_sum(w, -overlaps, basis), norm(overlaps)  # whose squares do not overflow
 
 
 def project_out_in_turn(basis: Vector, w: Vector, count: jax.Array) -> tuple[Vector, jax.Array]:
@@ -152,6 +152,13 @@ def stacked_sharding(sharding: Any, axes: int = 1) -> Any:
     if not isinstance(sharding, NamedSharding):
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*(None,) * axes, *sharding.spec))
+
+
+def unstacked_sharding(sharding: Any) -> Any:
+    """The sharding of one of the arrays that are stacked along the leading axis."""
+    return (
+        NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if isinstance(sharding, NamedSharding) else None
+    )
 
 
 def _fetch(basis: Vector, row: jax.Array) -> Vector:

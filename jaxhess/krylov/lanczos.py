@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess.errors import InputError
-from jaxhess.krylov.basis import combine, gram, narrower, project_out, project_out_in_turn, write_row
+from jaxhess.krylov.basis import (
+    combine,
+    gram,
+    narrower,
+    project_out,
+    project_out_in_turn,
+    unstacked_sharding,
+    write_row,
+)
 from jaxhess.krylov.state import LanczosState, cached_program, over_runs, run_axes
 from jaxhess.operators.base import LinearOperator
-from jaxhess.vectors import Vector, add_scaled, dot, norm, scale, size, widen
+from jaxhess.vectors import Vector, add_scaled, dot, in_order, norm, scale, size, widen
 
 BREAKDOWN = 32
 """Rounding units within which a beta is noise: the Krylov space is exhausted.
@@ -90,11 +98,13 @@ def lanczos_vectors(state: LanczosState, coefficients: np.ndarray) -> Vector:
 
 @cached_program
 def _segment_program(state: LanczosState) -> Any:
+    shardings = [unstacked_sharding(x.sharding) for x in jax.tree.leaves(state.current)]
+
     def segment(operator: LinearOperator, state: LanczosState, end: jax.Array) -> LanczosState:
         last = jnp.minimum(end, state.alphas.shape[-1])
 
         def steps(state: LanczosState) -> LanczosState:
-            return jax.lax.fori_loop(state.step, last, lambda _, s: _lanczos_step(operator, s), state)
+            return jax.lax.fori_loop(state.step, last, lambda _, s: _lanczos_step(operator, s, shardings), state)
 
         axes = run_axes(state)
         return over_runs(steps, state.runs, (axes,), axes)(state)
@@ -102,12 +112,12 @@ def _segment_program(state: LanczosState) -> Any:
     return jax.jit(segment, donate_argnums=(1,), out_shardings=jax.tree.map(lambda x: x.sharding, state))
 
 
-def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState:
+def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list[Any]) -> LanczosState:
     j, q = state.step, state.current
     wide = state.alphas.dtype
     beta_before = jnp.where(j > 0, state.betas[jnp.maximum(j - 1, 0)], 0)
     length, length_before = _length(q, wide), _length(state.previous, wide)
-    w = operator.mv(widen(q))
+    w = in_order(operator.mv(widen(q)), shardings)
     w = add_scaled(scale(1 / length, w), -beta_before / length_before, state.previous)
     alpha = dot(w, q, wide) / length
     w = add_scaled(w, -alpha / length, q)
@@ -124,10 +134,6 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
     following = scale(1 / jnp.where(broken, 1, beta), w)
     stored = jax.tree.map(lambda e, like: jnp.where(broken, 0, e).astype(like.dtype), following, q)
     error = removed + jnp.where(exhausted, beta, beta * _rounding_error(following, q, wide))
-    basis = state.basis
-    if basis is not None:
-        window = state.reorthogonalize if isinstance(state.reorthogonalize, int) else None
-        basis = write_row(basis, j + 1 if window is None else (j + 1) % window, stored)
 
     def record(values: jax.Array, value: jax.Array) -> jax.Array:
         return values.at[j].set(jnp.where(state.broken, 0, value))
@@ -135,6 +141,7 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
     # That beta is not above infinity is always true, but XLA does not know: it moves q to its new place at the end of
     # the step, not at the beginning, where the copy would be one more vector beside the product's temporaries.
     ended = state.broken & ~(beta > jnp.inf)
+    previous = jax.tree.map(lambda old, new: jnp.where(ended, old, new), state.previous, q)
     return dataclasses.replace(
         state,
         step=j + 1,
@@ -143,9 +150,26 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState) -> LanczosState
         alphas=record(state.alphas, alpha),
         betas=record(state.betas, beta),
         step_errors=record(state.step_errors, error),
-        previous=jax.tree.map(lambda old, new: jnp.where(ended, old, new), state.previous, q),
+        previous=previous,
         current=stored,
-        basis=basis,
+        basis=_with_following(state, stored, previous),
+    )
+
+
+def _with_following(state: LanczosState, following: Vector, q: Vector) -> Vector | None:
+    """The basis with q_{j+1}, which has no row after the last step: the host's has a spare one."""
+    row = state.step + 1
+    if state.basis is None:
+        return None
+    if isinstance(state.reorthogonalize, int):
+        return write_row(state.basis, row % state.reorthogonalize, following)
+    rows = jax.tree.leaves(state.basis)[0].shape[0]
+    # After the last step q_j is written where it is already: to write nothing the whole basis would be copied.
+    written = (row < rows) | state.broken  # then both are zero
+    return write_row(
+        state.basis,
+        jnp.minimum(row, rows - 1),
+        jax.tree.map(lambda new, old: jnp.where(written, new, old), following, q),
     )
 
 
@@ -181,7 +205,7 @@ def _length(q: Vector, dtype: Any) -> jax.Array:
     """The length of a stored Lanczos vector: one within rounding if it is stored as wide as it is computed."""
     if not _is_narrow(q):
         return jnp.ones((), dtype)
-    length = norm(q, dtype)
+    length = jnp.sqrt(dot(q, q, dtype))  # about one: squares that vanish are too small to matter
     return jnp.where(length > 0, length, 1)  # the vector before the first is zero
 
 
@@ -196,7 +220,8 @@ def _rounding_error(unit: Vector, like: Vector, dtype: Any) -> jax.Array:
         # This flushes entries to zero that the cast keeps as subnormal numbers.
         return jnp.where(jnp.abs(e) < kind.tiny, jnp.minimum(lost, kind.smallest_subnormal / 2), lost)
 
-    return norm(jax.tree.map(leaf, unit, like), dtype)
+    lost = jax.tree.map(leaf, unit, like)
+    return jnp.sqrt(dot(lost, lost, dtype))  # beside a unit vector squares that vanish are too small to matter
 
 
 def _is_narrow(q: Vector) -> bool:
