@@ -35,6 +35,7 @@ class DotAlgorithm:
         parts: Parts of a number; part i is what is left of it after the parts before.
         terms: Products of parts (of the left number, of the right one) in the order in which they are added, the
             smallest first.
+        unit: Dtype of the parts, that tensor cores multiply: "bfloat16" or "tfloat32".
         error: The largest relative error of a product of two numbers, from the bits that are lost and the products that
             are left out.
     """
@@ -43,6 +44,7 @@ class DotAlgorithm:
     dropped: int
     parts: int
     terms: tuple[tuple[int, int], ...]
+    unit: str
     error: float
 
 
@@ -51,10 +53,10 @@ _X6 = ((0, 2), (1, 1), (2, 0), (0, 1), (1, 0), (0, 0))
 ALGORITHMS: dict[str, DotAlgorithm] = {
     # A bfloat16 part has 8 bits, a TF32 part 11: two parts lose 2^-15 (the last bfloat16 part is rounded) and 2^-20 of
     # a number and leave out 2^-14 and 2^-20 of a product; three of 8 bits lose nothing and leave out 2 x 2^-21.
-    "bf16x6": DotAlgorithm("BF16_BF16_F32_X6", 16, 3, _X6, 2.0**-20),
-    "tf32x3": DotAlgorithm("TF32_TF32_F32_X3", 13, 2, _X3, 3 * 2.0**-20),
-    "bf16x3": DotAlgorithm("BF16_BF16_F32_X3", 16, 2, _X3, 2.0**-13),
-    "tf32": DotAlgorithm("TF32_TF32_F32", 13, 1, ((0, 0),), 2.0**-9),
+    "bf16x6": DotAlgorithm("BF16_BF16_F32_X6", 16, 3, _X6, "bfloat16", 2.0**-20),
+    "tf32x3": DotAlgorithm("TF32_TF32_F32_X3", 13, 2, _X3, "tfloat32", 3 * 2.0**-20),
+    "bf16x3": DotAlgorithm("BF16_BF16_F32_X3", 16, 2, _X3, "bfloat16", 2.0**-13),
+    "tf32": DotAlgorithm("TF32_TF32_F32", 13, 1, ((0, 0),), "tfloat32", 2.0**-9),
 }
 """By the names that `matmul_precision` takes beside "float32", the most precise first."""
 
