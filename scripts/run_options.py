@@ -13,6 +13,7 @@ import tyro
 from jaxhess.errors import InputError
 from jaxhess.krylov.storage import Storage
 from jaxhess.models import LOGIT_CHUNK
+from jaxhess.operators.matmul import MatmulPrecision
 from jaxhess.vectors import check_seed
 
 TINY = Path(__file__).parent / "tiny"
@@ -75,6 +76,9 @@ class Options:
     compute_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """Dtype of matrix products and activations; by default that of the weights. Norms, softmax and loss are in float32
     or wider, and float32 is float32 on a GPU too (no TF32)."""
+    matmul_precision: MatmulPrecision = "float32"
+    """Precision of matrix products in float32. The others take less time on GPUs (docs/numerics.md has the error of
+    each); elsewhere they are emulated, and slower than float32."""
     accumulation_dtype: Literal["float32", "float64"] = "float32"
     """Dtype of the operator's sums over microbatches."""
     audit: bool = True

@@ -31,6 +31,8 @@ from jaxhess.files.run_folder import EIGENVECTORS, EXPORTS, RUN_FILES
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.models import abstract_params
 from jaxhess.operators.audit import audit
+from jaxhess.operators.facts import describe
+from jaxhess.operators.matmul import check_matmul_precision
 from jaxhess.operators.restriction import restriction
 from jaxhess.results.files import contents
 from jaxhess.results.report import LOST_WARNING, report_files
@@ -91,9 +93,11 @@ def read_config(options: Options) -> jaxhess.DecoderConfig:
     """The model's configuration, once the options have been checked against it. Sets JAX's 64-bit mode if it is needed.
 
     Raises:
-        InputError: There is no such model, or its parameters, layers or sequences are not what the options ask for.
+        InputError: There is no such model, or its parameters, layers, sequences or dtype are not what the options ask
+            for.
     """
     config = convert.load_config(options.model, options.dtype)
+    check_matmul_precision(options.matmul_precision, (options.compute_dtype or config.dtype,))
     layers = layer_numbers(options.layers, config.num_layers)
     if options.restrict or layers is not None:
         restriction(abstract_params(config), options.restrict, layers)
@@ -179,27 +183,26 @@ def build(options: Options, model: jaxhess.LanguageModel, batches: Any, console:
         InputError: Lanczos vectors or kept arrays do not fit into memory, or there are not so many eigenpairs.
     """
     arguments = (model.loss(options.logit_chunk), model.params, batches)
-    accumulation = options.accumulation_dtype
+    precision: Any = {"accumulation_dtype": options.accumulation_dtype, "matmul_precision": options.matmul_precision}
     operator: jaxhess.LossOperator
     if options.operator == "gauss-newton":
-        operator = jaxhess.GaussNewton(*arguments, accumulation_dtype=accumulation)
+        operator = jaxhess.GaussNewton(*arguments, **precision)
     elif options.operator == "empirical-fisher":
-        operator = jaxhess.EmpiricalFisher(*arguments, accumulation_dtype=accumulation)
+        operator = jaxhess.EmpiricalFisher(*arguments, **precision)
     elif options.operator == "monte-carlo-fisher":
         key = jax.random.fold_in(random_key(options.seed), 1)
-        operator = jaxhess.MonteCarloFisher.draw(
-            *arguments, key=key, samples=options.fisher_samples, accumulation_dtype=accumulation
-        )
+        operator = jaxhess.MonteCarloFisher.draw(*arguments, key=key, samples=options.fisher_samples, **precision)
     elif options.hvp == "finite-difference":
         operator = jaxhess.FiniteDifferenceHessian(
-            *arguments,
-            step=options.step,
-            per=options.step_per,
-            shift=options.shift,
-            accumulation_dtype=accumulation,
+            *arguments, step=options.step, per=options.step_per, shift=options.shift, **precision
         )
     else:
-        operator = jaxhess.Hessian(*arguments, accumulation_dtype=accumulation)
+        operator = jaxhess.Hessian(*arguments, **precision)
+    if describe(operator).get("matmul_emulated"):
+        console.print(
+            f"These devices have no {options.matmul_precision} products: they are emulated, with the same operands and "
+            "slower than float32."
+        )
     layers = layer_numbers(options.layers, model.config.num_layers)
     if options.restrict or layers is not None:
         operator = operator.restrict(*options.restrict, layers=layers)

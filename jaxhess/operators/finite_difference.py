@@ -16,6 +16,7 @@ from jaxhess.errors import InputError
 from jaxhess.operators.facts import describe, explain_non_finite, shares_work, validate
 from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import LossOperator, describe_loss, divided, explain_non_finite_product, validate_loss
+from jaxhess.operators.matmul import with_matmul_precision
 from jaxhess.operators.microbatches import Microbatches
 from jaxhess.operators.precision import exact_operator, product_dtypes
 from jaxhess.operators.restriction import leaf_name
@@ -89,9 +90,8 @@ class FiniteDifferenceHessian(LossOperator):
 
     def mv(self, v: Vector) -> Vector:
         """The product in the dtypes of v. One pass over all batches at theta + e u, then one at theta - e u."""
-        with jax.default_matmul_precision("highest"):
-            total, count = self._product(v, self.groups)
-        return self.pin(divided(total, count, v))
+        summed = with_matmul_precision(lambda v: self._product(v, self.groups), self.matmul_precision)
+        return self.pin(divided(*summed(v), v))
 
     def product_sum(self, v: Vector, batch: Any) -> tuple[Vector, jax.Array]:
         return self._product(v, (Microbatches(jax.tree.map(lambda x: x[None], batch)),))
@@ -99,8 +99,8 @@ class FiniteDifferenceHessian(LossOperator):
     def shift_length(self, v: Vector) -> jax.Array:
         """e, the length of the shift made along v: a scalar."""
         if self.step is None:
-            with jax.default_matmul_precision("highest"):
-                return balanced_length(self._wide(), v, product_dtypes(self._shifted()))
+            wide, dtypes = self._wide(), product_dtypes(self._shifted())
+            return with_matmul_precision(lambda v: balanced_length(wide, v, dtypes), wide.matmul_precision)(v)
         return jnp.asarray(self.step * math.sqrt(size(v)) if self.per == "coordinate" else self.step)
 
     def calibrated(self, v: Vector) -> FiniteDifferenceHessian:
@@ -170,7 +170,10 @@ class FiniteDifferenceHessian(LossOperator):
     def _wide(self) -> FiniteDifferenceHessian:
         """The operator stored and computed in at least float32."""
         wide = functools.reduce(jnp.promote_types, product_dtypes(self), jnp.dtype("float32"))
-        return self if product_dtypes(self) == (str(wide),) else self.in_dtype(str(wide))
+        if product_dtypes(self) == (str(wide),):
+            return self
+        kept = self.matmul_precision if str(wide) == "float32" else "float32"
+        return dataclasses.replace(self.in_dtype(str(wide)), matmul_precision=kept)
 
 
 @exact_operator.register

@@ -18,6 +18,7 @@ from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.facts import checksum, describe, explain_non_finite
 from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import divided
+from jaxhess.operators.matmul import with_matmul_precision
 from jaxhess.operators.microbatches import Microbatches, sum_over_microbatches
 from jaxhess.operators.precision import exact_operator
 from jaxhess.vectors import Vector, cast
@@ -51,17 +52,18 @@ class LinearizedHessian(LinearOperator):
     count: jax.Array
 
     def mv(self, v: Vector) -> Vector:
-        direction = cast(v, self.hessian.free)
-
-        def product(pair: tuple[Any, list[jax.Array]]) -> Vector:
-            batch, kept = pair
-            push, _ = _linearize(self.hessian, self.hessian.params, batch)
-            return self.hessian.pin(_refilled(push, self.hessian, batch, kept)(direction))
-
         pairs = zip(self.hessian.batches, self.residuals, strict=True)
         groups = tuple(Microbatches((batches.stacked, kept.stacked)) for batches, kept in pairs)
-        with jax.default_matmul_precision("highest"):
-            total = sum_over_microbatches(product, groups, self.hessian.accumulation_dtype)
+
+        def summed(direction: Vector) -> Vector:
+            def product(pair: tuple[Any, list[jax.Array]]) -> Vector:
+                batch, kept = pair
+                push, _ = _linearize(self.hessian, self.hessian.params, batch)
+                return self.hessian.pin(_refilled(push, self.hessian, batch, kept)(direction))
+
+            return sum_over_microbatches(product, groups, self.hessian.accumulation_dtype)
+
+        total = with_matmul_precision(summed, self.hessian.matmul_precision)(cast(v, self.hessian.free))
         return self.hessian.pin(divided(total, self.count, v))
 
     @property
@@ -260,12 +262,12 @@ def _programs(hessian: Hessian) -> list[jax.stages.Compiled]:
         return [leaves[k] for k in _kept_places(hessian, batch)], count
 
     def program(params: Any, stacked: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            if len(jax.tree.leaves(stacked)[0]) == 1:
-                return jax.tree.map(lambda x: x[None], linear(params, jax.tree.map(lambda x: x[0], stacked)))
-            return jax.lax.map(lambda batch: linear(params, batch), stacked)
+        if len(jax.tree.leaves(stacked)[0]) == 1:
+            return jax.tree.map(lambda x: x[None], linear(params, jax.tree.map(lambda x: x[0], stacked)))
+        return jax.lax.map(lambda batch: linear(params, batch), stacked)
 
-    return [jax.jit(program).lower(hessian.params, group.stacked).compile() for group in hessian.batches]
+    jitted = jax.jit(with_matmul_precision(program, hessian.matmul_precision))
+    return [jitted.lower(hessian.params, group.stacked).compile() for group in hessian.batches]
 
 
 def _output_bytes(compiled: jax.stages.Compiled) -> int:

@@ -14,12 +14,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxhess import vectors
+from jaxhess.distributed.memory import devices_of
 from jaxhess.errors import InputError
 from jaxhess.files.run_folder import json_ready
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.facts import checksum, describe, explain_non_finite, validate
+from jaxhess.operators.matmul import ALGORITHMS, MatmulPrecision, check_matmul_precision, with_matmul_precision
 from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
-from jaxhess.operators.precision import exact_operator, product_dtypes
+from jaxhess.operators.precision import exact_operator, product_dtypes, product_eps
 from jaxhess.operators.restriction import Restriction, restriction
 from jaxhess.vectors import Vector, cast, check_accumulation_dtype, named_sharding, widen
 
@@ -33,7 +35,7 @@ class LossOperator(LinearOperator):
     """Curvature of `sum of losses / sum of counts` over all batches.
 
     Dividing once, by the count over all batches, makes it independent of how the data is cut into microbatches or
-    padded. Matrix products run in full float32 where the parameters are float32 (no TF32).
+    padded. Matrix products run in full float32 where the parameters are float32 (no TF32), or as asked for.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jaxhess
@@ -54,10 +56,13 @@ class LossOperator(LinearOperator):
         params: Any pytree of floating-point arrays, sharded or not.
         batches: A list of batches, or `Microbatches`. Stored as groups of equal shape.
         accumulation_dtype: Of sums over microbatches, "float32" or "float64"; never narrower than the products.
+        matmul_precision: Of products of float32 matrices: "float32", or "bf16x6", "tf32x3", "bf16x3", "tf32", which are
+            faster on GPUs and less precise in this order (`jaxhess.operators.matmul`); emulated, and then slower, on
+            all other devices. Convolutions know only float32.
 
     Raises:
         TypeError, ValueError: `batches` is not a list, or empty; there is no parameter, or one without entries or not
-            floating point.
+            floating point; a matmul precision that is unknown, or not for these dtypes.
     """
 
     loss: Loss = dataclasses.field(metadata={"static": True})
@@ -65,6 +70,7 @@ class LossOperator(LinearOperator):
     batches: Any
     _: dataclasses.KW_ONLY
     accumulation_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+    matmul_precision: MatmulPrecision = dataclasses.field(default="float32", metadata={"static": True})
     restriction: Restriction | None = dataclasses.field(default=None, metadata={"static": True})
     """Which parameters are free; None: all. See `restrict`."""
     shardings: tuple[NamedSharding | None, ...] | None = dataclasses.field(default=None, metadata={"static": True})
@@ -84,6 +90,7 @@ class LossOperator(LinearOperator):
                 name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
                 raise InputError(f"Parameter {name} has dtype {dtype}; a Hessian needs floating-point parameters.")
         check_accumulation_dtype(self.accumulation_dtype)
+        check_matmul_precision(self.matmul_precision, computed_in(self))
         object.__setattr__(self, "batches", as_groups(self.batches))
         object.__setattr__(self, "shardings", tuple(map(named_sharding, jax.tree.leaves(self.params))))
 
@@ -97,8 +104,8 @@ class LossOperator(LinearOperator):
             (total, count), gradient = jax.value_and_grad(self.sum_and_count, has_aux=True)(self.free, batch)
             return total, count, self.pin(gradient)
 
-        with jax.default_matmul_precision("highest"):
-            total, count, gradient = sum_over_microbatches(parts, self.batches, self.accumulation_dtype)
+        sums = functools.partial(sum_over_microbatches, parts, self.batches, self.accumulation_dtype)
+        total, count, gradient = with_matmul_precision(sums, self.matmul_precision)()
         return total / count, self.pin(divided(gradient, count, widen(self.free)))
 
     @abc.abstractmethod
@@ -107,14 +114,15 @@ class LossOperator(LinearOperator):
 
     def mv(self, v: Vector) -> Vector:
         """The product in the dtypes of v. The direction is rounded to the parameters' dtypes first."""
-        direction = cast(v, self.free)
 
-        def product(batch: Any) -> tuple[Vector, jax.Array]:
-            total, count = self.product_sum(direction, batch)
-            return self.pin(total), count
+        def summed(direction: Vector) -> tuple[Vector, jax.Array]:
+            def product(batch: Any) -> tuple[Vector, jax.Array]:
+                total, count = self.product_sum(direction, batch)
+                return self.pin(total), count
 
-        with jax.default_matmul_precision("highest"):
-            total, count = sum_over_microbatches(product, self.groups, self.accumulation_dtype)
+            return sum_over_microbatches(product, self.groups, self.accumulation_dtype)
+
+        total, count = with_matmul_precision(summed, self.matmul_precision)(cast(v, self.free))
         return self.pin(divided(total, count, v))
 
     @property
@@ -159,13 +167,14 @@ class LossOperator(LinearOperator):
         return dataclasses.replace(self, restriction=chosen, shardings=shardings)
 
     def in_dtype(self, dtype: str) -> Self:
-        """The same operator with parameters stored and computed in `dtype`.
+        """The same operator with parameters stored and computed in `dtype`, matrix products in all of its precision.
 
         A loss is taken to follow its parameters' dtype; one that has its own says so by an attribute `dtype` and a
         method `in_dtype(dtype)`.
         """
         loss = self.loss.in_dtype(dtype) if hasattr(self.loss, "in_dtype") else self.loss
-        return dataclasses.replace(self, loss=loss, params=cast(self.params, jnp.dtype(dtype)))
+        params = cast(self.params, jnp.dtype(dtype))
+        return dataclasses.replace(self, loss=loss, params=params, matmul_precision="float32")
 
     def sum_and_count(self, free: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """The loss of one batch as a function of the free parameters: (sum, count), the latter not differentiated."""
@@ -192,6 +201,19 @@ def _(operator: LossOperator) -> tuple[str, ...]:
     return tuple(sorted(stored | ({str(operator.loss.dtype)} if hasattr(operator.loss, "dtype") else set())))
 
 
+@product_eps.register
+def _(operator: LossOperator) -> float:
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in product_dtypes(operator))
+    algorithm = ALGORITHMS.get(operator.matmul_precision)
+    return eps if algorithm is None else max(eps, algorithm.error)
+
+
+def computed_in(operator: LossOperator) -> tuple[str, ...]:
+    """The dtypes of matrix products: the loss's own, or those of the parameters."""
+    own = getattr(operator.loss, "dtype", None)
+    return product_dtypes(operator) if own is None else (str(own),)
+
+
 @exact_operator.register
 def _(operator: LossOperator, dtype: str) -> LinearOperator:
     return operator.in_dtype(dtype)
@@ -199,12 +221,17 @@ def _(operator: LossOperator, dtype: str) -> LinearOperator:
 
 @describe.register
 def describe_loss(operator: LossOperator) -> dict[str, Any]:
-    """Its kind, dtypes and restriction."""
+    """Its kind, dtypes and restriction; and the precision of float32 products, and where they were emulated."""
     facts: dict[str, Any] = {
         "kind": type(operator).__name__,
         "dtypes": list(product_dtypes(operator)),
         "accumulation_dtype": operator.accumulation_dtype,
     }
+    if "float32" in computed_in(operator):
+        facts["matmul_precision"] = operator.matmul_precision
+    if operator.matmul_precision != "float32":
+        device = devices_of(jax.tree.leaves(operator.params))[0]
+        facts["matmul_emulated"] = device.platform != "gpu"
     if operator.restriction is not None:
         facts["restriction"] = json_ready(dataclasses.asdict(operator.restriction.block))
     return facts
@@ -305,6 +332,7 @@ def _count_depends(operator: LossOperator, group: Any) -> jax.Array:
 
 @jax.jit
 def _part_is_finite(operator: LossOperator, one: Any, v: Vector) -> jax.Array:
-    with jax.default_matmul_precision("highest"):
-        total, _ = operator.product_sum(cast(v, operator.free), jax.tree.map(lambda x: x[0], one.stacked))
+    batch = jax.tree.map(lambda x: x[0], one.stacked)
+    product = with_matmul_precision(lambda v: operator.product_sum(v, batch), operator.matmul_precision)
+    total, _ = product(cast(v, operator.free))
     return functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in jax.tree.leaves(total)])

@@ -46,6 +46,21 @@ def exact_operator(operator: LinearOperator, dtype: str) -> LinearOperator | Non
     return with_parts(operator, known) if known and len(known) == len(wide) else None
 
 
+@functools.singledispatch
+def product_eps(operator: LinearOperator) -> float:
+    """The eps of the arithmetic of products, by default the largest of the dtypes that they are computed in.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.operators.precision import product_eps
+        >>> H = jaxhess.Hessian(lambda w, x: jnp.sum(x @ w), jnp.ones(2), [jnp.eye(2)], matmul_precision="tf32")
+        >>> product_eps(H), product_eps(H.in_dtype("float32"))
+        (0.001953125, 1.1920928955078125e-07)
+    """
+    found = [product_eps(part) for part in parts(operator)]
+    return max(found or [float(jnp.finfo(dtype).eps) for dtype in product_dtypes(operator)])
+
+
 def unit_roundoff(operator: LinearOperator, vectors: Vector) -> float:
     """The eps of products with these vectors: of the operator's arithmetic, or of the dtype that they are returned in.
 
@@ -53,4 +68,4 @@ def unit_roundoff(operator: LinearOperator, vectors: Vector) -> float:
     rounds is measured in every step (`LanczosState.step_errors`).
     """
     returned = {str(x.dtype) for x in jax.tree.leaves(jax.eval_shape(widen, vectors))}
-    return max(float(jnp.finfo(dtype).eps) for dtype in returned.union(product_dtypes(operator)))
+    return max(*(float(jnp.finfo(dtype).eps) for dtype in returned), product_eps(operator))

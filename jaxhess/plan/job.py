@@ -20,6 +20,7 @@ from jaxhess.models import DecoderConfig, Params, abstract_params, logical_axes
 from jaxhess.models.language_model import LOGIT_CHUNK, NextTokenLoss
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, LinearizedHessian, Microbatches
 from jaxhess.operators.linearized import abstract_linearized
+from jaxhess.operators.matmul import MatmulPrecision, check_matmul_precision
 
 Product = Literal["exact", "linearized", "finite-difference"]
 
@@ -61,6 +62,7 @@ class Job:
     storage: Storage = Storage()
     compute_dtype: str | None = None
     accumulation_dtype: str = "float32"
+    matmul_precision: MatmulPrecision = "float32"
     logit_chunk: int = LOGIT_CHUNK
     audit: bool = False
 
@@ -78,6 +80,7 @@ class Job:
             raise InputError(
                 f"There is no plan for the step auto in {self.dtype}: it is measured on float32 copies. Give a number."
             )
+        check_matmul_precision(self.matmul_precision, (self.dtype,))
         for axis, size in self.axes.items():
             if axis not in MESH_AXES or size < 1:
                 raise InputError(f"Mesh axis {axis}={size}: the axes are {', '.join(MESH_AXES)}, of size 1 or more.")
@@ -151,10 +154,10 @@ class Job:
         weights: Any = jax.ShapeDtypeStruct((*size, self.seq_len), jnp.float32, sharding=cut)
         loss = NextTokenLoss(dataclasses.replace(self.config, dtype=self.dtype), mesh, self.logit_chunk)
         params, batches = self.params(mesh), Microbatches(TokenBatch(tokens, weights))
-        dtype = self.accumulation_dtype
+        precision: Any = {"accumulation_dtype": self.accumulation_dtype, "matmul_precision": self.matmul_precision}
         if self.hvp == "finite-difference":
-            return FiniteDifferenceHessian(loss, params, batches, step=self.step, accumulation_dtype=dtype)
-        hessian = Hessian(loss, params, batches, accumulation_dtype=dtype)
+            return FiniteDifferenceHessian(loss, params, batches, step=self.step, **precision)
+        hessian = Hessian(loss, params, batches, **precision)
         return abstract_linearized(hessian) if self.hvp == "linearized" else hessian
 
     def state(self, mesh: Any) -> LanczosState:

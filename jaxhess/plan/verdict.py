@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxhess.distributed.mesh import data_shards
 from jaxhess.errors import InputError
+from jaxhess.operators.matmul import ALGORITHMS
 from jaxhess.plan import formula
 from jaxhess.plan.compiled import Compiled
 from jaxhess.plan.gpu import USABLE, fits, memory_limit
@@ -96,9 +97,11 @@ def forecast(job: Job, card: str, compiled: Compiled | None = None) -> Forecast:
 
 def _formula_seconds(job: Job, device: Accelerator) -> float:
     """Of one product."""
-    peak = device.peaks.get(str(jnp.dtype(job.dtype)))
-    if peak is None:
-        raise InputError(f"The peak rate of {device.kind} in {job.dtype} is not in the table.")
+    algorithm = ALGORITHMS.get(job.matmul_precision)
+    unit = str(jnp.dtype(job.dtype)) if algorithm is None else algorithm.unit
+    if unit not in device.peaks:
+        raise InputError(f"The peak rate of {device.kind} in {unit} is not in the table.")
+    peak = device.peaks[unit] / (1 if algorithm is None else len(algorithm.terms))
     memory = formula.memory(job)
     seconds = formula.flops(job) / (EFFICIENCY * peak) + _exchange_seconds(job, device)
     # A step reads and writes some ten vectors. A stored basis is read twice by every pass, of which there are two, or
