@@ -255,5 +255,6 @@ def comparable(config: DecoderConfig) -> DecoderConfig:
         sliding_window=window,
         sliding_layers=layers if window is not None else (),
         query_chunk=DecoderConfig.query_chunk,
+        attention=DecoderConfig.attention,
         remat=DecoderConfig.remat,
     )

@@ -129,7 +129,12 @@ def job_of(options: Options) -> planning.Job:
             )
     config = convert.read_config(options.model, options.dtype)
     names = {field.name for field in dataclasses.fields(planning.Job)} - {"config", "axes", "batch_size"}
-    config = dataclasses.replace(config, query_chunk=options.query_chunk, remat=options.hvp != "linearized")
+    config = dataclasses.replace(
+        config,
+        query_chunk=options.query_chunk,
+        attention=options.attention,
+        remat=options.hvp != "linearized",
+    )
     return planning.Job(
         config=config,
         axes=parse_axes(options.mesh) if options.mesh else {},

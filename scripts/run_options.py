@@ -91,7 +91,10 @@ class Options:
     probe_distribution: Literal["normal", "rademacher"] = "normal"
     """Entries of the probes: normal ones give weights of known distribution, rademacher a smaller trace variance."""
     query_chunk: int = 256
-    """Queries whose attention scores exist at once."""
+    """Queries whose attention scores exist at once, in the plain attention."""
+    attention: Literal["auto", "plain", "fused"] = "auto"
+    """`auto`: a fused kernel in bfloat16 and float16 on NVIDIA GPUs since the A100, plain matrix products elsewhere.
+    The kernel is tested on CPUs and compiled for GPUs, but has never run on one: `plain` does without it."""
     logit_chunk: int = LOGIT_CHUNK
     """Logits per device that exist at once: those of all tokens of a microbatch with a slice of the vocabulary."""
     out: Path | None = None
@@ -103,8 +106,8 @@ class Options:
     too."""
     resume: bool = False
     """Resume the unfinished run in --out; if there is none, start one. Model, data and the options that determine the
-    numbers must be the same; --mesh, --microbatch, --batch-size, --query-chunk, --logit-chunk, --residual-gb, --audit
-    and --eigenpairs may differ."""
+    numbers must be the same; --mesh, --microbatch, --batch-size, --query-chunk, --logit-chunk, --attention,
+    --residual-gb, --audit and --eigenpairs may differ."""
 
 
 def check(options: Options) -> None:

@@ -44,6 +44,7 @@ from jaxhess.vectors import random_key
 UNFINISHED = "unfinished"
 FREE = {
     *("model", "data", "mesh", "microbatch", "query_chunk", "logit_chunk", "remat", "batch_size", "residual_gb"),
+    "attention",
     *("audit", "out", "overwrite", "resume", "checkpoint_every"),
     *("eigenpairs", "eigenpair_tolerance", "eigenpair_steps"),
 }
@@ -172,6 +173,7 @@ def load(options: Options, config: jaxhess.DecoderConfig, mesh: jax.sharding.Mes
     return model.configured(
         dtype=options.compute_dtype or config.dtype,
         query_chunk=options.query_chunk,
+        attention=options.attention,
         remat=options.hvp != "linearized",
     )
 

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention by query chunks, with rotary positions and an optional sliding window."""
+"""Causal grouped-query attention, with rotary positions and an optional sliding window: by query chunks, or fused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxhess.models.config import DecoderConfig
+from jaxhess.models.fused_attention import fused_attention, tile_table
 from jaxhess.models.layers import Norm, Projection
 from jaxhess.models.rotary import rotary_tables, rotate
 from jaxhess.models.vocabulary import narrow_precision
@@ -17,7 +19,7 @@ from jaxhess.models.vocabulary import narrow_precision
 class Attention(nnx.Module):
     """Self-attention of states [B, T, D]; every query sees its own and earlier positions."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, mesh: Mesh | None = None):
         width = {"embed": config.embed_dim}
         heads = {"heads": config.num_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
@@ -29,6 +31,7 @@ class Attention(nnx.Module):
         self.query_norm = Norm("head_dim", config.head_dim, config, kind="rms") if config.qk_norm else None
         self.key_norm = Norm("head_dim", config.head_dim, config, kind="rms") if config.qk_norm else None
         self.config = config
+        self.mesh = mesh
 
     def __call__(self, x: jax.Array, window: jax.Array | None) -> jax.Array:
         """Attended states [B, T, D]; `window` is this layer's look-back in tokens (int32 scalar), None for no limit."""
@@ -39,6 +42,11 @@ class Attention(nnx.Module):
             cos, sin = rotary_tables(self.config, x.shape[1], x.dtype)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         groups = self.config.num_heads // self.config.num_kv_heads
+        tiles = tile_table(self.config, self.mesh)
+        if tiles is not None:
+            query = query.reshape(*query.shape[:2], self.config.num_kv_heads, groups, -1)
+            attended = fused_attention(query, key, value, window, self.mesh, tiles)
+            return self.out(attended.reshape(*x.shape[:2], self.config.num_heads, -1))
         # Heads before positions, once: the products below are then batches of matrices as they lie.
         query, key, value = (jnp.swapaxes(y, 1, 2) for y in (query, key, value))
         query = query.reshape(query.shape[0], self.config.num_kv_heads, groups, *query.shape[2:])

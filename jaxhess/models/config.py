@@ -10,6 +10,9 @@ from jaxhess.errors import InputError
 LARGEST = 1e30
 """No factor of rotary positions is larger: far beyond any in use, and within float32 also when multiplied."""
 
+WIDEST_FUSED = 256
+"""Head width up to which there are kernels for a fused attention."""
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
@@ -93,7 +96,9 @@ class DecoderConfig:
         tied_embeddings: The output matrix is the transposed embedding.
         dtype: Compute dtype of matrix products and of the residual stream. Norms, softmax and loss run in at least
             float32 whatever it is.
-        query_chunk: Queries whose attention scores exist at once, per sequence and head.
+        query_chunk: Queries whose attention scores exist at once, per sequence and head, in the plain attention.
+        attention: `plain` is made of matrix products. `fused` is one kernel, whose scores are never stored: see
+            `jaxhess.models.fused_attention`. `auto`: fused on the GPUs, dtypes and meshes that it is made for.
         remat: Recompute each layer in the backward pass instead of storing its activations.
 
     Raises:
@@ -123,6 +128,7 @@ class DecoderConfig:
     tied_embeddings: bool = False
     dtype: str = "float32"
     query_chunk: int = 256
+    attention: Literal["auto", "plain", "fused"] = "auto"
     remat: bool = True
 
     def __post_init__(self) -> None:
@@ -132,6 +138,12 @@ class DecoderConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2^31.")
         if not 0 <= self.norm_eps <= 1:
             raise InputError(f"norm_eps is {self.norm_eps}; it must be 0 to 1.")
+        if self.attention not in ("auto", "plain", "fused"):
+            raise InputError(f"attention is {self.attention!r}; it must be auto, plain or fused.")
+        if self.attention == "fused" and self.head_dim > WIDEST_FUSED:
+            raise InputError(
+                f"There is no fused attention for heads of width {self.head_dim}, only up to {WIDEST_FUSED}: use plain."
+            )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "

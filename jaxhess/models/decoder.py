@@ -4,13 +4,15 @@ Shapes in comments and names: B sequences, T positions, D residual width, H quer
 width, F feed-forward width, V vocabulary, L layers. Every parameter carries the logical names of its axes as metadata
 (`axes`); `jaxhess.distributed.mesh` turns those into shardings. The stacked layers have a leading axis `layers`.
 
-Everything here has a JVP and a transpose: no `custom_vjp`, no fused attention kernels, so `jvp` of `grad` is exact.
+Everything here has a JVP and a transpose, so `jvp` of `grad` is exact: no `custom_vjp`, and where attention is fused it
+has rules of its own (`jaxhess.models.fused_attention`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from jax.sharding import Mesh
 from jaxhess.distributed.mesh import constrain, constrain_batch
 from jaxhess.models.attention import Attention
 from jaxhess.models.config import DecoderConfig
+from jaxhess.models.fused_attention import attend_p
 from jaxhess.models.layers import FeedForward, Norm, Projection
 from jaxhess.models.vocabulary import matmul_transposed
 
@@ -27,9 +30,9 @@ from jaxhess.models.vocabulary import matmul_transposed
 class Block(nnx.Module):
     """One transformer layer."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, mesh: Mesh | None = None):
         self.attention_norm = Norm("embed", config.embed_dim, config)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, rngs, mesh)
         self.mlp_norm = Norm("embed", config.embed_dim, config)
         self.mlp = FeedForward(config, rngs)
         self.parallel_residual = config.parallel_residual
@@ -58,7 +61,7 @@ class Decoder(nnx.Module):
         self.embed = projection(table, width)
         learned = {"positions": config.max_positions}
         self.positions = projection(learned, width) if config.rope is None else None
-        self.layers = nnx.vmap(lambda r: Block(config, r))(rngs.split(config.num_layers))
+        self.layers = nnx.vmap(lambda r: Block(config, r, mesh))(rngs.split(config.num_layers))
         self.final_norm = Norm("embed", config.embed_dim, config)
         self.head = None if config.tied_embeddings else projection(table, width)
 
@@ -94,7 +97,7 @@ class Decoder(nnx.Module):
 
         # Without rematerialisation the results of matrix products are stored and what lies between them is recomputed:
         # it costs less than its memory's traffic.
-        policy = None if self.config.remat else jax.checkpoint_policies.dots_saveable
+        policy = None if self.config.remat else _products_saveable
         return jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=policy), x, (layers, windows))
 
     def _lookup(self, tokens: jax.Array) -> jax.Array:
@@ -109,6 +112,11 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits [B, T, V] in at least float32, all of them at once: for tests and small models."""
         return matmul_transposed(self.hidden(tokens), self.output_matrix())
+
+
+def _products_saveable(primitive: Any, *shapes: Any, **fields: Any) -> bool:
+    """The policy that stores the results of matrix products, and of a fused attention."""
+    return primitive is attend_p or jax.checkpoint_policies.dots_saveable(primitive, *shapes, **fields)
 
 
 def layer_windows(config: DecoderConfig, length: int) -> jax.Array | None:

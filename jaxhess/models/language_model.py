@@ -85,6 +85,10 @@ class NextTokenLoss:
         """The same loss computed in `dtype`."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, dtype=dtype))
 
+    def reference(self) -> NextTokenLoss:
+        """The same loss without the kernels that are written by hand, for comparison."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, attention="plain"))
+
     def _slices(self, table: jax.Array, batch: TokenBatch) -> Slices:
         """The output matrix in slices; what is gathered of it at once is no larger than a feed-forward matrix."""
         shards = data_shards(self.mesh)
@@ -121,14 +125,16 @@ class LanguageModel:
         return NextTokenLoss(self.config, self.mesh, logit_chunk)
 
     def configured(self, **fields: Any) -> LanguageModel:
-        """The same weights computed otherwise: `dtype` (of computation), `remat`, `query_chunk`.
+        """The same weights computed otherwise: `dtype` (of computation), `remat`, `query_chunk`, `attention`.
 
         Raises:
             InputError: Any other field: it would not be this model.
         """
-        unknown = sorted(fields.keys() - {"dtype", "remat", "query_chunk"})
+        unknown = sorted(fields.keys() - {"dtype", "remat", "query_chunk", "attention"})
         if unknown:
-            raise InputError(f"{unknown[0]} is part of what the model is; it takes dtype, remat and query_chunk.")
+            raise InputError(
+                f"{unknown[0]} is part of what the model is; it takes dtype, remat, query_chunk and attention."
+            )
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **fields))
 
     @property

@@ -186,7 +186,9 @@ def _(operator: FiniteDifferenceHessian, dtype: str) -> Hessian:
         restriction=operator.restriction,
         shardings=operator.shardings,
     )
-    return hessian.in_dtype(dtype)
+    exact = exact_operator(hessian, dtype)
+    assert isinstance(exact, Hessian)
+    return exact
 
 
 @describe.register

@@ -82,7 +82,9 @@ class LinearizedHessian(LinearOperator):
 
 @exact_operator.register
 def _(operator: LinearizedHessian, dtype: str) -> Hessian:
-    return operator.hessian.in_dtype(dtype)
+    exact = exact_operator(operator.hessian, dtype)
+    assert isinstance(exact, Hessian)
+    return exact
 
 
 @describe.register

@@ -216,7 +216,8 @@ def computed_in(operator: LossOperator) -> tuple[str, ...]:
 
 @exact_operator.register
 def _(operator: LossOperator, dtype: str) -> LinearOperator:
-    return operator.in_dtype(dtype)
+    loss = operator.loss
+    return dataclasses.replace(operator, loss=loss.reference() if hasattr(loss, "reference") else loss).in_dtype(dtype)
 
 
 @describe.register
