@@ -21,7 +21,7 @@ from jaxhess.krylov.basis import (
 )
 from jaxhess.krylov.state import LanczosState, cached_program, over_runs, run_axes
 from jaxhess.operators.base import LinearOperator
-from jaxhess.vectors import Vector, add_scaled, dot, in_order, norm, scale, size, widen
+from jaxhess.vectors import Vector, add_scaled, dot, in_order, norm, scale, size
 
 BREAKDOWN = 32
 """Rounding units within which a beta is noise: the Krylov space is exhausted.
@@ -117,7 +117,7 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list
     wide = state.alphas.dtype
     beta_before = jnp.where(j > 0, state.betas[jnp.maximum(j - 1, 0)], 0)
     length, length_before = _length(q, wide), _length(state.previous, wide)
-    w = in_order(operator.mv(widen(q)), shardings)
+    w = in_order(operator.wide_mv(q), shardings)
     w = add_scaled(scale(1 / length, w), -beta_before / length_before, state.previous)
     alpha = dot(w, q, wide) / length
     w = add_scaled(w, -alpha / length, q)

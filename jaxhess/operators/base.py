@@ -37,6 +37,10 @@ class LinearOperator(abc.ABC):
     def mv(self, v: Vector) -> Vector:
         """The product with v, in the dtypes of v. Pure and traceable (`jit`, `vmap`, `fori_loop`)."""
 
+    def wide_mv(self, v: Vector) -> Vector:
+        """The product with v in at least float32, whatever v is stored in."""
+        return self.mv(widen(v))
+
     @property
     @abc.abstractmethod
     def shape_dtype(self) -> Vector:

@@ -21,7 +21,7 @@ from jaxhess.operators.microbatches import Microbatches
 from jaxhess.operators.precision import exact_operator, product_dtypes
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.operators.step_size import add_gradient, balanced_length, rounding_unit
-from jaxhess.vectors import Vector, cast, norm, random_key, random_probe, size
+from jaxhess.vectors import Vector, cast, norm, random_key, random_probe, size, widen
 
 Per = Literal["coordinate", "unit"]
 Shift = Literal["realised", "float32"]
@@ -90,8 +90,11 @@ class FiniteDifferenceHessian(LossOperator):
 
     def mv(self, v: Vector) -> Vector:
         """The product in the dtypes of v. One pass over all batches at theta + e u, then one at theta - e u."""
-        summed = with_matmul_precision(lambda v: self._product(v, self.groups), self.matmul_precision)
-        return self.pin(divided(*summed(v), v))
+        return self._mean_product(v, v)
+
+    def wide_mv(self, v: Vector) -> Vector:
+        """The same in at least float32. A loop would keep a widened copy of v."""
+        return self._mean_product(v, jax.eval_shape(widen, v))
 
     def product_sum(self, v: Vector, batch: Any) -> tuple[Vector, jax.Array]:
         return self._product(v, (Microbatches(jax.tree.map(lambda x: x[None], batch)),))
@@ -128,14 +131,26 @@ class FiniteDifferenceHessian(LossOperator):
         size = float(norm(reference))
         return float(norm(jax.tree.map(lambda x, y: x - y, found, reference))) / size if size else 0.0
 
+    def _mean_product(self, v: Vector, like: Vector) -> Vector:
+        summed = with_matmul_precision(lambda v: self._product(v, self.groups), self.matmul_precision)
+        return self.pin(divided(*summed(v), like))
+
     def _product(self, v: Vector, groups: tuple) -> tuple[Vector, jax.Array]:
         """The product of the summed losses of `groups` with v, and their count."""
         base = self._shifted()
-        length, e = norm(v), self.shift_length(v)
+        lengths = jnp.stack([norm(d) for d in jax.tree.leaves(v)])
+        length, e = norm(lengths), self.shift_length(v)
         inverse = jnp.where(length > 0, 1 / length, 0)
 
+        # The gradients at both sides in their own dtype, which takes half the memory of a sum in float32 where that is
+        # bfloat16 and rounds nothing; of several microbatches the sum that it must be.
+        alone = sum(map(len, groups)) == 1
+
+        def wide(x: jax.Array) -> jax.Array:
+            return x.astype(jnp.promote_types(x.dtype, self.accumulation_dtype))
+
         def one_side(carry: Any, sign: jax.Array) -> tuple[Any, None]:
-            total, moved, count = carry
+            gradients, moved, count = carry
             # The sign in both products keeps them inside the loop: u = v / |v| outside it would be one more vector.
             shifted = base.pin(jax.tree.map(lambda x, d: _moved(x, (sign * e * inverse) * _wide(d)), base.free, v))
             parts = jax.tree.map(
@@ -144,18 +159,22 @@ class FiniteDifferenceHessian(LossOperator):
                 base.free,
                 v,
             )
-            total, count = add_gradient(base, total, count, sign, shifted, groups)
-            return (total, moved + jnp.stack(jax.tree.leaves(parts)).astype(moved.dtype), count), None
+            if alone:
+                gradient, n = base.gradient_sum(shifted, jax.tree.map(lambda x: x[0], groups[0].stacked))
+                gradients, count = (gradients[1], gradient), count + n
+            else:
+                total, count = add_gradient(base, gradients[0], count, sign, shifted, groups)
+                gradients = (total,)
+            return (gradients, moved + jnp.stack(jax.tree.leaves(parts)).astype(moved.dtype), count), None
 
         one = jax.tree.map(lambda x: x[0], groups[0].stacked)
         _, count = jax.eval_shape(base.sum_and_count, base.free, one)
-        sums = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, self.accumulation_dtype)), base.free
-        )
-        squares = jnp.square(inverse * jnp.stack([norm(d) for d in jax.tree.leaves(v)]))
-        start = (base.pin(sums), jnp.zeros_like(squares), jnp.zeros((), count.dtype))
+        zeros = base.pin(jax.tree.map(lambda x: jnp.zeros_like(x if alone else wide(x)), base.free))
+        squares = jnp.square(inverse * lengths)
+        start = ((zeros, zeros) if alone else (zeros,), jnp.zeros_like(squares), jnp.zeros((), count.dtype))
         # A loop over the two sides: neither begins before the other's shifted parameters and gradient are gone.
-        (total, moved, count), _ = jax.lax.scan(one_side, start, jnp.array([1, -1], length.dtype))
+        (gradients, moved, count), _ = jax.lax.scan(one_side, start, jnp.array([1, -1], length.dtype))
+        total = jax.tree.map(lambda x, y: wide(x) - wide(y), *gradients) if alone else gradients[0]
         # Leaves that moved by less than half of what was asked are missing from the product, and must not enlarge it.
         counts = moved > e * squares
         counts = counts | ~counts.any()

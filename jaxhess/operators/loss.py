@@ -180,6 +180,11 @@ class LossOperator(LinearOperator):
         """The loss of one batch as a function of the free parameters: (sum, count), the latter not differentiated."""
         return sum_and_count(self.loss, self.whole(free), batch)
 
+    def gradient_sum(self, free: Any, batch: Any) -> tuple[Vector, jax.Array]:
+        """The gradient of one batch's summed loss in the free parameters, in their dtypes, and the batch's count."""
+        gradient, count = jax.grad(self.sum_and_count, has_aux=True)(free, batch)
+        return self.pin(gradient), count
+
     def whole(self, free: Any) -> Any:
         """All parameters, the free ones replaced."""
         return free if self.restriction is None else self.restriction.insert(free, self.params)

@@ -100,8 +100,7 @@ def add_gradient(
 
     def add(carry: Any, batch: Any) -> tuple[Any, None]:
         total, count = carry
-        gradient, n = jax.grad(operator.sum_and_count, has_aux=True)(at, batch)
-        gradient = operator.pin(gradient)
+        gradient, n = operator.gradient_sum(at, batch)
         return (
             jax.tree.map(lambda t, g: t + weight.astype(t.dtype) * g.astype(t.dtype), total, gradient),
             count + n,
