@@ -92,7 +92,8 @@ def with_matmul_precision(f: Callable[..., Any], precision: str) -> Callable[...
             with jax.default_matmul_precision("highest"):
                 return f(*args)
         with jax.default_matmul_precision(ALGORITHMS[precision].preset):
-            return jax.lax.platform_dependent(*args, **{NATIVE: f}, default=_emulated(f))
+            native, emulated = _with_dots(f, _native), _with_dots(f, _emulated)
+            return jax.lax.platform_dependent(*args, **{NATIVE: native}, default=emulated)
 
     return at
 
@@ -125,38 +126,53 @@ def _parts(x: jax.Array, algorithm: DotAlgorithm) -> list[jax.Array]:
     return found
 
 
-def _emulated(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f with every product by one of the algorithms replaced by float32 products."""
+def _native(left: jax.Array, right: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """A product whose algorithm stays with it through XLA's partitioning over devices.
+
+    On its way into and out of Shardy, XLA (JAX 0.10) forgets the algorithm of [m, k] times [k, n], and takes TF32. It
+    keeps that of [m, k] times [n, k]', and folds the transposition into the product later.
+    """
+    if params["dimension_numbers"] == (((1,), (0,)), ((), ())):
+        right, params = right.T, {**params, "dimension_numbers": (((1,), (1,)), ((), ()))}
+    return jax.lax.dot_general_p.bind(left, right, **params)  # type: ignore[no-untyped-call]
+
+
+def _emulated(left: jax.Array, right: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """The same product from float32 products of parts."""
+    algorithm, dimensions = _BY_PRESET[params["precision"]], params["dimension_numbers"]
+    return emulated_dot(left, right, algorithm, dimension_numbers=dimensions)
+
+
+Dot = Callable[[jax.Array, jax.Array, dict[str, Any]], jax.Array]
+
+
+def _with_dots(f: Callable[..., Any], dot: Dot) -> Callable[..., Any]:
+    """f with every product by one of the algorithms replaced by `dot(left, right, parameters of the product)`."""
 
     def run(*args: Any) -> Any:
         closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-        flat = core.jaxpr_as_fun(_replaced(closed))(*jax.tree.leaves(args))
+        flat = core.jaxpr_as_fun(_replaced(closed, dot))(*jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(shape), flat)
 
     return run
 
 
-def _replaced(x: Any) -> Any:
+def _replaced(x: Any, dot: Dot) -> Any:
     """A parameter of an equation, with the products replaced in all programs inside it (loops, calls, branches)."""
     if isinstance(x, core.ClosedJaxpr):
-        return x.replace(jaxpr=_replaced(x.jaxpr))
+        return x.replace(jaxpr=_replaced(x.jaxpr, dot))
     if isinstance(x, core.Jaxpr):
-        return x.replace(eqns=[_equation(equation) for equation in x.eqns])
+        return x.replace(eqns=[_equation(equation, dot) for equation in x.eqns])
     if type(x) in (tuple, list):
-        return type(x)(map(_replaced, x))
+        return type(x)(_replaced(y, dot) for y in x)
     return x
 
 
-def _equation(equation: Any) -> Any:
+def _equation(equation: Any, dot: Dot) -> Any:
     params = equation.params
     if equation.primitive.name == "dot_general" and params["precision"] in _BY_PRESET:
-
-        @jax.jit
-        def dot(left: jax.Array, right: jax.Array) -> jax.Array:
-            algorithm, dimensions = _BY_PRESET[params["precision"]], params["dimension_numbers"]
-            found = emulated_dot(left, right, algorithm, dimension_numbers=dimensions)
-            return found.astype(equation.outvars[0].aval.dtype)
-
-        (call,) = jax.make_jaxpr(dot)(*(x.aval for x in equation.invars)).jaxpr.eqns
+        dtype = equation.outvars[0].aval.dtype
+        one = jax.jit(lambda left, right: dot(left, right, params).astype(dtype))
+        (call,) = jax.make_jaxpr(one)(*(x.aval for x in equation.invars)).jaxpr.eqns
         return equation.replace(primitive=call.primitive, params=call.params)
-    return equation.replace(params={name: _replaced(x) for name, x in params.items()})
+    return equation.replace(params={name: _replaced(x, dot) for name, x in params.items()})

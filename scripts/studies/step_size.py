@@ -217,7 +217,7 @@ def errors_of(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> D
         return distance(dataclasses.replace(operator, step=step) @ v, product)
 
     rows = []
-    for name, v in vectors(options, exact.in_dtype("float32"), tokens).items():
+    for name, v in vectors(exact.in_dtype("float32"), tokens, options.lanczos, options.seed).items():
         wide = cast(v, options.reference)
         product = reference @ wide
         errors = [at(difference, step, v, product) for step in options.grid]
@@ -257,13 +257,13 @@ def extremes(operator: jaxhess.LinearOperator, probe: Vector, steps: int) -> Rit
     return RitzEnds(float(values[0]), float(values[-1]))
 
 
-def vectors(options: Options, exact: jaxhess.Hessian, tokens: np.ndarray) -> dict[str, Vector]:
+def vectors(exact: jaxhess.Hessian, tokens: np.ndarray, lanczos: tuple[int, ...], seed: int) -> dict[str, Vector]:
     """A random vector, Lanczos vectors that follow from it, and single coordinates, in float32."""
     like = exact.shape_dtype
-    found = {"random": random_probe(random_key(options.seed), like)}
-    if options.lanczos:
-        state = jaxhess.start_lanczos([found["random"]], max(options.lanczos), jaxhess.Storage("none"))
-        for k in sorted(options.lanczos):
+    found = {"random": random_probe(random_key(seed), like)}
+    if lanczos:
+        state = jaxhess.start_lanczos([found["random"]], max(lanczos), jaxhess.Storage("none"))
+        for k in sorted(lanczos):
             state = jaxhess.lanczos_segment(exact, state, k - 1)
             found[f"Lanczos {k}"] = jax.tree.map(lambda x: x[0], state.current)  # the next segment takes its buffers
     common = int(np.bincount(np.asarray(tokens).ravel()).argmax())
