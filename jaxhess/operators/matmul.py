@@ -159,10 +159,10 @@ def _with_dots(f: Callable[..., Any], dot: Dot) -> Callable[..., Any]:
 
 def _replaced(x: Any, dot: Dot) -> Any:
     """A parameter of an equation, with the products replaced in all programs inside it (loops, calls, branches)."""
+    if isinstance(x, core.Jaxpr):  # from JAX 0.12 on a closed one too
+        return x.replace(eqns=[_equation(equation, dot) for equation in x.eqns])
     if isinstance(x, core.ClosedJaxpr):
         return x.replace(jaxpr=_replaced(x.jaxpr, dot))
-    if isinstance(x, core.Jaxpr):
-        return x.replace(eqns=[_equation(equation, dot) for equation in x.eqns])
     if type(x) in (tuple, list):
         return type(x)(_replaced(y, dot) for y in x)
     return x
