@@ -78,7 +78,6 @@ class Slices:
         real = (place < held).reshape(-1)
         return Slice(kernel.reshape(-1, width), jnp.where(real, ids.reshape(-1), -1), real)
 
-
     def _gathered(self, kernel: jax.Array) -> jax.Array:
         """A slice's rows, whole on every device but for the cut along `tensor`: gathered once for all their uses."""
         if self.mesh is None or self.mesh.size == 1:
