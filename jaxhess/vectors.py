@@ -172,7 +172,7 @@ def in_order(x: Vector, shardings: list[NamedSharding | None]) -> Vector:
             return local(x)
         # The partitioner takes a constraint for a kernel that needs all of x.
         spec = sharding.spec
-        return jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+        return jax.shard_map(local, mesh=sharding.mesh, in_specs=spec, out_specs=spec)(x)
 
     leaves, treedef = jax.tree.flatten(x)
     return jax.tree.unflatten(treedef, [leaf(e, s) for e, s in zip(leaves, shardings, strict=True)])

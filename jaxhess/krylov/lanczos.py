@@ -132,16 +132,20 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list
     exhausted = (beta <= noise) | (beta < 2 * left) | ~jnp.isfinite(beta)
     broken = state.broken | exhausted
     following = scale(1 / jnp.where(broken, 1, beta), w)
-    stored = jax.tree.map(lambda e, like: jnp.where(broken, 0, e).astype(like.dtype), following, q)
+    # Both vectors are written in place, at the end of the step, because XLA does not know that beta is never above
+    # infinity: it cannot move q_j to its new place at the beginning, nor write q_{j+1} before that is done, and so keeps
+    # no copy of q_j beside the product's temporaries.
+    never = beta > jnp.inf
+    ended = state.broken & ~never
+    previous = jax.tree.map(lambda old, new: jnp.where(ended, old, new), state.previous, q)
+    stored = jax.tree.map(
+        lambda e, last: jnp.where(never, last, jnp.where(broken, 0, e).astype(last.dtype)), following, previous
+    )
     error = removed + jnp.where(exhausted, beta, beta * _rounding_error(following, q, wide))
 
     def record(values: jax.Array, value: jax.Array) -> jax.Array:
         return values.at[j].set(jnp.where(state.broken, 0, value))
 
-    # That beta is not above infinity is always true, but XLA does not know: it moves q to its new place at the end of
-    # the step, not at the beginning, where the copy would be one more vector beside the product's temporaries.
-    ended = state.broken & ~(beta > jnp.inf)
-    previous = jax.tree.map(lambda old, new: jnp.where(ended, old, new), state.previous, q)
     return dataclasses.replace(
         state,
         step=j + 1,

@@ -17,14 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxhess.distributed.mesh import constrain, constrain_batch
+from jaxhess.distributed.mesh import constrain, constrain_batch, partition_spec
 from jaxhess.models.attention import Attention
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.fused_attention import attend_p
 from jaxhess.models.layers import FeedForward, Norm, Projection
 from jaxhess.models.vocabulary import matmul_transposed
+from jaxhess.vectors import in_order
 
 
 class Block(nnx.Module):
@@ -89,9 +90,11 @@ class Decoder(nnx.Module):
         """x [B, T, D] after the last layer; with `keep` also after each, [L, B, T, D]."""
         graphdef, layers = nnx.split(self.layers)
         windows = layer_windows(self.config, x.shape[1])
+        shardings = slice_shardings(layers, self.mesh)
 
         def block(x: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array | None]:
             params, window = layer
+            params = params if shardings is None else in_order(params, shardings)
             x = constrain_batch(nnx.merge(graphdef, params)(x, window), self.mesh)
             return x, x if keep else None
 
@@ -117,6 +120,19 @@ class Decoder(nnx.Module):
 def _products_saveable(primitive: Any, *shapes: Any, **fields: Any) -> bool:
     """The policy that stores the results of matrix products, and of a fused attention."""
     return primitive is attend_p or jax.checkpoint_policies.dots_saveable(primitive, *shapes, **fields)
+
+
+def slice_shardings(layers: nnx.State, mesh: Mesh | None) -> list[NamedSharding | None] | None:
+    """How one layer's parameters lie on the mesh, leaf by leaf; None where nothing is cut."""
+    if mesh is None or mesh.size == 1:
+        return None
+
+    def sharding(param: nnx.Variable) -> NamedSharding | None:
+        whole = partition_spec(param.get_value().shape, ("layers", *param.axes), mesh)
+        cut = PartitionSpec(*whole[1:])
+        return NamedSharding(mesh, cut) if any(cut) and whole[0] is None else None
+
+    return [sharding(p) for p in jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, nnx.Variable))]
 
 
 def layer_windows(config: DecoderConfig, length: int) -> jax.Array | None:

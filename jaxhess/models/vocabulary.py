@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxhess.distributed.gather import gathered
 from jaxhess.distributed.mesh import constrain, partition_spec
+from jaxhess.vectors import in_order
 
 Carry = TypeVar("Carry")
 
@@ -67,7 +69,7 @@ class Slices:
     def slice(self, kernel: jax.Array, k: jax.Array | int) -> Slice:
         """Slice k, whose rows `kernel` [parts, rows, D] are."""
         n, parts, rows, width = self.kernels.shape
-        kernel = _pinned(kernel, self.rows_cut, self.columns_cut, self.mesh)
+        kernel = self._gathered(kernel)
         held = self.vocab_size // parts
         place = jnp.broadcast_to(k * rows + jnp.arange(rows, dtype=jnp.int32), (parts, rows))
         ids = place + held * jnp.arange(parts, dtype=jnp.int32)[:, None]
@@ -75,6 +77,15 @@ class Slices:
             return Slice(kernel.reshape(-1, width), ids.reshape(-1), None)
         real = (place < held).reshape(-1)
         return Slice(kernel.reshape(-1, width), jnp.where(real, ids.reshape(-1), -1), real)
+
+    def _gathered(self, kernel: jax.Array) -> jax.Array:
+        """A slice's rows, whole on every device but for the cut along `tensor`: gathered once for all their uses."""
+        if self.mesh is None or self.mesh.size == 1:
+            return kernel
+        cut = NamedSharding(self.mesh, PartitionSpec(self.rows_cut or None, None, self.columns_cut or None))
+        kept = tuple(axis for axis in self.rows_cut if axis == "tensor")
+        whole = NamedSharding(self.mesh, PartitionSpec(kept or None, None, None))
+        return gathered(in_order(jax.lax.with_sharding_constraint(kernel, cut), [cut]), cut, whole)
 
 
 def vocabulary_slices(table: jax.Array, tokens: int, logit_chunk: int, gathered: int, mesh: Mesh | None) -> Slices:
