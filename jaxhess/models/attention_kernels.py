@@ -13,8 +13,7 @@ Shapes: q, o, c and dq [B, T, K, G, h]; k, v, dk and dv [B, T, K, h]; L and D [B
 sequences of T positions, K key heads, G query heads to each, of width h. Last may come a window, int32 [1]: how many
 keys a query sees, its own included. Tiles above the diagonal and outside the window are left out.
 
-Products take operands in the arrays' dtype, to which P and dS are rounded, and accumulate in at least float32; those of
-float32 follow `jax.default_matmul_precision`.
+Products take operands in the arrays' dtype, to which P and dS are rounded, and accumulate in at least float32.
 """
 
 from __future__ import annotations
@@ -52,6 +51,14 @@ class Tiles(NamedTuple):
 
 
 TABLES: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
+    "sm100": {
+        "forward": (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
+        "forward_tangent": (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2)),
+        "query": (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
+        "query_tangent": (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2)),
+        "key": (Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2)),
+        "key_tangent": (Tiles(32, 128, 8, 2), Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1)),
+    },
     "sm90": {
         "forward": (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
         "forward_tangent": (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 32, 4, 2)),
@@ -69,12 +76,12 @@ TABLES: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
         "key_tangent": (Tiles(32, 64, 4, 2), Tiles(32, 32, 4, 2), Tiles(16, 16, 4, 1)),
     },
 }
-"""Tiles for heads up to 64, 128 and 256 wide in 16 bits, by the oldest cards that they are for: those with the 227 KiB
-of shared memory of an H100, and those with at least 99 KiB. They are the largest of those tried that compile with at
-most 50 bytes of registers spilled; which are fastest has to be measured on a card."""
+"""Tiles for heads up to 64, 128 and 256 wide in 16 bits, by what GPUs have: a B200's tensor memory, an H100's 227 KiB
+of shared memory, or at least 99 KiB of it. They are the largest of those tried that compile with at most 50 bytes of
+registers spilled. Which are fastest has to be measured on a card."""
 
 WIDE = Tiles(16, 16, 4, 1)
-"""For 32 and 64 bits, on any card."""
+"""For 32 and 64 bits; heads wider than 128 need more than 99 KiB in float32, and those of 128 as much in float64."""
 
 PRODUCTS = {"forward": 2, "forward_tangent": 6, "query": 3, "query_tangent": 8, "key": 4, "key_tangent": 10}
 """Matrix products of a tile."""
@@ -101,35 +108,35 @@ class Problem:
         return self.width**-0.5
 
 
-def forward(*arrays: jax.Array, tiles: Tiles | str) -> Any:
+def forward(*arrays: jax.Array, **how: Any) -> Any:
     """(o, L) of (q, k, v)."""
     query = arrays[0]
     outputs: list = [("query", query.dtype), ("statistic", _wide(query.dtype))]
-    return _call("forward", _forward, _roles("qkk", arrays), outputs, tiles)
+    return _call("forward", _forward, _roles("qkk", arrays), outputs, **how)
 
 
-def forward_tangent(*arrays: jax.Array, tiles: Tiles | str) -> Any:
+def forward_tangent(*arrays: jax.Array, **how: Any) -> Any:
     """The tangents of (o, L), from (q, k, v, o, L) and the tangents of (q, k, v)."""
     query = arrays[0]
     outputs: list = [("query", query.dtype), ("statistic", _wide(query.dtype))]
     inputs = _roles("qkkqsqkk", arrays)
-    return _call("forward_tangent", _forward_tangent, inputs[:3] + inputs[4:], outputs, tiles)
+    return _call("forward_tangent", _forward_tangent, inputs[:3] + inputs[4:], outputs, **how)
 
 
-def backward(*arrays: jax.Array, tiles: Tiles | str) -> Any:
+def backward(*arrays: jax.Array, **how: Any) -> Any:
     """(dq, dk, dv), from (q, k, v, L, c, D)."""
-    return _backward(("query", "key"), _roles("qkksqs", arrays), tiles)
+    return _backward(("query", "key"), _roles("qkksqs", arrays), **how)
 
 
-def backward_tangent(*arrays: jax.Array, tiles: Tiles | str) -> Any:
+def backward_tangent(*arrays: jax.Array, **how: Any) -> Any:
     """The tangents of (dq, dk, dv), from (q, k, v, L, c, D) and their tangents."""
-    return _backward(("query_tangent", "key_tangent"), _roles("qkksqsqkksqs", arrays), tiles)
+    return _backward(("query_tangent", "key_tangent"), _roles("qkksqsqkksqs", arrays), **how)
 
 
-def _backward(names: tuple[str, str], inputs: list[tuple[Role, jax.Array]], tiles: Tiles | str) -> Any:
+def _backward(names: tuple[str, str], inputs: list[tuple[Role, jax.Array]], **how: Any) -> Any:
     query: list = [("query", inputs[0][1].dtype)]
     key: list = [("key", inputs[0][1].dtype)]
-    return *_call(names[0], _query, inputs, query, tiles), *_call(names[1], _key, inputs, 2 * key, tiles)
+    return *_call(names[0], _query, inputs, query, **how), *_call(names[1], _key, inputs, 2 * key, **how)
 
 
 def _forward(q_ref: Any, k_ref: Any, v_ref: Any, w_ref: Any, o_ref: Any, log_sum_ref: Any, p: Problem) -> None:
@@ -394,9 +401,14 @@ def _call(
     kernel: Callable[..., None],
     inputs: Sequence[tuple[Role, jax.Array]],
     outputs: Sequence[tuple[Role, Any]],
+    *,
     tiles: Tiles | str,
+    precision: str | None,
 ) -> Any:
-    """One kernel over all blocks of queries, or of keys, of all heads and sequences."""
+    """One kernel over all blocks of queries, or of keys, of all heads and sequences.
+
+    `tiles` may be the name of a table; `precision` is that of products of float32, on a GPU.
+    """
     (_, query), (_, key) = inputs[:2]
     batch, length, heads, groups, width = query.shape
     if isinstance(tiles, str):
@@ -433,7 +445,7 @@ def _call(
         )
 
     def run(interpret: bool, *arrays: Any) -> Any:
-        return pl.pallas_call(
+        call = pl.pallas_call(
             functools.partial(_with_window, kernel, p, len(inputs)),
             grid=grid,
             in_specs=[whole(role) for role, _ in inputs],
@@ -443,7 +455,9 @@ def _call(
             interpret=interpret,
             metadata=_cost(name, p, batch * heads * groups, math.prod(grid)),
             name=f"attention_{name}",
-        )(*arrays)
+        )
+        with jax.default_matmul_precision("highest" if interpret else precision):
+            return call(*arrays)
 
     return jax.lax.platform_dependent(
         *(x for _, x in inputs), cuda=functools.partial(run, False), default=functools.partial(run, True)

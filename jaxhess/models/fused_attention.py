@@ -33,10 +33,17 @@ from jaxhess.models.config import WIDEST_FUSED, DecoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is static: the mesh, None on one device, and the tiles, or the table that has them."""
+    """What is static.
 
-    mesh: Mesh | None = None
-    tiles: Tiles | str = "sm80"
+    Attributes:
+        mesh: None on one device.
+        tiles: Or the table that has them.
+        precision: `jax.default_matmul_precision` where attention was called: kernels are traced later, outside of it.
+    """
+
+    mesh: Mesh | None
+    tiles: Tiles | str
+    precision: str | None
 
 
 def tile_table(config: DecoderConfig, mesh: Mesh | None) -> str | None:
@@ -48,7 +55,7 @@ def tile_table(config: DecoderConfig, mesh: Mesh | None) -> str | None:
     if config.attention == "plain":
         return None
     capability = _compute_capability(mesh)
-    table = "sm90" if 9 <= capability < 12 else "sm80"  # 12: cards with less shared memory than those before
+    table = "sm100" if 10 <= capability < 12 else "sm90" if 9 <= capability < 10 else "sm80"
     if config.attention == "fused":
         return table
     narrow = jnp.dtype(config.dtype).itemsize == 2 and config.head_dim <= WIDEST_FUSED
@@ -77,7 +84,8 @@ def fused_attention(
     arrays = [query, key, value]
     if window is not None:
         arrays.append(jnp.minimum(window, query.shape[1]).astype(jnp.int32).reshape(1))
-    return attend_p.bind(*arrays, setting=Setting(mesh, tiles))[0]
+    setting = Setting(mesh, tiles, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+    return attend_p.bind(*arrays, setting=setting)[0]
 
 
 def _primitive(name: str, kernel: Callable, inputs: str, outputs: str) -> Primitive:
@@ -115,7 +123,7 @@ def _primitive(name: str, kernel: Callable, inputs: str, outputs: str) -> Primit
 
 def _on_shards(setting: Setting, kernel: Callable, inputs: str, outputs: str, arrays: Sequence[jax.Array]) -> Any:
     """The kernel on every device's own sequences and heads: it is opaque to GSPMD, which would gather them."""
-    run = functools.partial(kernel, tiles=setting.tiles)
+    run = functools.partial(kernel, tiles=setting.tiles, precision=setting.precision)
     mesh = setting.mesh
     if mesh is None or mesh.size == 1:
         return run(*arrays)
