@@ -62,13 +62,13 @@ def peer_rows(
     def lanczos_row(name: str, method: Any) -> Measurement:
         operator = HessianOperator(network, [lanczos_tokens], loss_of, method=method)
 
-        def steps() -> Any:
+        def run() -> Any:
             return lanczos_tridiagonal(operator, unit, steps, reorthogonalize=False)
 
-        def error(run: Any) -> float:
-            return relative_error(largest_ritz_value(run.alphas, [*run.betas, run.last_beta]), references["ritz value"])
+        def error(found: Any) -> float:
+            return relative_error(largest_ritz_value(found.alphas, [*found.betas, found.last_beta]), references["ritz value"])
 
-        return Measurement(f"hessian-eigenthings, {name}", steps, error if references else None)
+        return Measurement(f"hessian-eigenthings, {name}", run, error if references else None)
 
     double_backward = HessianOperator(network, [tokens], loss_of)
     return [
