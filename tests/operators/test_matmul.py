@@ -122,7 +122,7 @@ def test_products_of_the_hessian_are_off_by_the_algorithms_error(name):
         error, own = relative(product, exact), relative(base @ v, exact)
     bound = ALGORITHMS[name].error
     assert error < own + 8 * bound
-    assert name == "bf16x6" or error > 3 * own
+    assert ALGORITHMS[name].error < 2**-14 or error > 3 * own  # nearer to float32 the two errors are of one size
     both = jax.vmap(operator.mv)(jax.tree.map(lambda x: jnp.stack([x, x]), v))
     assert relative(jax.tree.map(lambda x: x[1], both), product) < own + 2 * bound
     assert relative(linearize(operator) @ v, product) < own + 2 * bound

@@ -15,8 +15,9 @@ from small_models import TINY
 
 import convert
 from jaxhess import RopeConfig, Storage
+from jaxhess.distributed.memory import bytes_per_device
 from jaxhess.distributed.mesh import data_shards
-from jaxhess.plan import Job, gpu, gpu_devices, memory
+from jaxhess.plan import Job, flops, gpu, gpu_devices, memory, traffic
 from jaxhess.plan.hardware import ACCELERATORS
 
 ROOT = Path(__file__).parents[2]
@@ -89,8 +90,13 @@ def test_what_does_not_fit():
     ],
 )
 def test_devices_that_cannot_be_described_are_refused(card, count, message):
-    with pytest.raises(ValueError, match=message):
-        gpu_devices(card, count)
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    try:
+        with pytest.raises(ValueError, match=message):
+            gpu_devices(card, count)
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 def test_without_the_extra_the_message_says_how_to_install_it(monkeypatch):
@@ -104,6 +110,33 @@ def test_a_compiler_of_another_release_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.1.0")
     with pytest.raises(ValueError, match=f"is of release 0.1.0, but JAX is {jax.__version__}"):
         gpu_devices("H200", 1)
+
+
+GUARDED: dict[str, tuple[dict[str, Any], float, float, float]] = {
+    "exact": ({"axes": {"fsdp": 1}}, 34e9, 0.62, 0.70),
+    "finite differences": ({"axes": {"fsdp": 1}, "hvp": "finite-difference"}, 55e9, 0.62, 0.54),
+    "all vectors": ({"axes": {"fsdp": 8}, "storage": Storage("full"), "steps": 10}, 7.5e9, 0.62, 0.70),
+    "eight probes": ({"axes": {"fsdp": 8}, "batch_size": 8}, 52e9, 3.5, 0.78),
+}
+"""Programs of the 8B model in bfloat16 on H200s: at most so many bytes of temporaries and seconds a step, and at least
+such a ceiling."""
+
+
+@compiles
+@pytest.mark.slow
+def test_the_programs_of_an_8b_model_stay_as_good_as_they_are():
+    jobs = [job("llama-3.1-8b", **options) for options, *_ in GUARDED.values()]
+    for name, planned, (facts, roofline, copies) in zip(GUARDED, jobs, compiled_for("H200", jobs), strict=True):
+        _, most, seconds, ceiling = GUARDED[name]
+        assert facts["temporaries"] < most, name
+        assert roofline.seconds < seconds, name
+        assert roofline.ceiling > ceiling, name
+        assert flops(planned) == pytest.approx(facts["flops"], rel=0.02), name
+        if name != "eight probes":
+            assert traffic(planned)["all-gather"] == pytest.approx(facts["traffic"]["all-gather"], rel=0.05), name
+            # No stored vector is copied as a whole, nor all vectors of a leaf.
+            sizes = {bytes_per_device([x]) for x in jax.tree.leaves((planned.params(), planned.state(planned.shape)))}
+            assert not set(copies.values()) & sizes, name
 
 
 FAMILIES = {
