@@ -6,9 +6,13 @@ GPUs is installed (pip install 'jaxhess[gpu-plan]'), else for simulated CPUs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import shlex
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +65,7 @@ def run(options: Options) -> dict[str, Any]:
     mesh, found = None, None
     axes = job.axes or {"fsdp": 1}
     if compiler == "gpu":
-        mesh = make_mesh(axes, planning.gpu_devices(cards[0], job.devices))
+        mesh = _gpu_mesh(job, cards[0])
     elif compiler == "cpu":
         mesh = make_mesh(axes, simulated_devices(job.devices))
     memory = planning.memory(job)
@@ -85,7 +89,8 @@ def run(options: Options) -> dict[str, Any]:
         },
     }
     if mesh is not None:
-        found = planning.compiled(job, mesh)
+        with quiet_compiler():
+            found = planning.compiled(job, mesh)
         sound = {key: value for key, value in found.facts().items() if compiler == "gpu" or _is_sound(key, job)}
         facts["compiled"] = {"compiler": compiler, **sound}
     if compiler == "gpu" and found is not None:
@@ -220,8 +225,8 @@ def show(console: Console, facts: dict[str, Any]) -> None:
         table.add_row(name, found["source"], _giga(found["needed"]), _giga(found["usable"]), *shown)
     console.print(table)
     for name, found in facts["cards"].items():
-        changes = "; or ".join(found["changes"]) or "4,096 devices are too few"
-        console.print(f"{name}: {'fits.' if found['fits'] else f'does not fit; by the formula this would: {changes}.'}")
+        changes = "; or ".join(found["changes"]) or "nothing up to 4,096 devices"
+        console.print(f"{name}: {'fits' if found['fits'] else f'does not fit; this would: {changes}'}.")
     if any(
         found["fits"] and found["needed"] > 0.75 / gpu.USABLE * found["usable"] for found in facts["cards"].values()
     ):
@@ -278,8 +283,47 @@ def _on(job: planning.Job, card: str, compiled: planning.Compiled | None, option
         **dataclasses.asdict(found),
         "price": None if options.price is None else options.price * found.device_hours,
         "carbon": None if options.carbon is None else options.carbon * found.kilowatt_hours,
-        "changes": [words for words, _ in changes],
+        "changes": _compiled_changes(changes, card) if compiled is not None else [words for words, _ in changes],
     }
+
+
+def _compiled_changes(changes: list[tuple[str, planning.Job]], card: str) -> list[str]:
+    """The changes in words, the first that can be compiled and then fits with what the compiler says, in front."""
+    for number, (words, job) in enumerate(changes):
+        if job.storage.basis_memory == "host" or job.devices > gpu.MOST:
+            continue
+        with quiet_compiler():
+            found = planning.forecast(job, card, planning.compiled(job, _gpu_mesh(job, card)))
+        if found.fits:
+            others = [other for k, (other, _) in enumerate(changes) if k != number]
+            return [f"{words} ({_giga(found.needed)} GB by the compiler)", *(f"{o} (by the formula)" for o in others)]
+    return [f"{words} (by the formula)" for words, _ in changes]
+
+
+def _gpu_mesh(job: planning.Job, card: str) -> jax.sharding.Mesh:
+    """The job's mesh of cards; with more memory than they have where the job needs more."""
+    needed = planning.memory(job).total
+    enough = needed <= gpu.memory_limit(ACCELERATORS[card])
+    return make_mesh(job.axes or {"fsdp": 1}, planning.gpu_devices(card, job.devices, None if enough else 2 * needed))
+
+
+@contextlib.contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """Keeps back what XLA's own log says on stderr, which the plan says in its own words; shown where it fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(kept, 2)
+            log.seek(0)
+            sys.stderr.write(log.read().decode(errors="replace"))
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _is_sound(fact: str, job: planning.Job) -> bool:

@@ -32,7 +32,7 @@ def available() -> bool:
     return importlib.util.find_spec(PLUGIN) is not None
 
 
-def gpu_devices(card: str, count: int) -> list[Any]:
+def gpu_devices(card: str, count: int, memory: float | None = None) -> list[Any]:
     """So many devices of this kind, in servers of eight, to compile programs for.
 
     Examples:
@@ -47,6 +47,8 @@ def gpu_devices(card: str, count: int) -> list[Any]:
     Args:
         card: A name in `jaxhess.plan.hardware.ACCELERATORS`.
         count: Fewer than eight are on one server; more fill theirs.
+        memory: Bytes that a program can have on each; None: `memory_limit`, what the card has. Where there is too
+            little XLA orders a program otherwise, and says nothing of what it would take.
 
     JAX must not have started any other backend than the CPU's in this process: set `jax_platforms` to `cpu` before.
 
@@ -67,7 +69,7 @@ def gpu_devices(card: str, count: int) -> list[Any]:
         raise InputError("JAX must be limited to CPUs to compile for a card: set JAX_PLATFORMS=cpu before it starts.")
     hosts, each = (1, count) if count <= device.node else (count // device.node, device.node)
     described = topologies.get_topology_desc(
-        platform="cuda", target_config=target_config(card_name(card)), topology=f"{hosts}x1x{each}"
+        platform="cuda", target_config=target_config(card_name(card), memory), topology=f"{hosts}x1x{each}"
     )
     return list(described.devices)
 
@@ -85,12 +87,12 @@ def fits(device: Accelerator, arguments: float, temporaries: float) -> bool:
     return temporaries <= 0.95 * (memory_limit(device) - arguments)
 
 
-def target_config(card: str) -> str:
-    """The card's `GpuTargetConfigProto`, in text form."""
+def target_config(card: str, memory: float | None = None) -> str:
+    """The card's `GpuTargetConfigProto`, in text form; `memory` as for `gpu_devices`."""
     device = accelerator(card)
     major, minor = device.capability
     # Without a device XLA takes 80% of the memory for its own; on one, JAX's allocator says how much there is.
-    memory = round(memory_limit(device) / 0.8)
+    total = round((memory or memory_limit(device)) / 0.8)
     # Hopper and Blackwell have instructions that only their own architecture understands.
     feature = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     links = 12 if major == 8 else 18
@@ -103,7 +105,7 @@ def target_config(card: str) -> str:
         thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
         registers_per_core_limit: 65536 registers_per_block_limit: 65536
         memory_bandwidth: {round(device.bandwidth)} l2_cache_size: {device.cache}
-        clock_rate_ghz: {device.clock} device_memory_size: {memory}
+        clock_rate_ghz: {device.clock} device_memory_size: {total}
         pcie_bandwidth: {round(device.host_link)} device_address_bits: 64 ecc_enabled: true
         cuda_compute_capability {{ major: {major} minor: {minor}{feature} }}
         name: "{device.kind}" model_str: "{device.kind}" device_vendor: "NVIDIA Corporation"
