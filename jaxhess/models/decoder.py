@@ -27,7 +27,7 @@ from jaxhess.models.layers import FeedForward, Norm, Projection
 from jaxhess.models.vocabulary import matmul_transposed
 
 WRITTEN_OUT = 12
-"""Layers up to which they may be written out: compile time grows with them."""
+"""Most layers that are written out: compile time grows with their number, while that of a scan does not."""
 
 
 class Block(nnx.Module):
@@ -101,8 +101,8 @@ class Decoder(nnx.Module):
         if _written_out(self.config, self.mesh):
             after = []
             for k in range(self.config.num_layers):
-                x, kept = block(x, jax.tree.map(lambda leaf, k=k: leaf[k], (layers, windows)))
-                after.append(kept)
+                x, _ = block(x, jax.tree.map(lambda leaf, k=k: leaf[k], (layers, windows)))
+                after.append(x)
             return x, jnp.stack(after) if keep else None
         # Without rematerialisation the results of matrix products are stored and what lies between them is recomputed:
         # it costs less than its memory's traffic.
@@ -126,10 +126,10 @@ class Decoder(nnx.Module):
 def _written_out(config: DecoderConfig, mesh: Mesh | None) -> bool:
     """Whether the layers are written out one after the other, instead of scanned: few layers on one CPU, all stored.
 
-    Activations are then arrays of their own, not parts of stacks that are cleared, written, read and copied. And in a
-    Lanczos run XLA moves the primal pass, which is the same in every step, out of the loop over the steps: it moves no
-    loop. Its activations are stored during the run, so this is not done with rematerialisation. Simulated devices stand
-    for others, and scan like these.
+    In a Lanczos run XLA then moves the primal pass, which is the same in every step, out of the loop over the steps; it
+    moves no loop. And activations are arrays of their own, not parts of stacks that are cleared, written and copied.
+    The price is that the primal pass stays in memory, so this is not done with rematerialisation. Simulated devices
+    stand for others, whose programs scan.
     """
     if config.remat or config.num_layers > WRITTEN_OUT:
         return False
