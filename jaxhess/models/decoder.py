@@ -1,4 +1,4 @@
-"""One configurable decoder-only transformer in Flax NNX, layers stacked and scanned.
+"""One configurable decoder-only transformer in Flax NNX, layers stacked and scanned (written out on one CPU).
 
 Shapes in comments and names: B sequences, T positions, D residual width, H query heads, K key/value heads, h head
 width, F feed-forward width, V vocabulary, L layers. Every parameter carries the logical names of its axes as metadata
@@ -26,6 +26,9 @@ from jaxhess.models.fused_attention import attend_p
 from jaxhess.models.layers import FeedForward, Norm, Projection
 from jaxhess.models.vocabulary import matmul_transposed
 from jaxhess.vectors import in_order
+
+WRITTEN_OUT = 12
+"""Most layers that are written out: compile time grows with their number, while that of a scan does not."""
 
 
 class Block(nnx.Module):
@@ -98,6 +101,12 @@ class Decoder(nnx.Module):
             x = constrain_batch(nnx.merge(graphdef, params)(x, window), self.mesh)
             return x, x if keep else None
 
+        if _written_out(self.config, self.mesh):
+            after = []
+            for k in range(self.config.num_layers):
+                x, _ = block(x, jax.tree.map(lambda leaf, k=k: leaf[k], (layers, windows)))
+                after.append(x)
+            return x, jnp.stack(after) if keep else None
         # Without rematerialisation the results of matrix products are stored and what lies between them is recomputed:
         # it costs less than its memory's traffic.
         policy = None if self.config.remat else _products_saveable
@@ -115,6 +124,21 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits [B, T, V] in at least float32, all of them at once: for tests and small models."""
         return matmul_transposed(self.hidden(tokens), self.output_matrix())
+
+
+def _written_out(config: DecoderConfig, mesh: Mesh | None) -> bool:
+    """Whether the layers are written out one after the other, instead of scanned: few layers on one CPU, all stored.
+
+    In a Lanczos run XLA then moves the primal pass, which is the same in every step, out of the loop over the steps; it
+    moves no loop. And activations are arrays of their own, not parts of stacks that are cleared, written and copied.
+    The price is that the primal pass stays in memory, so this is not done with rematerialisation. Simulated devices
+    stand for others, whose programs scan.
+    """
+    if config.remat or config.num_layers > WRITTEN_OUT:
+        return False
+    if mesh is None:
+        return jax.default_backend() == "cpu"
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def _products_saveable(primitive: Any, *shapes: Any, **fields: Any) -> bool:

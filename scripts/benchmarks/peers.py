@@ -66,9 +66,8 @@ def peer_rows(
             return lanczos_tridiagonal(operator, unit, steps, reorthogonalize=False)
 
         def error(found: Any) -> float:
-            return relative_error(
-                largest_ritz_value(found.alphas, [*found.betas, found.last_beta]), references["ritz value"]
-            )
+            betas = [*found.betas, found.last_beta]
+            return relative_error(largest_ritz_value(found.alphas, betas), references["ritz value"])
 
         return Measurement(f"hessian-eigenthings, {name}", run, error if references else None)
 
