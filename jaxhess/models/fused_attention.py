@@ -14,6 +14,7 @@ product needs: `jvp` and its transpose. Derivatives of higher order are not defi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -117,8 +118,21 @@ def _primitive(name: str, kernel: Callable, inputs: str, outputs: str) -> Primit
     primitive.def_impl(lambda *arrays, setting: jax.jit(functools.partial(run, setting=setting))(*arrays))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batched
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    lower = mlir.lower_fun(run, multiple_results=True)
+
+    def lowered(context: Any, *arrays: Any, setting: Setting) -> Any:
+        with _compiled_for(setting.mesh):
+            return lower(context, *arrays, setting=setting)
+
+    mlir.register_lowering(primitive, lowered)
     return primitive
+
+
+def _compiled_for(mesh: Mesh | None) -> Any:
+    """For programs that are compiled for a GPU where there is none: since 0.12 JAX asks the default device what it is."""
+    if mesh is None or mesh.devices.flat[0].platform == jax.devices()[0].platform:
+        return contextlib.nullcontext()
+    return jax.default_device(mesh.devices.flat[0])
 
 
 def _on_shards(setting: Setting, kernel: Callable, inputs: str, outputs: str, arrays: Sequence[jax.Array]) -> Any:

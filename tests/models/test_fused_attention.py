@@ -232,7 +232,8 @@ from jaxhess import plan
 from jaxhess.models import attention_kernels as kernels
 
 for card, table in (("A100-80GB", "sm80"), ("H100", "sm90"), ("B200", "sm100")):
-    place = SingleDeviceSharding(plan.gpu_devices(card, 1)[0])
+    (device,) = plan.gpu_devices(card, 1)
+    place = SingleDeviceSharding(device)
     for dtype, width in (("bfloat16", 64), ("bfloat16", 80), ("bfloat16", 128), ("bfloat16", 256), ("float32", 64)):
         def struct(*shape, dtype=dtype):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -249,7 +250,8 @@ for card, table in (("A100-80GB", "sm80"), ("H100", "sm90"), ("B200", "sm100")):
             (kernels.backward_tangent, "qkksqsqkksqsw"),
         ):
             run = functools.partial(kernel, tiles=table, precision="highest")
-            jax.jit(run).lower(*[shapes[r] for r in roles]).compile()
+            with jax.default_device(device):  # JAX 0.12 asks it what to lower for
+                jax.jit(run).lower(*[shapes[r] for r in roles]).compile()
             print(card, dtype, width, kernel.__name__, flush=True)
 """
 
