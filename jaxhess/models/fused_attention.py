@@ -129,7 +129,7 @@ def _primitive(name: str, kernel: Callable, inputs: str, outputs: str) -> Primit
 
 
 def _compiled_for(mesh: Mesh | None) -> Any:
-    """For programs that are compiled for a GPU where there is none: since 0.12 JAX asks the default device what it is."""
+    """For compiling for a GPU where there is none: since 0.12 JAX asks the default device what it is."""
     if mesh is None or mesh.devices.flat[0].platform == jax.devices()[0].platform:
         return contextlib.nullcontext()
     return jax.default_device(mesh.devices.flat[0])

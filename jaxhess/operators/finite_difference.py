@@ -133,7 +133,8 @@ class FiniteDifferenceHessian(LossOperator):
 
     def _mean_product(self, v: Vector, like: Vector) -> Vector:
         summed = with_matmul_precision(lambda v: self._product(v, self.groups), self.matmul_precision)
-        return self.pin(divided(*summed(v), like))
+        total, count = summed(v)
+        return self.pin(divided(total, count, like))
 
     def _product(self, v: Vector, groups: tuple) -> tuple[Vector, jax.Array]:
         """The product of the summed losses of `groups` with v, and their count."""
