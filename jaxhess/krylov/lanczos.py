@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -117,12 +118,21 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list
     wide = state.alphas.dtype
     beta_before = jnp.where(j > 0, state.betas[jnp.maximum(j - 1, 0)], 0)
     length, length_before = _length(q, wide), _length(state.previous, wide)
-    w = in_order(operator.wide_mv(q), shardings)
-    w = add_scaled(scale(1 / length, w), -beta_before / length_before, state.previous)
-    alpha = dot(w, q, wide) / length
-    w = add_scaled(w, -alpha / length, q)
-    w, removed, left = _reorthogonalized(state, w)
-    beta = norm(w, wide)
+    product = in_order(operator.wide_mv(q), shardings)
+    taken = [(-beta_before / length_before, state.previous)]
+    alpha = dot(_left_over(product, length, taken), q, wide) / length
+    taken.append((-alpha / length, q))
+    if state.basis is None:
+        w = _left_over(product, length, taken)
+        overlaps = _overlaps(w, state)
+        taken += [(-x / _length(v, wide), v) for x, v in zip(overlaps, (state.previous, q), strict=True)]
+        removed, left = sum(map(jnp.abs, overlaps), jnp.zeros((), wide)), jnp.zeros((), wide)
+        rest = _left_over(product, length, taken)
+        beta = _norm_near(_largest(w).astype(wide), rest) if _is_narrow(q) else norm(rest, wide)
+        w = _left_over(product, length, taken)
+    else:
+        w, removed, left = _reorthogonalized(state, _left_over(product, length, taken))
+        beta = norm(w, wide)
 
     local = jnp.abs(alpha) + beta_before
     largest = jnp.maximum(local, jnp.max(jnp.abs(state.alphas) + state.betas))
@@ -133,8 +143,8 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list
     broken = state.broken | exhausted
     following = scale(1 / jnp.where(broken, 1, beta), w)
     # Both vectors are written in place, at the end of the step, because XLA does not know that beta is never above
-    # infinity: it cannot move q_j to its new place at the beginning, nor write q_{j+1} before that is done, and so keeps
-    # no copy of q_j beside the product's temporaries.
+    # infinity: it can neither move q_j to its new place at the beginning nor write q_{j+1} before that is done, and so
+    # keeps no copy of q_j beside the product's temporaries.
     never = beta > jnp.inf
     ended = state.broken & ~never
     previous = jax.tree.map(lambda old, new: jnp.where(ended, old, new), state.previous, q)
@@ -158,6 +168,42 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list
         current=stored,
         basis=_with_following(state, stored, previous),
     )
+
+
+def _left_over(product: Vector, length: jax.Array, taken: list[tuple[jax.Array, Vector]]) -> Vector:
+    """product / length plus all multiples of vectors in `taken`, one after the other.
+
+    Of vectors in 16 bits computed again wherever it is called, for the barrier makes the factors others: three vectors
+    in 16 bits are read, where one in 32 would be written, read and kept.
+    """
+    inverse, factors = 1 / length, [factor for factor, _ in taken]
+    if any(_is_narrow(vector) for _, vector in taken):
+        inverse, *factors = jax.lax.optimization_barrier([inverse, *factors])
+    w = scale(inverse, product)
+    for factor, (_, vector) in zip(factors, taken, strict=True):
+        w = add_scaled(w, factor, vector)
+    return w
+
+
+def _overlaps(w: Vector, state: LanczosState) -> list[jax.Array]:
+    """What w has of q_{j-1} and q_j."""
+    wide = state.alphas.dtype
+    return [dot(w, q, wide) / _length(q, wide) for q in (state.previous, state.current)]
+
+
+def _largest(w: Vector) -> jax.Array:
+    return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(e)) for e in jax.tree.leaves(w)])
+
+
+def _norm_near(largest: jax.Array, w: Vector) -> jax.Array:
+    """The norm of w, whose largest entry is near this: divided by a power of two near it, its squares are safe.
+
+    That rounds nothing. `norm` would need w in memory, for a second look at it.
+    """
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    exponent = jnp.clip(exponent, -126, 126)
+    scaled = scale(jnp.ldexp(jnp.ones_like(largest), -exponent), w)
+    return jnp.ldexp(jnp.sqrt(dot(scaled, scaled, largest.dtype)), exponent)
 
 
 def _with_following(state: LanczosState, following: Vector, q: Vector) -> Vector | None:
@@ -185,21 +231,17 @@ def _reorthogonalized(state: LanczosState, w: Vector) -> tuple[Vector, jax.Array
     more, and outliers a million times the bulk let in as much: they take a third pass.
     """
     wide = state.alphas.dtype
-    removed = left = jnp.zeros((), wide)
-    count = state.step + 1
-    if state.basis is not None:
-        project = project_out if state.reorthogonalize == "full" else project_out_in_turn
-        last = removed
-        for _ in range(3 if _is_narrow(state.basis) else 2):
-            before = last
-            w, last = project(state.basis, w, count)
-            removed = removed + last.astype(wide)
-        if state.reorthogonalize == "full":
-            left = (last * (last / jnp.where(before > 0, before, 1))).astype(wide)
-    if state.basis is None or narrower(state.basis, state.current):
-        vectors = (state.previous, state.current)
-        overlaps = [dot(w, q, wide) / _length(q, wide) for q in vectors]
-        for overlap, q in zip(overlaps, vectors, strict=True):
+    removed = left = last = jnp.zeros((), wide)
+    project = project_out if state.reorthogonalize == "full" else project_out_in_turn
+    for _ in range(3 if _is_narrow(state.basis) else 2):
+        before = last
+        w, last = project(state.basis, w, state.step + 1)
+        removed = removed + last.astype(wide)
+    if state.reorthogonalize == "full":
+        left = (last * (last / jnp.where(before > 0, before, 1))).astype(wide)
+    if narrower(state.basis, state.current):
+        overlaps = _overlaps(w, state)
+        for overlap, q in zip(overlaps, (state.previous, state.current), strict=True):
             w = add_scaled(w, -overlap / _length(q, wide), q)
             removed = removed + jnp.abs(overlap)
     return w, removed, left

@@ -190,3 +190,16 @@ def test_vectors_stored_in_bfloat16_keep_the_extremes():
     # Rounding the basis to 8 bits perturbs the matrix by about 2^-9 of its norm.
     np.testing.assert_allclose(result.extreme().largest.value, 40, rtol=1e-2)
     np.testing.assert_allclose(result.extreme().smallest.value, -15, rtol=2e-2)
+
+
+@pytest.mark.parametrize("power", [-100, 100])
+def test_vectors_in_16_bits_do_not_lose_a_norm_whose_squares_vanish_or_overflow(power):
+    dense = jnp.asarray(matrix(np.linspace(-3, 5, 60)), jnp.float32)
+    found = []
+    for factor in (1.0, 2.0**power):  # nothing else is rounded otherwise
+        probe = random_probe(jax.random.key(0), jax.ShapeDtypeStruct((60,), jnp.bfloat16))
+        state = start_lanczos([probe, probe], 8, Storage("none"))
+        state = lanczos_segment(MatrixOperator(factor * dense), state, 8)
+        found.append(np.float64(state.betas) / factor)
+    np.testing.assert_array_equal(found[0], found[1])
+    assert found[0].min() > 0.1
