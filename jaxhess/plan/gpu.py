@@ -126,7 +126,7 @@ def _check_installed() -> None:
     if not available():
         raise InputError(
             "XLA's compiler for GPUs is not installed: pip install 'jaxhess[gpu-plan]', or "
-            f"pip install jax-cuda13-plugin=={jax.__version__}. It needs no GPU and no CUDA."
+            f"pip install jax-cuda13-plugin=={jax.__version__} nvidia-cuda-nvcc nvidia-nvvm. It needs no GPU."
         )
     found = importlib.metadata.version("jax-cuda13-plugin")
     if found != jax.__version__:

@@ -2,7 +2,8 @@
 
 A kernel takes the larger of two times: its operations at the rate of matrix products, its bytes at the rate of memory.
 The program takes their sum, for a GPU runs them one after the other, and the launch of each. Collectives run beside
-them from where the program starts them to where it waits for them, one at a time.
+them from where the program starts them to where it waits for them, one at a time. Of a conditional's branches the one
+that takes less counts: the other is for a rare case (a norm whose squares overflow, a step that must be measured anew).
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ class _Run:
             elif opcode == "conditional":
                 branches = [_Run(self.program, self.device) for _ in callees(instruction)]
                 taken = [run.seconds(inner) for run, inner in zip(branches, callees(instruction), strict=True)]
-                now += self.seconds(callees(instruction)[taken.index(max(taken))], times)
+                now += self.seconds(callees(instruction)[taken.index(min(taken))], times)
             elif opcode == "call" or (opcode == "async-start" and instruction.name not in self.exchanges):
                 now += sum(self.seconds(inner, times) for inner in callees(instruction))
             elif moved := self.exchanges.get((name, instruction.name)):
