@@ -120,8 +120,7 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list
     length, length_before = _length(q, wide), _length(state.previous, wide)
     product = in_order(operator.wide_mv(q), shardings)
     taken = [(-beta_before / length_before, state.previous)]
-    # <w, q_j> from the products of its parts: with the lengths they are one look at the three vectors.
-    alpha = (dot(product, q, wide) / length + taken[0][0] * dot(state.previous, q, wide)) / length
+    alpha = dot(_left_over(product, length, taken), q, wide) / length
     taken.append((-alpha / length, q))
     if state.basis is None:
         w = _left_over(product, length, taken)
