@@ -30,8 +30,9 @@ from jaxhess.errors import InputError
 from jaxhess.files.output import OutputFile
 from jaxhess.files.run_folder import json_ready
 from jaxhess.plan import gpu
-from jaxhess.plan.hardware import ACCELERATORS, card_name
+from jaxhess.plan.hardware import ACCELERATORS, accelerator, card_name
 from jaxhess.plan.roofline import CUSTOM, LAUNCH, LINK, MATMUL, MEMORY
+from jaxhess.plan.verdict import fitting_remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ def run(options: Options) -> dict[str, Any]:
         "command": command(options),
         "parameters": sum(x.size for x in jax.tree.leaves(job.params())),
         "dtype": job.config.dtype,
+        "remat": next(word for word, value in run_options.REMATS.items() if value == job.config.remat),
         "devices": job.devices,
         "microbatches": job.microbatches,
         "products": job.products,
@@ -138,14 +140,18 @@ def job_of(options: Options) -> planning.Job:
         config,
         query_chunk=options.query_chunk,
         attention=options.attention,
-        remat=options.hvp != "linearized",
+        remat=run_options.REMATS.get(options.remat, options.hvp != "linearized"),
     )
-    return planning.Job(
+    job = planning.Job(
         config=config,
         axes=parse_axes(options.mesh) if options.mesh else {},
         batch_size=options.batch_size or 1,
         **{name: getattr(options, name) for name in names},
     )
+    if options.remat == "auto" and options.card is not None:
+        remat = fitting_remat(job, gpu.memory_limit(accelerator(options.card)))
+        job = dataclasses.replace(job, config=dataclasses.replace(config, remat=remat))
+    return job
 
 
 def command(options: Options) -> str:
@@ -180,7 +186,7 @@ def show(console: Console, facts: dict[str, Any]) -> None:
     formula, compiled = facts["formula"], facts.get("compiled", {})
     console.print(
         f"{facts['parameters']:,} parameters in {facts['dtype']} on {facts['devices']} devices; {facts['products']} "
-        f"products, each over {facts['microbatches']} microbatches."
+        f"products, each over {facts['microbatches']} microbatches, with --remat {facts['remat']}."
     )
     if facts["devices"] == 1:
         console.print("This is the plan of one device; --mesh plans for more.")

@@ -13,10 +13,13 @@ import tyro
 from jaxhess.errors import InputError
 from jaxhess.krylov.storage import Storage
 from jaxhess.models import LOGIT_CHUNK
+from jaxhess.models.config import Remat
 from jaxhess.operators.matmul import MatmulPrecision
 from jaxhess.vectors import check_seed
 
 TINY = Path(__file__).parent / "tiny"
+REMATS: dict[str, Remat] = {"on": True, "feed-forward": "feed-forward", "attention": "attention", "off": False}
+"""`DecoderConfig.remat` by the words of `--remat`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,10 @@ class Options:
     The kernel is tested on CPUs and compiled for GPUs, but has never run on one: `plain` does without it."""
     logit_chunk: int = LOGIT_CHUNK
     """Logits per device that exist at once: those of all tokens of a microbatch with a slice of the vocabulary."""
+    remat: Literal["auto", "on", "feed-forward", "attention", "off"] = "auto"
+    """What backward passes compute again instead of storing it: whole layers (on), the feed-forward of each and
+    attention's scores, the scores alone, or no matrix product (off). `auto`: by the plan the fastest of on,
+    feed-forward and attention that fits into memory, on one CPU also of off; off for linearised products."""
     out: Path | None = None
     """Run folder; by default runs/<date>-<model>."""
     overwrite: bool = False
@@ -107,7 +114,7 @@ class Options:
     resume: bool = False
     """Resume the unfinished run in --out; if there is none, start one. Model, data and the options that determine the
     numbers must be the same; --mesh, --microbatch, --batch-size, --query-chunk, --logit-chunk, --attention,
-    --residual-gb, --audit and --eigenpairs may differ."""
+    --remat, --residual-gb, --audit and --eigenpairs may differ; what --remat auto chose is kept."""
 
 
 def check(options: Options) -> None:

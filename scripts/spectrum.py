@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from remat_choice import choose_remat  # beside this file, as the next
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from run_options import Options, check, layer_numbers  # beside this file
+from run_options import Options, check, layer_numbers
 
 import convert
 import jaxhess
@@ -62,6 +63,7 @@ def run(options: Options) -> jaxhess.Spectrum:
         mesh = jaxhess.make_mesh(options.mesh)
         blocks = read_data(options, config)
         clock.stop("data")
+        config = choose_remat(options, config, mesh, checkpoint, console)
         checkpoint = identified(checkpoint, options, config, blocks)
         model = load(options, config, mesh)
         batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
@@ -160,6 +162,7 @@ def identified(
         "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE},
         "data": blocks.fingerprint(),
         "model": {k: v for k, v in config.to_dict().items() if k not in FREE},
+        "remat": (checkpoint.known() if options.resume else {}).get("remat", config.remat),
     }
     checkpoint = dataclasses.replace(checkpoint, identity=identity)
     if options.resume:  # now, before the weights are loaded
@@ -174,7 +177,7 @@ def load(options: Options, config: jaxhess.DecoderConfig, mesh: jax.sharding.Mes
         dtype=options.compute_dtype or config.dtype,
         query_chunk=options.query_chunk,
         attention=options.attention,
-        remat=options.hvp != "linearized",
+        remat=config.remat,
     )
 
 

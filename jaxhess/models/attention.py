@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from jaxhess.models.config import DecoderConfig
@@ -14,6 +15,9 @@ from jaxhess.models.fused_attention import fused_attention, tile_table
 from jaxhess.models.layers import Norm, Projection
 from jaxhess.models.rotary import rotary_tables, rotate
 from jaxhess.models.vocabulary import narrow_precision
+
+ATTENTION = "attention"
+"""Name of the states inside attention that a checkpoint may keep."""
 
 
 class Attention(nnx.Module):
@@ -35,7 +39,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, window: jax.Array | None) -> jax.Array:
         """Attended states [B, T, D]; `window` is this layer's look-back in tokens (int32 scalar), None for no limit."""
-        query, key, value = self.query(x), self.key(x), self.value(x)  # [B, T, H or K, h]
+        # [B, T, H or K, h]
+        query, key, value = (checkpoint_name(p(x), ATTENTION) for p in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.config.rope is not None:
@@ -46,13 +51,16 @@ class Attention(nnx.Module):
         if tiles is not None:
             query = query.reshape(*query.shape[:2], self.config.num_kv_heads, groups, -1)
             attended = fused_attention(query, key, value, window, self.mesh, tiles)
-            return self.out(attended.reshape(*x.shape[:2], self.config.num_heads, -1))
+            return self._out(attended.reshape(*x.shape[:2], self.config.num_heads, -1))
         # Heads before positions, once: the products below are then batches of matrices as they lie.
         query, key, value = (jnp.swapaxes(y, 1, 2) for y in (query, key, value))
         query = query.reshape(query.shape[0], self.config.num_kv_heads, groups, *query.shape[2:])
         attended = causal_attention(query, key, value, window=window, chunk=self.config.query_chunk)
         attended = attended.reshape(attended.shape[0], self.config.num_heads, *attended.shape[3:])
-        return self.out(jnp.swapaxes(attended, 1, 2))
+        return self._out(jnp.swapaxes(attended, 1, 2))
+
+    def _out(self, attended: jax.Array) -> jax.Array:
+        return checkpoint_name(self.out(checkpoint_name(attended, ATTENTION)), ATTENTION)
 
 
 def causal_attention(

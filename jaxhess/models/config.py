@@ -13,6 +13,7 @@ LARGEST = 1e30
 WIDEST_FUSED = 256
 """Head width up to which there are kernels for a fused attention."""
 
+Remat = bool | Literal["feed-forward", "attention"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
@@ -99,7 +100,9 @@ class DecoderConfig:
         query_chunk: Queries whose attention scores exist at once, per sequence and head, in the plain attention.
         attention: `plain` is made of matrix products. `fused` is one kernel, whose scores are never stored: see
             `jaxhess.models.fused_attention`. `auto`: fused on the GPUs, dtypes and meshes that it is made for.
-        remat: Recompute each layer in the backward pass instead of storing its activations.
+        remat: What the backward pass computes again instead of storing it. True: each layer, from its input;
+            "feed-forward": its feed-forward; "attention": only attention's scores and weights; False: no matrix
+            product. The less, the faster, for more memory.
 
     Raises:
         InputError: A size or number is out of range, or two fields contradict each other.
@@ -129,13 +132,15 @@ class DecoderConfig:
     dtype: str = "float32"
     query_chunk: int = 256
     attention: Literal["auto", "plain", "fused"] = "auto"
-    remat: bool = True
+    remat: Remat = True
 
     def __post_init__(self) -> None:
         sizes = "vocab_size embed_dim num_layers num_heads num_kv_heads head_dim mlp_dim max_positions query_chunk"
         for name in sizes.split():
             if not 1 <= getattr(self, name) < 2**31:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2^31.")
+        if self.remat not in (True, False, "feed-forward", "attention"):
+            raise InputError(f"remat is {self.remat!r}; it is True, 'feed-forward', 'attention' or False.")
         if not 0 <= self.norm_eps <= 1:
             raise InputError(f"norm_eps is {self.norm_eps}; it must be 0 to 1.")
         if self.attention not in ("auto", "plain", "fused"):

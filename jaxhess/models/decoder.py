@@ -11,7 +11,7 @@ has rules of its own (`jaxhess.models.fused_attention`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +20,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxhess.distributed.mesh import constrain, constrain_batch, partition_spec
-from jaxhess.models.attention import Attention
+from jaxhess.models.attention import ATTENTION, Attention
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.fused_attention import attend_p
-from jaxhess.models.layers import FeedForward, Norm, Projection
+from jaxhess.models.layers import FEED_FORWARD, FeedForward, Norm, Projection
 from jaxhess.models.vocabulary import matmul_transposed
 from jaxhess.vectors import in_order
 
@@ -107,9 +107,7 @@ class Decoder(nnx.Module):
                 x, _ = block(x, jax.tree.map(lambda leaf, k=k: leaf[k], (layers, windows)))
                 after.append(x)
             return x, jnp.stack(after) if keep else None
-        # Without rematerialisation the results of matrix products are stored and what lies between them is recomputed:
-        # it costs less than its memory's traffic.
-        policy = None if self.config.remat else _products_saveable
+        policy = KEPT[self.config.remat]
         return jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=policy), x, (layers, windows))
 
     def _lookup(self, tokens: jax.Array) -> jax.Array:
@@ -141,9 +139,20 @@ def _written_out(config: DecoderConfig, mesh: Mesh | None) -> bool:
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
-def _products_saveable(primitive: Any, *shapes: Any, **fields: Any) -> bool:
-    """The policy that stores the results of matrix products, and of a fused attention."""
-    return primitive is attend_p or jax.checkpoint_policies.dots_saveable(primitive, *shapes, **fields)
+def _and_fused_attention(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """The policy that also stores the results of a fused attention."""
+    return lambda primitive, *shapes, **fields: primitive is attend_p or policy(primitive, *shapes, **fields)
+
+
+_named = jax.checkpoint_policies.save_only_these_names
+KEPT: dict[bool | str, Callable[..., Any] | None] = {
+    # What lies between matrix products is always computed again: that costs less than its memory's traffic.
+    True: None,
+    "feed-forward": _and_fused_attention(_named(ATTENTION)),
+    "attention": _and_fused_attention(_named(ATTENTION, FEED_FORWARD)),
+    False: _and_fused_attention(jax.checkpoint_policies.dots_saveable),
+}
+"""What is stored of a layer for its backward pass, by `DecoderConfig.remat`."""
 
 
 def slice_shardings(layers: nnx.State, mesh: Mesh | None) -> list[NamedSharding | None] | None:

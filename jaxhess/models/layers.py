@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxhess.models.config import DecoderConfig
 
@@ -64,6 +65,10 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
+FEED_FORWARD = "feed_forward"
+"""Name of the states inside the feed-forward that a checkpoint may keep."""
+
+
 class FeedForward(nnx.Module):
     """`down(act(up x))`, or `down(act(gate x) * up x)` when gated."""
 
@@ -77,7 +82,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
-        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        up = checkpoint_name(self.up(x), FEED_FORWARD)
+        hidden = act(up) if self.gate is None else act(checkpoint_name(self.gate(x), FEED_FORWARD)) * up
         return self.down(hidden)
 
 

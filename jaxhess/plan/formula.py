@@ -16,6 +16,7 @@ from jaxhess.distributed.memory import bytes_per_device
 from jaxhess.models.vocabulary import vocabulary_slices
 from jaxhess.plan.collectives import KINDS
 from jaxhess.plan.job import Job
+from jaxhess.plan.remat import again, stored_states
 
 ALIVE: dict[str, dict[str, float]] = {
     "exact": {"weights": 2.4, "feed_forward": 8, "states": 4, "scores": 18, "logits": 3.8, "slice": 8},
@@ -109,7 +110,7 @@ def memory(job: Job) -> Memory:
         result = summed + 2 * theta + summed * (job.step == "auto")
     residuals = 0
     alive, kept = ALIVE[job.hvp], 2 if job.hvp == "exact" else 1
-    saved = kept * job.config.num_layers * sizes.states
+    saved = int(kept * (job.config.num_layers * sizes.states + stored_states(job)))
     layer = sum(alive[kind] * getattr(sizes, kind) for kind in ("weights", "feed_forward", "scores"))
     layer += alive["states"] * (sizes.states + sizes.heads)
     head = alive["logits"] * sizes.logits + alive["slice"] * sizes.slice + 2 * sizes.states
@@ -126,8 +127,7 @@ def flops(job: Job) -> float:
 
     In forward passes, with layers and slices of the vocabulary computed again in the backward pass: an exact product
     takes 11 (3 forward, 3 again, 5 backward, for the gradient itself is not formed), a gradient 4, finite differences
-    two of these. The last product of a layer is not computed again, for nothing needs its result; attention scores are
-    computed once more, where there is more than one chunk of queries.
+    two of these. What of a layer is computed again depends on `DecoderConfig.remat` (`jaxhess.plan.remat.again`).
 
     Examples:
         >>> import convert
@@ -141,14 +141,16 @@ def flops(job: Job) -> float:
     chunks = -(-job.seq_len // config.query_chunk)
     queries = chunks * config.query_chunk if chunks > 1 else job.seq_len
     attention = 2 * config.num_layers * queries * config.num_heads * config.head_dim
-    layers, last = config.num_layers * sizes.layer, config.num_layers * sizes.last
+    layers = config.num_layers * sizes.layer
+    weights_again, attention_again = again(config, chunks)
+    layers_again = config.num_layers * weights_again
     head = config.vocab_size * config.embed_dim
     if job.hvp == "exact":
-        passes = (
-            11 * layers - 3 * last + (13.5 if chunks > 1 else 12) * attention + (11 if sizes.slices > 1 else 8) * head
-        )
+        passes = 8 * layers + 3 * layers_again + (9 + 3 * attention_again) * attention
+        passes += (11 if sizes.slices > 1 else 8) * head
     else:
-        gradient = 4 * layers - last + (4.5 if chunks > 1 else 4) * attention + (4 if sizes.slices > 1 else 3) * head
+        gradient = 3 * layers + layers_again + (3 + attention_again) * attention
+        gradient += (4 if sizes.slices > 1 else 3) * head
         passes = (2 + (12 / job.microbatches if job.step == "auto" else 0)) * gradient
     return 2 * job.tokens_per_device * job.microbatches * passes / job.axes.get("tensor", 1)
 

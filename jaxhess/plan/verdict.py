@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxhess.distributed.mesh import data_shards
 from jaxhess.errors import InputError
+from jaxhess.models.config import Remat
 from jaxhess.operators.matmul import ALGORITHMS
 from jaxhess.plan import formula
 from jaxhess.plan.compiled import Compiled
@@ -21,6 +22,14 @@ from jaxhess.plan.roofline import roofline
 EFFICIENCY = 0.45
 """Share of the peak rate that matrix products reach in the formula's times: what the roofline of the compiled program
 gives for models of 8 billion parameters and more in bfloat16, or less (`docs/planning.md`)."""
+
+
+FASTEST_FIRST: tuple[Remat, ...] = ("attention", "feed-forward", True)
+"""From the fastest to the smallest. Without any (False) exact products are slower again: scores in float32 go to memory
+and back."""
+
+REMAT_SHARE = 0.85
+"""Share of the memory that a plan by the formula may fill: its temporaries are off by up to 15%."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +122,28 @@ def _formula_seconds(job: Job, device: Accelerator) -> float:
     stored = 2 * passes
     seconds += (vectors * memory.vector + stored * memory.basis) / device.bandwidth
     return seconds + stored * memory.host / device.host_link
+
+
+def fitting_remat(job: Job, available: float, choices: tuple[Remat, ...] = FASTEST_FIRST) -> Remat:
+    """The first of the choices with which the job fits into so many bytes of a device by the formula; else True.
+
+    Products that are linearised keep what they need of one pass: for them it is False.
+
+    Examples:
+        >>> import convert
+        >>> from jaxhess import plan
+        >>> from jaxhess.plan.verdict import fitting_remat
+        >>> job = plan.Job(convert.read_config("scripts/tiny/config.json"), seq_len=32, sequences=8)
+        >>> fitting_remat(job, 1e9), fitting_remat(job, 1e6)
+        ('attention', True)
+    """
+    if job.hvp == "linearized":
+        return False
+    for remat in choices:
+        planned = dataclasses.replace(job, config=dataclasses.replace(job.config, remat=remat))
+        if formula.memory(planned).total <= REMAT_SHARE * available:
+            return remat
+    return True
 
 
 def changes(job: Job, card: str, scale: float = 1.0) -> list[tuple[str, Job]]:

@@ -113,6 +113,10 @@ class Checkpoint:
         """Whether the folder holds a run. All processes must call this."""
         return processes.on_first((Path(self.folder) / IDENTITY).exists)
 
+    def known(self) -> dict[str, Any]:
+        """The identity of the unfinished run in the folder, empty where there is none. All processes must call this."""
+        return processes.on_first(lambda: _identity_in(Path(self.folder)) or {})
+
     def remove(self) -> None:
         """Removes the saves, then the identity file, then the folder if it is empty. Call it when the result is saved.
 

@@ -144,7 +144,7 @@ def times(options: Options) -> dict[str, float]:
     if options.card is None:
         return {}
     config, axes = convert.read_config(options.timed, "float32"), parse_axes(options.timed_mesh)
-    found = {}
+    found: dict[str, float] = {}
     for name in ("float32", *options.precisions):
         job = plan.Job(config, axes, steps=options.steps, storage=jaxhess.Storage("none"), matmul_precision=name)
         job = dataclasses.replace(job, sequences=job.devices, microbatch=job.devices)
@@ -215,8 +215,8 @@ def table(found: list[Errors]) -> Table:
     head = ("products", *names, "extremes", "bulk (W1)", "in float32's", "s on the card", "of float32's")
     rows = []
     for e in found:
-        timed = e.seconds and found[0].seconds
-        time = (f"{e.seconds:.2f}", f"{e.seconds / found[0].seconds:.2f}") if timed else ("", "")
+        base = found[0].seconds
+        time = ("", "") if e.seconds is None or base is None else (f"{e.seconds:.2f}", f"{e.seconds / base:.2f}")
         numbers = (*e.products.values(), e.extremes, e.bulk)
         rows.append((e.precision, *(f"{x:.1e}" for x in numbers), f"{e.worse(found[0]):.1f}", *time))
     emulated = ", ".join(e.precision for e in found if e.emulated)

@@ -128,7 +128,16 @@ def test_hessian_does_not_depend_on_microbatches_or_padding(microbatch):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("change", [{"remat": False}, {"query_chunk": 5, "logit_chunk": 1000}, {"query_chunk": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"remat": False},
+        {"remat": "attention", "query_chunk": 5},
+        {"remat": "feed-forward"},
+        {"query_chunk": 5, "logit_chunk": 1000},
+        {"query_chunk": 1},
+    ],
+)
 def test_hessian_does_not_depend_on_chunks_or_rematerialisation(change):
     operator = language_operator("float64")
     v = random_probe(jax.random.key(1), operator.shape_dtype)

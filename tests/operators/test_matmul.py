@@ -64,7 +64,7 @@ def test_an_algorithm_is_the_sum_of_products_of_parts(name):
     a, b = normal(20, 300, seed=0), normal(300, 30, seed=1)
     found = np.asarray(jax.jit(with_matmul_precision(jnp.matmul, name))(a, b), np.float64)
     expected = by_parts(name, a.astype(np.float64), b.astype(np.float64))
-    # Both have the same products of parts, which are exact; 300 of them, of 6 kinds, were added in float32.
+    # Both have the same products of parts, which are exact; 300 of each of up to 6 kinds were added in float32.
     magnitude = np.abs(a).astype(np.float64) @ np.abs(b)
     assert (np.abs(found - expected) <= 306 * 2.0**-24 * magnitude).all()
 
@@ -86,6 +86,15 @@ def test_infinite_entries_stay_infinite(name):
     assert np.isclose(found[1, 0], 3e38)
 
 
+def test_products_of_all_shapes():
+    """Batched, over two axes, over none, and of numbers: against the product of the parts' sum, in float64."""
+    a, b = normal(2, 3, 4, seed=4), normal(2, 3, 4, seed=5)
+    for equation in ("bij,bij->b", "bij,bkj->bik", "bij,ckj->bcik", "bij,bij->", "bij,bij->bij", "bij,ckl->bcl"):
+        product = with_matmul_precision(lambda x, y, e=equation: jnp.einsum(e, x, y), "bf16x6")
+        exact = np.einsum(equation, a.astype(np.float64), b)
+        np.testing.assert_allclose(product(a, b), exact, rtol=0, atol=30 * 2.0**-20)
+
+
 def products_in(program):
     """The precision of every dot_general, as the lowered text has it."""
     lines = [line for line in program.as_text().splitlines() if "stablehlo.dot_general" in line]
@@ -94,25 +103,29 @@ def products_in(program):
 
 
 @pytest.mark.parametrize("kind", [Hessian, GaussNewton, EmpiricalFisher, FiniteDifferenceHessian])
-@pytest.mark.parametrize("name", ["tf32", "bf16x6"])
-def test_every_product_of_an_operator_has_the_algorithm(kind, name):
-    base = language_operator(num_layers=1, logit_chunk=200)
-    operator = kind(base.loss, base.params, base.batches, matmul_precision=name)
+def test_every_product_of_an_operator_has_the_algorithm(kind):
+    name, base = "bf16x3", language_operator(num_layers=1, logit_chunk=200)
+    step = {"step": 1e-3} if kind is FiniteDifferenceHessian else {}
+    operator = kind(base.loss, base.params, base.batches, matmul_precision=name, **step)
     plain = dataclasses.replace(operator, matmul_precision="float32")
     v = random_probe(jax.random.key(0), operator.shape_dtype)
     mv = jax.jit(lambda op, x: op.mv(x))
     native = products_in(mv.trace(operator, v).lower(lowering_platforms=("cuda",)))
     assert len(native) == len(products_in(mv.trace(plain, v).lower(lowering_platforms=("cuda",)))) > 10
     assert all("algorithm" in precision for precision in native)
+    # Of a product of that form XLA forgets the algorithm when it cuts the program for several devices.
+    text = mv.trace(operator, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert not re.search(r"dot_general %[\w#]+, %[\w#]+, contracting_dims = \[1\] x \[0\]", text)
+    assert re.search(r"dot_general %[\w#]+, %[\w#]+, contracting_dims = \[1\] x \[1\]", text)
     emulated = mv.lower(operator, v)  # on the processor: float32 products of parts, and nothing else
-    assert len(products_in(emulated)) == len(native) * len(ALGORITHMS[name].terms)
+    assert len(products_in(emulated)) == len(native)
     assert set(products_in(emulated)) == {"precision = [HIGHEST, HIGHEST]"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["bf16x6", "tf32"])
 def test_products_of_the_hessian_are_off_by_the_algorithms_error(name):
     """Linear, symmetric and near the exact product: no derivative of the cutting is taken."""
-    base = language_operator(num_layers=2)
+    base = language_operator(num_layers=1)
     operator = dataclasses.replace(base, matmul_precision=name)
     v = random_probe(jax.random.key(0), operator.shape_dtype)
     product = operator @ v
@@ -123,7 +136,7 @@ def test_products_of_the_hessian_are_off_by_the_algorithms_error(name):
     bound = ALGORITHMS[name].error
     assert error < own + 8 * bound
     assert ALGORITHMS[name].error < 2**-14 or error > 3 * own  # nearer to float32 the two errors are of one size
-    both = jax.vmap(operator.mv)(jax.tree.map(lambda x: jnp.stack([x, x]), v))
+    both = jax.jit(jax.vmap(operator.mv))(jax.tree.map(lambda x: jnp.stack([x, x]), v))
     assert relative(jax.tree.map(lambda x: x[1], both), product) < own + 2 * bound
     assert relative(linearize(operator) @ v, product) < own + 2 * bound
 

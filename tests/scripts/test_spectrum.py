@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -11,11 +12,14 @@ import pytest
 from small_models import run_command
 
 import convert
-from jaxhess import Spectrum
+from jaxhess import Checkpoint, Spectrum, make_mesh
 from jaxhess.command import one_sentence
 from jaxhess.data import TokenBatch
 from jaxhess.operators.facts import describe
+from jaxhess.slq.record import operator_record
 from scripts import spectrum as script
+
+remat_choice = sys.modules[script.choose_remat.__module__]
 
 TINY = Path(script.Options().model)
 QUICK = [
@@ -75,6 +79,7 @@ def test_record_tells_how_the_numbers_were_made(finished):
     assert run["program"]["bytes_per_device"]["arguments"] > 0
     assert run["operator"]["kind"] == "Hessian"
     assert run["operator"]["dtypes"] == ["float32"]
+    assert run["operator"]["matmul_precision"] == "float32"
     assert run["noise"]["reference"] == "Hessian in float64"
     assert 0 < run["noise"]["relative_error"]["random"] < 1e-5
     assert "Noise of the products" in (finished / "report.html").read_text()
@@ -177,6 +182,7 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(tmp_path, capsys, change
         (["--operator", "monte-carlo-fisher", "--fisher-samples", "0"], ["fisher-samples", "at least 1"]),
         (["--hvp", "linearized", "--residual-gb", "0.001"], ["Linearising", "0.001 GB are allowed"]),
         (["--logit-chunk", "0"], ["logit_chunk", "at least 1"]),
+        (["--matmul-precision", "tf32", "--dtype", "bfloat16"], ["matmul_precision tf32", "computes in bfloat16"]),
         (["--reorthogonalize", "1"], ["re-orthogonalisation 1", "'full'"]),
         (["--data", "random", "--seed", "-1"], ["seed", "2^32"]),
     ],
@@ -233,15 +239,65 @@ def test_a_run_that_stopped_among_its_eigenpairs_is_ended_by_resume(tmp_path, mo
     with pytest.raises(SystemExit):
         run_command(script, *options)
     assert "holds an unfinished run: resume it (--resume" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run_command(script, *options, "--resume", "--seed", "1")
-    assert "options.seed is 1 here and 0 there" in capsys.readouterr().err
+    for change, words in (
+        ("--seed 1", "options.seed is 1 here and 0"),
+        ("--matmul-precision tf32", "is tf32 here and"),
+    ):
+        with pytest.raises(SystemExit):
+            run_command(script, *options, "--resume", *change.split())
+        assert words in capsys.readouterr().err
     run_command(script, *options, "--resume")
     after = Spectrum.load(out)
     np.testing.assert_array_equal(after.alphas, before.alphas)
     assert not (out / script.UNFINISHED).exists()
     assert len(after.run.eigenpairs.values) == 1
     assert (out / script.EIGENVECTORS / "eigenpairs.npz").exists()
+
+
+def test_a_resumed_run_computes_again_what_it_did_before(tmp_path, monkeypatch, capsys):
+    """Bit for bit: also where by now something else would be chosen."""
+    options = [*QUICK, "--no-audit", "--probes", "1", "--checkpoint-every", "1"]
+    run_command(script, *options, "--out", str(tmp_path / "whole"))
+    assert "compute attention's scores again (--remat attention)" in " ".join(capsys.readouterr().out.split())
+    out = str(tmp_path / "out")
+    with monkeypatch.context() as patch:
+
+        def fail(_, progress):
+            if progress.step == 2:
+                raise OSError("the machine went away")
+
+        patch.setattr(script.ProgressBar, "show", fail)
+        with pytest.raises(OSError, match="went away"):
+            run_command(script, *options, "--out", out)
+    monkeypatch.setattr(remat_choice, "available_bytes", lambda _: 1e6)
+    run_command(script, *options, "--out", out, "--resume")
+    assert "(--remat attention): as in the run that is resumed." in " ".join(capsys.readouterr().out.split())
+    whole, resumed = Spectrum.load(tmp_path / "whole"), Spectrum.load(out)
+    np.testing.assert_array_equal(resumed.alphas, whole.alphas)
+    assert resumed.run.job.options["remat"] == "auto"
+    assert resumed.run.job.model.config["remat"] == whole.run.job.model.config["remat"] == "attention"
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "chosen", "words"),
+    [
+        ({}, 1e9, "attention", "1 GB free on each device"),
+        ({}, 1e6, True, "0.001 GB free"),
+        ({}, np.inf, "attention", "GB free"),  # not known: the host's memory
+        ({"remat": "feed-forward"}, 1e6, "feed-forward", "as asked for"),
+        ({"hvp": "linearized"}, 1e9, False, "linearised products keep one pass"),
+        ({"operator": "gauss-newton", "batch_size": 4}, 1e9, "attention", "by the plan"),
+        ({"hvp": "finite-difference", "dtype": "bfloat16"}, 1e9, True, "no plan"),
+    ],
+)
+def test_what_is_computed_again_is_what_does_not_fit(options, free, chosen, words, monkeypatch, capsys):
+    monkeypatch.setattr(remat_choice, "available_bytes", lambda _: free)
+    options = script.Options(**options)
+    config = script.read_config(options)
+    checkpoint = Checkpoint("not/there")
+    found = remat_choice.choose_remat(options, config, make_mesh("fsdp=8"), checkpoint, script.terminal())
+    assert found.remat == chosen
+    assert words in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -272,15 +328,20 @@ def test_options_that_make_no_sense_are_refused(arguments, sentence, capsys):
         ({"operator": "monte-carlo-fisher", "fisher_samples": 2}, "MonteCarloFisher", {}),
         ({"hvp": "finite-difference", "step": 1e-2, "step_per": "unit"}, "FiniteDifferenceHessian", {}),
         ({"compute_dtype": "bfloat16"}, "Hessian", {"dtypes": ["bfloat16", "float32"]}),
+        ({"matmul_precision": "tf32"}, "Hessian", {"matmul_precision": "tf32", "matmul_emulated": True}),
     ],
 )
-def test_options_choose_the_operator(options, kind, fields):
+def test_options_choose_the_operator(options, kind, fields, capsys):
     options = script.Options(**options)
     model = convert.load(TINY).configured(dtype=options.compute_dtype or "float32")
     batch = TokenBatch(jnp.ones((2, 5), jnp.int32), jnp.ones((2, 4)))
     operator = script.build(options, model, [batch], script.terminal())
     described = describe(operator)
     assert {"kind": kind, **fields}.items() <= described.items()
+    assert ("no tf32 products: they are emulated" in " ".join(capsys.readouterr().out.split())) == (
+        operator.matmul_precision == "tf32"
+    )
+    assert operator_record(described).matmul_precision == described.get("matmul_precision")
     if kind == "FiniteDifferenceHessian":
         assert (operator.step, operator.per) == (1e-2, "unit")
     if kind == "MonteCarloFisher":
