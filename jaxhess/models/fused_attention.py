@@ -56,7 +56,7 @@ def tile_table(config: DecoderConfig, mesh: Mesh | None) -> str | None:
     if config.attention == "plain":
         return None
     capability = _compute_capability(mesh)
-    table = "sm100" if 10 <= capability < 12 else "sm90" if 9 <= capability < 10 else "sm80"
+    table = "sm100" if 10 <= capability < 11 else "sm90" if 9 <= capability < 10 else "sm80"
     if config.attention == "fused":
         return table
     narrow = jnp.dtype(config.dtype).itemsize == 2 and config.head_dim <= WIDEST_FUSED
