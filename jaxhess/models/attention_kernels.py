@@ -18,11 +18,10 @@ Products take operands in the arrays' dtype, to which P and dS are rounded, and 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,82 +29,16 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from jaxhess.models.attention_tiles import Problem, Tiles, operations, tiles_of
 from jaxhess.models.vocabulary import narrow_precision
 
 LOWEST = -1e30
 """A score that is not seen. Finite, so that a row of which nothing has been seen yet is no infinity less another."""
 
 TINY = 1e-30
-"""Below the mass of any row of which something has been seen."""
+"""Below any mass that counts: a row of which nothing has been seen is divided by it instead of by zero."""
 
 Role = Literal["query", "key", "statistic", "window"]
-
-
-class Tiles(NamedTuple):
-    """How a kernel cuts its work: rows of queries and of keys, warps of a program, tiles that are loaded ahead."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-TABLES: dict[str, dict[str, tuple[Tiles, Tiles, Tiles]]] = {
-    "sm100": {
-        "forward": (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
-        "forward_tangent": (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2)),
-        "query": (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
-        "query_tangent": (Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2)),
-        "key": (Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2)),
-        "key_tangent": (Tiles(32, 128, 8, 2), Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1)),
-    },
-    "sm90": {
-        "forward": (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
-        "forward_tangent": (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(32, 32, 4, 2)),
-        "query": (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
-        "query_tangent": (Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 32, 4, 2)),
-        "key": (Tiles(64, 128, 8, 2), Tiles(64, 128, 8, 2), Tiles(32, 64, 8, 2)),
-        "key_tangent": (Tiles(32, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 32, 8, 1)),
-    },
-    "sm80": {
-        "forward": (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
-        "forward_tangent": (Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 1)),
-        "query": (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 1)),
-        "query_tangent": (Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(32, 16, 8, 1)),
-        "key": (Tiles(32, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(16, 32, 8, 1)),
-        "key_tangent": (Tiles(32, 64, 4, 2), Tiles(32, 32, 4, 2), Tiles(16, 16, 4, 1)),
-    },
-}
-"""Tiles for heads up to 64, 128 and 256 wide in 16 bits, by what GPUs have: a B200's tensor memory, an H100's 227 KiB
-of shared memory, or at least 99 KiB of it. They are the largest of those tried that compile with at most 50 bytes of
-registers spilled. Which are fastest has to be measured on a card."""
-
-WIDE = Tiles(16, 16, 4, 1)
-"""For 32 and 64 bits; heads wider than 128 need more than 99 KiB in float32, and those of 128 as much in float64."""
-
-PRODUCTS = {"forward": 2, "forward_tangent": 6, "query": 3, "query_tangent": 8, "key": 4, "key_tangent": 10}
-"""Matrix products of a tile."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The static sizes of one attention: T, G and h, whether there is a window, and the tiles."""
-
-    length: int
-    groups: int
-    width: int
-    windowed: bool
-    tiles: Tiles
-
-    @property
-    def padded(self) -> int:
-        """The width as the kernels have it: a power of two, the rest zero."""
-        return max(16, pl.next_power_of_2(self.width))
-
-    @property
-    def scale(self) -> float:
-        """Of the scores."""
-        return self.width**-0.5
 
 
 def forward(*arrays: jax.Array, **how: Any) -> Any:
@@ -159,7 +92,7 @@ def _forward(q_ref: Any, k_ref: Any, v_ref: Any, w_ref: Any, o_ref: Any, log_sum
     carry = jnp.full(rows, LOWEST, wide), jnp.zeros(rows, wide), jnp.zeros((*rows, p.padded), wide)
     peak, mass, total = jax.lax.fori_loop(*_key_tiles(start, w_ref, p), step, carry)
     _store_rows(o_ref, total / mass[:, None], start, p)
-    _store_statistic(log_sum_ref, peak + jnp.log(mass), start, p)
+    triton.store(log_sum_ref.at[:], peak + jnp.log(mass), mask=_row_mask(start, p.tiles.queries, p).get("mask"))
 
 
 def _forward_tangent(
@@ -204,7 +137,9 @@ def _forward_tangent(
     row, block = jnp.zeros((p.tiles.queries,), wide), jnp.zeros((p.tiles.queries, p.padded), wide)
     mass, moment, _, change = jax.lax.fori_loop(*_key_tiles(start, w_ref, p), step, (row, row, block, block))
     _store_rows(do_ref, change, start, p)
-    _store_statistic(d_log_sum_ref, moment / jnp.maximum(mass, TINY), start, p)
+    triton.store(
+        d_log_sum_ref.at[:], moment / jnp.maximum(mass, TINY), mask=_row_mask(start, p.tiles.queries, p).get("mask")
+    )
 
 
 def _query(*refs: Any, p: Problem) -> None:
@@ -368,10 +303,6 @@ def _statistic(ref: Any, start: Any, p: Problem, head: Any) -> jax.Array:
     return triton.load(ref.at[head, pl.ds(start, p.tiles.queries)], **_row_mask(start, p.tiles.queries, p))
 
 
-def _store_statistic(ref: Any, x: jax.Array, start: Any, p: Problem) -> None:
-    triton.store(ref.at[:], x, mask=_row_mask(start, x.shape[0], p).get("mask"))
-
-
 def _row_ref(ref: Any, start: Any, size: int, head: Any) -> Any:
     return ref.at[pl.ds(start, size), :] if head is None else ref.at[pl.ds(start, size), head, :]
 
@@ -412,7 +343,7 @@ def _call(
     (_, query), (_, key) = inputs[:2]
     batch, length, heads, groups, width = query.shape
     if isinstance(tiles, str):
-        tiles = _tiles(TABLES[tiles][name], query.dtype, width)
+        tiles = tiles_of(name, tiles, query.dtype, width)
     p = Problem(length, groups, width, inputs[-1][0] == "window", tiles)
     by_queries = not name.startswith("key")
     block = tiles.queries if by_queries else tiles.keys
@@ -444,6 +375,10 @@ def _call(
             (None, block, None, None, p.padded), lambda i, n, b: (b, grid[0] - 1 - i, head(n), _rem(n, groups), 0)
         )
 
+    # For `jaxhess.plan`, in the compiled program's text. `jax.vmap` multiplies the grid's programs, and neither number.
+    flops = batch * heads * groups * operations(name, tiles, length, p.padded)
+    declared = {"flops": str(flops), "programs": str(math.prod(grid))}
+
     def run(interpret: bool, *arrays: Any) -> Any:
         call = pl.pallas_call(
             functools.partial(_with_window, kernel, p, len(inputs)),
@@ -453,7 +388,7 @@ def _call(
             out_shape=[jax.ShapeDtypeStruct(shapes[role], dtype) for role, dtype in outputs],
             compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
             interpret=interpret,
-            metadata=_cost(name, p, batch * heads * groups, math.prod(grid)),
+            metadata=declared,
             name=f"attention_{name}",
         )
         with jax.default_matmul_precision("highest" if interpret else precision):
@@ -462,24 +397,3 @@ def _call(
     return jax.lax.platform_dependent(
         *(x for _, x in inputs), cuda=functools.partial(run, False), default=functools.partial(run, True)
     )
-
-
-def _tiles(by_width: Sequence[Tiles], dtype: Any, width: int) -> Tiles:
-    if jnp.dtype(dtype).itemsize > 2:
-        return WIDE
-    return by_width[0 if width <= 64 else 1 if width <= 128 else 2]
-
-
-def _cost(name: str, p: Problem, heads: int, programs: int) -> dict[str, str]:
-    """What is left of the kernel in the compiled program's text, for `jaxhess.plan`: operations of all programs.
-
-    `jax.vmap` multiplies the programs, not the operations. A window is not known here.
-    """
-    queries, keys = p.tiles.queries, p.tiles.keys
-    if name.startswith("key"):
-        blocks = pl.cdiv(p.length, queries)
-        tiles = sum(blocks - start // queries for start in range(0, p.length, keys))
-    else:
-        tiles = sum(-(-min(start + queries, p.length) // keys) for start in range(0, p.length, queries))
-    flops = 2 * PRODUCTS[name] * heads * tiles * queries * keys * p.padded
-    return {"flops": str(flops), "programs": str(programs)}

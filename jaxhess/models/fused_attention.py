@@ -28,7 +28,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxhess.models import attention_kernels as kernels
-from jaxhess.models.attention_kernels import Tiles
+from jaxhess.models.attention_tiles import Tiles
 from jaxhess.models.config import WIDEST_FUSED, DecoderConfig
 
 
@@ -48,7 +48,7 @@ class Setting:
 
 
 def tile_table(config: DecoderConfig, mesh: Mesh | None) -> str | None:
-    """The table of tiles (`attention_kernels.TABLES`) for the devices of `mesh`; None for the plain attention.
+    """The table of tiles (`attention_tiles.TABLES`) for the devices of `mesh`; None for the plain attention.
 
     By itself (`auto`) it is fused on NVIDIA GPUs since the A100, in 16 bits, where `tensor` divides the key heads. In
     float32 the products of a kernel do not run on tensor cores, and are left to the library.
@@ -56,7 +56,7 @@ def tile_table(config: DecoderConfig, mesh: Mesh | None) -> str | None:
     if config.attention == "plain":
         return None
     capability = _compute_capability(mesh)
-    table = "sm100" if 10 <= capability < 12 else "sm90" if 9 <= capability < 10 else "sm80"
+    table = "sm100" if 10 <= capability < 11 else "sm90" if 9 <= capability < 10 else "sm80"
     if config.attention == "fused":
         return table
     narrow = jnp.dtype(config.dtype).itemsize == 2 and config.head_dim <= WIDEST_FUSED

@@ -17,7 +17,7 @@ from jaxhess import DecoderConfig, FiniteDifferenceHessian, GaussNewton, Hessian
 from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.models import initialize
 from jaxhess.models.attention import causal_attention
-from jaxhess.models.attention_kernels import Tiles
+from jaxhess.models.attention_tiles import Tiles
 from jaxhess.models.fused_attention import fused_attention, tile_table
 from jaxhess.operators.base import parts
 from jaxhess.operators.precision import exact_operator

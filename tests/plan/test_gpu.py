@@ -101,7 +101,8 @@ def test_devices_that_cannot_be_described_are_refused(card, count, message):
 
 def test_without_the_extra_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(gpu, "PLUGIN", "no_such_module")
-    with pytest.raises(ValueError, match=rf"pip install jax-cuda13-plugin=={jax.__version__} nvidia-cuda-nvcc nvidia-nvvm\. It"):
+    packages = f"jax-cuda13-plugin=={jax.__version__} nvidia-cuda-nvcc nvidia-nvvm"
+    with pytest.raises(ValueError, match=rf"pip install {packages}\. It needs no GPU"):
         gpu_devices("H200", 1)
 
 
