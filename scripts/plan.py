@@ -78,6 +78,7 @@ def run(options: Options) -> dict[str, Any]:
         "devices": job.devices,
         "microbatches": job.microbatches,
         "products": job.products,
+        "batch_size": job.batch_size,
         "formula": {
             "bytes_per_device": {
                 **dataclasses.asdict(memory),
@@ -210,11 +211,12 @@ def show(console: Console, facts: dict[str, Any]) -> None:
     table = Table("one step, on each device", "by formula", by)
     table.add_row(
         "TFLOPs",
-        f"{formula['flops_per_product_per_device'] / 1e12:.4g}",
+        f"{facts['batch_size'] * formula['flops_per_product_per_device'] / 1e12:.4g}",
         f"{compiled['flops'] / 1e12:.4g}" if compiled else "",
     )
     for kind, received in formula["traffic_per_product_per_device"].items():
         found = compiled["traffic"][kind] if "traffic" in compiled else None
+        received *= facts["batch_size"]
         if received or found:
             table.add_row(f"{kind}, GB received", _giga(received), "" if found is None else _giga(found))
     console.print(table)

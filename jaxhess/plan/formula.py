@@ -13,18 +13,24 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess.distributed.memory import bytes_per_device
+from jaxhess.models.config import WIDEST_FUSED
 from jaxhess.models.vocabulary import vocabulary_slices
 from jaxhess.plan.collectives import KINDS
 from jaxhess.plan.job import Job
 from jaxhess.plan.remat import again, stored_states
 
 ALIVE: dict[str, dict[str, float]] = {
-    "exact": {"weights": 2.4, "feed_forward": 8, "states": 4, "scores": 18, "logits": 3.8, "slice": 8},
-    "finite-difference": {"weights": 1.3, "feed_forward": 2, "states": 3, "scores": 7.5, "logits": 1, "slice": 4},
-}
-"""How many arrays of a kind are alive at the peak: of a layer's weights, its states in the feed-forward and outside it,
-and its attention scores; or of a slice's logits and rows. Fitted to programs compiled for CPUs in float32, see
-`tests/plan/test_plan.py`; a tangent beside every array, and gradients that wait to be reduced, are among them."""
+    "exact": {
+        "weights": 0.6, "gathered": 0.6, "feed_forward": 7.8, "states": 20, "scores": 18, "logits": 1.6, "slice": 6.9
+    },
+    "finite-difference": {
+        "weights": 0, "gathered": 0.13, "feed_forward": 0, "states": 11, "scores": 7.5, "logits": 1.5, "slice": 0
+    },
+}  # fmt: skip
+"""How many arrays of a kind are alive at the peak: of a layer's weights (and as many again where they are gathered),
+its states in the feed-forward and outside it, and its attention scores; or of a slice's logits and rows. Fitted to
+programs compiled for an H200 in bfloat16 (`tests/plan/test_gpu.py`), `scores` to programs compiled for CPUs; a tangent
+beside every array is among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,24 +105,38 @@ def memory(job: Job) -> Memory:
     state = job.state(job.shape)
     theta = bytes_per_device(params)
     vector = bytes_per_device(jax.tree.leaves(state.current))
-    stored = bytes_per_device(jax.tree.leaves(state.basis))
-    basis, host = (0, stored) if job.storage.basis_memory == "host" else (stored, 0)
+    rows = bytes_per_device(jax.tree.leaves(state.basis))
+    basis, host = (0, rows) if job.storage.basis_memory == "host" else (rows, 0)
     batch = 4 * job.microbatches * job.sequences_per_device * (2 * job.seq_len + 1)
     wide = max(4, jnp.dtype(job.vector_dtype).itemsize, jnp.dtype(job.accumulation_dtype).itemsize)
     summed = theta // jnp.dtype(job.config.dtype).itemsize * wide
-    if job.hvp == "exact":
-        result = summed if job.microbatches == 1 and wide == sizes.bytes else theta + summed * (job.microbatches > 1)
+    several = job.microbatches > 1
+    if job.hvp == "finite-difference":  # shifted parameters; two gradients, or one and the sum
+        result = 2 * theta + (summed if several else theta) + summed * (job.step == "auto")
     else:
-        result = summed + 2 * theta + summed * (job.step == "auto")
-    residuals = 0
-    alive, kept = ALIVE[job.hvp], 2 if job.hvp == "exact" else 1
-    saved = int(kept * (job.config.num_layers * sizes.states + stored_states(job)))
-    layer = sum(alive[kind] * getattr(sizes, kind) for kind in ("weights", "feed_forward", "scores"))
+        result = theta + summed * several
+    both = (1 + job.batch_size) / 2  # a value and the tangents of all probes, over a value and one tangent
+    alive, kept = ALIVE["exact" if job.hvp == "linearized" else job.hvp], 2
+    if job.hvp != "exact":  # no tangents; or nothing but tangents
+        kept, both = 1, job.batch_size
+    stored = 0.0 if job.hvp == "linearized" else stored_states(job)
+    saved = int(both * kept * (job.config.num_layers * sizes.states + stored))
+    weights = alive["weights"] + alive["gathered"] * (job.axes.get("fsdp", 1) > 1)
+    layer = weights * sizes.weights + alive["feed_forward"] * sizes.feed_forward
     layer += alive["states"] * (sizes.states + sizes.heads)
+    if not fused(job):
+        layer += alive["scores"] * sizes.scores
     head = alive["logits"] * sizes.logits + alive["slice"] * sizes.slice + 2 * sizes.states
-    working = int(max(layer, head))
-    # Leaf by leaf: new vectors grow while the product is still whole.
-    updating = summed + 2 * wide * max(bytes_per_device([x]) // x.dtype.itemsize for x in params)
+    working = int(both * max(layer, head))
+    result = job.batch_size * result
+    residuals = _linearization(job, sizes) if job.hvp == "linearized" else 0
+    # A new vector is kept in float32 while it is made orthogonal to others, or stored so; of several probes all are.
+    if job.batch_size > 1:
+        updating = job.batch_size * (summed + theta)
+    elif job.storage.reorthogonalize == "none" and jnp.dtype(job.vector_dtype).itemsize < 4:
+        updating = theta
+    else:
+        updating = summed + wide * max(bytes_per_device([x]) // x.dtype.itemsize for x in params)
     temporaries = max(result + saved + working, updating)
     audit = theta + batch + 4 * summed + temporaries if job.audit else 0
     return Memory(theta, vector, basis, batch, result, saved, working, temporaries, residuals, audit, host)
@@ -126,8 +146,9 @@ def flops(job: Job) -> float:
     """Operations of the matrix products in one Hessian product on each device: 2 m n k each.
 
     In forward passes, with layers and slices of the vocabulary computed again in the backward pass: an exact product
-    takes 11 (3 forward, 3 again, 5 backward, for the gradient itself is not formed), a gradient 4, finite differences
-    two of these. What of a layer is computed again depends on `DecoderConfig.remat` (`jaxhess.plan.remat.again`).
+    takes 11 (3 forward, 3 again, 5 backward, for the gradient itself is not formed), of which probes that advance
+    together share 3; a linearised product 6, a gradient 4, finite differences two of these. What of a layer is computed
+    again depends on `DecoderConfig.remat` (`jaxhess.plan.remat.again`).
 
     Examples:
         >>> import convert
@@ -145,14 +166,33 @@ def flops(job: Job) -> float:
     weights_again, attention_again = again(config, chunks)
     layers_again = config.num_layers * weights_again
     head = config.vocab_size * config.embed_dim
-    if job.hvp == "exact":
-        passes = 8 * layers + 3 * layers_again + (9 + 3 * attention_again) * attention
-        passes += (11 if sizes.slices > 1 else 8) * head
+    # Probes that advance together share what depends on no tangent.
+    shared = 1 / job.batch_size if job.hvp == "exact" else 1.0
+    whole = config.remat is True
+    if fused(job):  # in its kernels' products, of tiles of 128 queries on the diagonal or below; a pass has two
+        seen = (1 + min(128 / job.seq_len, 1)) / 2 / 2
+        value, tangent = seen * (9 + 2 * whole), seen * (24 + 6 * whole)
     else:
-        gradient = 3 * layers + layers_again + (3 + attention_again) * attention
-        gradient += (4 if sizes.slices > 1 else 3) * head
+        value, tangent = 3 + attention_again, 6 + 2 * attention_again
+    many = sizes.slices > 1
+    gradient = 3 * layers + layers_again + value * attention + (4 if many else 3) * head
+    if job.hvp == "exact":  # a gradient without its last products, the weights' own
+        passes = shared * (gradient - layers - head) + 6 * layers + 2 * layers_again
+        passes += tangent * attention + (8 if many else 6) * head
+    elif job.hvp == "linearized":
+        passes = 6 * layers + tangent * attention + 6 * head
+    else:
         passes = (2 + (12 / job.microbatches if job.step == "auto" else 0)) * gradient
     return 2 * job.tokens_per_device * job.microbatches * passes / job.axes.get("tensor", 1)
+
+
+def fused(job: Job) -> bool:
+    """Whether attention is fused on the cards of the table, by itself or as asked for."""
+    config = job.config
+    if config.attention != "auto":
+        return config.attention == "fused"
+    narrow = jnp.dtype(job.dtype).itemsize == 2 and config.head_dim <= WIDEST_FUSED
+    return narrow and config.num_kv_heads % job.axes.get("tensor", 1) == 0
 
 
 def traffic(job: Job) -> dict[str, float]:
@@ -175,18 +215,28 @@ def traffic(job: Job) -> dict[str, float]:
     config, sizes = job.config, _Sizes.of(job)
     data, fsdp, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
     moved = dict.fromkeys(KINDS, 0.0)
-    gradients = 1 if job.hvp == "exact" else 2 + (12 / job.microbatches if job.step == "auto" else 0)
-    gathers = 4 if job.hvp == "exact" else 2 * gradients
+    central = job.hvp == "finite-difference"
+    gradients = 2 + (12 / job.microbatches if job.step == "auto" else 0) if central else 1
+    gathers = 2 * gradients if central else 2 + 2 / job.batch_size
     layers = config.num_layers * sizes.weights
     head = config.vocab_size * config.embed_dim * sizes.bytes / tensor
     around = (fsdp - 1) / fsdp
     moved["all-gather"] = around * gathers * (layers + head * (1 if sizes.slices > 1 else 0.5))
-    halves = 2 if job.hvp == "exact" and data > 1 else 1
-    moved["reduce-scatter"] = around * halves * gradients * (layers + head)
+    halves = 2 if not central and data > 1 else 1
+    # Slices of the vocabulary are summed in the float32 of their logits.
+    wide = max(4, sizes.bytes) / sizes.bytes if sizes.slices > 1 else 1
+    moved["reduce-scatter"] = around * halves * gradients * (layers + wide * head)
     between = 2 * (tensor - 1) / tensor * 10 * (gathers / 4) * config.num_layers * sizes.states
     across = 2 * (data - 1) / data * gradients * (layers + head) / fsdp
     moved["all-reduce"] = between + across
     return {kind: job.microbatches * received for kind, received in moved.items()}
+
+
+def _linearization(job: Job, sizes: _Sizes) -> int:
+    """Bytes that linearised products keep, fitted as `ALIVE` is: arrays of every layer, all logits, states beside."""
+    layer = 9 * sizes.feed_forward + 16 * (sizes.states + sizes.heads)
+    around = sizes.slices * sizes.logits + 15 * sizes.states
+    return int(job.microbatches * (job.config.num_layers * layer + around))
 
 
 @dataclasses.dataclass(frozen=True)

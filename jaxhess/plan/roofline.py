@@ -172,7 +172,7 @@ def whole_copies(program: Program, least: float) -> dict[str, float]:
             if instruction.opcode in ("while", "conditional", "call"):
                 for inner in callees(instruction):
                     look(inner)
-            elif bytes_of(instruction.type) >= least and _only_moves(program, instruction):
+            elif bytes_of(instruction.type) >= least and _only_moves(program, instruction, computation):
                 found[instruction.name] = float(bytes_of(instruction.type))
 
     look(_step(program))
@@ -184,9 +184,14 @@ _MOVES = frozenset(
 )
 
 
-def _only_moves(program: Program, instruction: Instruction) -> bool:
+def _only_moves(program: Program, instruction: Instruction, computation: Computation) -> bool:
     if instruction.opcode in ("copy", "transpose"):
-        return True
+        source = computation.instructions[instruction.operands[0]]
+        filled = {"broadcast", "constant"}  # what is copied is one number: the start of a sum or a stack
+        inner = (
+            program.computations[callees(source)[0]].instructions.values() if source.opcode == "fusion" else [source]
+        )
+        return not {i.opcode for i in inner} <= filled
     if instruction.opcode != "fusion":
         return False
     inner = program.computations[callees(instruction)[0]].instructions.values()

@@ -19,6 +19,7 @@ from jaxhess.distributed.memory import bytes_per_device
 from jaxhess.distributed.mesh import data_shards
 from jaxhess.plan import Job, flops, gpu, gpu_devices, memory, traffic
 from jaxhess.plan.hardware import ACCELERATORS
+from scripts.benchmarks import plans
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "benchmarks" / "configs"
@@ -28,7 +29,7 @@ compiles = pytest.mark.skipif(not gpu.available(), reason="needs the extra gpu-p
 def job(model: str, axes: dict[str, int], dtype: str = "bfloat16", each: int = 1, **options: Any) -> Job:
     """A job on one microbatch of 2,048 tokens for every part of the batch."""
     config = convert.read_config(CONFIGS / f"{model}.json", dtype)
-    config = dataclasses.replace(config, remat=options.get("hvp") != "linearized", **options.pop("config", {}))
+    config = dataclasses.replace(config, **{"remat": options.get("hvp") != "linearized", **options.pop("config", {})})
     made = Job(config, axes, **{"storage": Storage("none"), "sequences": 4096, **options})
     size = each * data_shards(made.shape)
     return dataclasses.replace(made, microbatch=size, sequences=size)
@@ -44,7 +45,8 @@ from jaxhess import plan
 from jaxhess.distributed.memory import bytes_per_device
 from jaxhess.distributed.mesh import make_mesh
 for job in pickle.load(sys.stdin.buffer):
-    mesh = make_mesh(job.axes or {{"fsdp": 1}}, plan.gpu_devices({card!r}, job.devices))
+    enough = max(plan.gpu.memory_limit(plan.hardware.accelerator({card!r})), 2 * plan.memory(job).total)
+    mesh = make_mesh(job.axes or {{"fsdp": 1}}, plan.gpu_devices({card!r}, job.devices, enough))
     found = plan.compiled(job, mesh)
     leaf = max(bytes_per_device([x]) for x in jax.tree.leaves(job.params()["layers"]))
     facts = (found.facts(), plan.roofline(found.program, {card!r}), plan.whole_copies(found.program, leaf / 4))
@@ -114,10 +116,10 @@ def test_a_compiler_of_another_release_is_refused(monkeypatch):
 
 
 GUARDED: dict[str, tuple[dict[str, Any], float, float, float]] = {
-    "exact": ({"axes": {"fsdp": 1}}, 34e9, 0.62, 0.70),
+    "exact": ({"axes": {"fsdp": 1}, "config": {"remat": "feed-forward"}}, 24e9, 0.62, 0.70),
     "finite differences": ({"axes": {"fsdp": 1}, "hvp": "finite-difference"}, 55e9, 0.62, 0.54),
-    "all vectors": ({"axes": {"fsdp": 8}, "storage": Storage("full"), "steps": 10}, 7.5e9, 0.62, 0.70),
-    "eight probes": ({"axes": {"fsdp": 8}, "batch_size": 8}, 52e9, 3.5, 0.78),
+    "all vectors": ({"axes": {"fsdp": 8}, "storage": Storage("full"), "steps": 10}, 5e9, 0.64, 0.72),
+    "eight probes": ({"axes": {"fsdp": 8}, "batch_size": 8}, 50e9, 3.5, 0.80),
 }
 """Programs of the 8B model in bfloat16 on H200s: at most so many bytes of temporaries and seconds a step, and at least
 such a ceiling."""
@@ -126,14 +128,15 @@ such a ceiling."""
 @compiles
 @pytest.mark.slow
 def test_the_programs_of_an_8b_model_stay_as_good_as_they_are():
-    jobs = [job("llama-3.1-8b", **options) for options, *_ in GUARDED.values()]
+    jobs = [job("llama-3.1-8b", **dict(options)) for options, *_ in GUARDED.values()]
     for name, planned, (facts, roofline, copies) in zip(GUARDED, jobs, compiled_for("H200", jobs), strict=True):
         _, most, seconds, ceiling = GUARDED[name]
         assert facts["temporaries"] < most, name
         assert roofline.seconds < seconds, name
         assert roofline.ceiling > ceiling, name
-        assert flops(planned) == pytest.approx(facts["flops"], rel=0.02), name
-        if name != "eight probes":
+        assert planned.batch_size * flops(planned) == pytest.approx(facts["flops"], rel=0.01), name
+        assert memory(planned).temporaries == pytest.approx(facts["temporaries"], rel=0.15), name
+        if name == "all vectors":
             assert traffic(planned)["all-gather"] == pytest.approx(facts["traffic"]["all-gather"], rel=0.05), name
             # No stored vector is copied as a whole, nor all vectors of a leaf.
             sizes = {bytes_per_device([x]) for x in jax.tree.leaves((planned.params(), planned.state(planned.shape)))}
@@ -226,3 +229,16 @@ for operator in (jaxhess.GaussNewton(*parts), jaxhess.EmpiricalFisher(*parts), f
         "EmpiricalFisher",
         "MonteCarloFisher",
     ]
+
+
+@compiles
+@pytest.mark.study
+@pytest.mark.parametrize("devices", [1, 8, 64, 512])
+def test_the_formula_agrees_with_the_compiler_for_every_listed_model(devices):
+    """In bfloat16, for a card with enough memory: XLA computes more where it has too little."""
+    jobs = [job(name, plans.mesh(name, devices), hvp=hvp) for name in plans.CONFIGS for hvp in plans.PRODUCTS]
+    for planned, (facts, _, _) in zip(jobs, compiled_for("H200", jobs), strict=True):
+        formula = memory(planned)
+        assert formula.temporaries == pytest.approx(facts["temporaries"], rel=0.15)
+        assert formula.arguments == pytest.approx(facts["arguments"], rel=0.01)
+        assert traffic(planned)["all-gather"] == pytest.approx(facts["traffic"]["all-gather"], rel=0.05)
