@@ -156,10 +156,11 @@ def _misfit(data: Any, kind: Any, name: str) -> str | None:
         return next((reason for key in data if (reason := _misfit(data[key], kinds[key], key))), None)
     options = typing.get_args(kind)
     origin = typing.get_origin(kind)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter where one of them is a Literal
         if data is None and types.NoneType in options:
             return None
-        return _misfit(data, next(option for option in options if option is not types.NoneType), name)
+        reasons = [_misfit(data, option, name) for option in options if option is not types.NoneType]
+        return None if None in reasons else reasons[0]
     if origin is Literal:
         fits = data in options
     elif origin is tuple:

@@ -164,7 +164,7 @@ def changes(job: Job, card: str, scale: float = 1.0) -> list[tuple[str, Job]]:
         False
         >>> words, changed = plan.changes(job, "H100")[0]
         >>> words, plan.forecast(changed, "H100").fits
-        ('--microbatch 8192', True)
+        ('--microbatch 4096', True)
 
     Args:
         scale: What the job takes by the compiler over what it takes by the formula, which the formula's numbers for the

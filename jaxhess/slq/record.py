@@ -89,22 +89,22 @@ class OperatorRecord:
         kind: Name of its class.
         dtypes: That products were computed in.
         accumulation_dtype: Of sums over microbatches.
-        matmul_precision: Of matrix products in float32; None: there are none, or it is not known.
         restriction: None: none. A text is that of an earlier version, which kept no other.
         terms: Of a sum.
         operator: Of a multiple, or of one that is shifted.
         details: All else, by name: the factor, the shift, the step of finite differences, whether matrix products were
             emulated.
+        matmul_precision: Of matrix products in float32; None: there are none, or it is not known.
     """
 
     kind: str
     dtypes: tuple[str, ...] = ()
     accumulation_dtype: str | None = None
-    matmul_precision: str | None = None
     restriction: Selection | str | None = None
     terms: tuple[OperatorRecord, ...] = ()
     operator: OperatorRecord | None = None
     details: dict[str, JsonValue] = dataclasses.field(default_factory=dict)
+    matmul_precision: str | None = None
 
     @property
     def matrix_name(self) -> str:

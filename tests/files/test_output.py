@@ -59,7 +59,9 @@ FOLDERS = {
     "scripts.training.tiny": (OUT, ("config.json", "notes.txt", ".git", MANIFEST)),
     "scripts.benchmarks.products": (("--out", "{out}/numbers.json"), ("numbers.json",)),
     "scripts.validation.mesh": (("--model", "not/read", "--out", "{out}/numbers.json"), ("numbers.json",)),
-    "scripts.plan": (("--json", "{out}/plan.json"), ("plan.json",)),
+    "scripts.benchmarks.card": (("--out", "{out}/numbers.json"), ("numbers.json",)),
+    "scripts.studies.matmul_precision": (("--model", "not/read", *OUT), ("study.json", "study.html", MANIFEST)),
+    "scripts.plan": (("--out", "{out}/plan.json"), ("plan.json",)),
     "convert": (("not/read", "{out}"), ("config.json", "thesis.tex", ".git", MANIFEST)),
 }
 """Of every command that writes: arguments, and the names that it may write (or, of a checkpoint, any)."""
