@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import io
 import os
 import pickle
 import subprocess
@@ -57,12 +58,8 @@ for job in pickle.load(sys.stdin.buffer):
     ran = subprocess.run(
         [sys.executable, "-c", code], input=pickle.dumps(jobs), stdout=subprocess.PIPE, check=True, env=environment
     )
-    found, rest = [], ran.stdout
-    for _ in jobs:
-        facts = pickle.loads(rest)
-        rest = rest[len(pickle.dumps(facts)) :]
-        found.append(facts)
-    return found
+    written = io.BytesIO(ran.stdout)
+    return [pickle.load(written) for _ in jobs]
 
 
 def test_the_card_is_described_from_the_table():
@@ -216,7 +213,8 @@ hessian, state = job.operator(mesh), job.state(mesh)
 parts = (hessian.loss, hessian.params, hessian.batches)
 fisher = jaxhess.MonteCarloFisher
 tokens = hessian.batches[0].stacked.tokens
-drawn = (jax.ShapeDtypeStruct((*tokens.shape[:2], tokens.shape[2] - 1, 2), tokens.dtype, sharding=tokens.sharding),)
+shape = (*tokens.shape[:2], tokens.shape[2] - 1, 2)
+drawn = (jaxhess.Microbatches(jax.ShapeDtypeStruct(shape, tokens.dtype, sharding=tokens.sharding)),)
 for operator in (jaxhess.GaussNewton(*parts), jaxhess.EmpiricalFisher(*parts), fisher(*parts, drawn=drawn)):
     print(type(operator).__name__, compile_segment(operator, state).memory_analysis().temp_size_in_bytes)
 """

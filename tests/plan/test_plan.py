@@ -93,7 +93,7 @@ def test_the_formula_agrees_for_every_committed_plan(hvp, devices, small, large)
         check_formula(planned, found)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_large_programs_hold_two_vectors_a_result_and_no_more():
     """The slope of temporaries between two depths, without the states that every layer saves, is that of what is as
     large as the parameters: the result, and one more at the most."""
@@ -111,7 +111,7 @@ def test_large_programs_hold_two_vectors_a_result_and_no_more():
             assert many["arguments"] - few["arguments"] == pytest.approx(3 * share, rel=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_70b_compiles_on_64_devices_within_a_minute_of_processor_time():
     (found,) = facts_on(64, job("deepseek-r1-distill-llama-70b", {"fsdp": 64}))
     assert found["processor"] < 60
