@@ -6,9 +6,9 @@ of a permutation.
 
 XLA writes every sum over devices as an all-reduce. Its compilers for GPU and TPU then make a reduce-scatter of one
 whose every use is a slice (`ReduceScatterCreator`), and one of two that are added (`AllReduceReassociate`,
-`ReduceScatterReassociate`): the two halves of a tangent. Its CPU compiler, with which plans without a card are made, does
-neither, so both are recognised here and counted as what they become: as long as nothing else uses them, which is these
-passes' own condition.
+`ReduceScatterReassociate`): the two halves of a tangent. Its CPU compiler, which makes the plans without a card,
+does neither, so both are recognised here and counted as what they become: as long as nothing else uses them, which is
+these passes' own condition.
 """
 
 from __future__ import annotations

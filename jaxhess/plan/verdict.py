@@ -20,8 +20,8 @@ from jaxhess.plan.job import Job
 from jaxhess.plan.roofline import roofline
 
 EFFICIENCY = 0.45
-"""Share of the peak rate that matrix products reach in the formula's times. The roofline of compiled programs gives 0.40
-to 0.71 for models of a billion parameters and more in bfloat16 (`docs/planning.md`)."""
+"""Share of the peak rate that matrix products reach in the formula's times. The roofline of compiled programs gives
+0.40 to 0.71 for models of a billion parameters and more in bfloat16 (`docs/planning.md`)."""
 
 
 FASTEST_FIRST: tuple[Remat, ...] = ("attention", "feed-forward", True)
