@@ -16,6 +16,7 @@ from jaxhess.distributed.mesh import data_shards, param_shardings
 from jaxhess.errors import InputError
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.decoder import Decoder
+from jaxhess.models.experts import Routing, balancing_loss
 from jaxhess.models.likelihood import draw_tokens, head_curvature
 from jaxhess.models.losses import cross_entropy_sum
 from jaxhess.models.vocabulary import Slices, vocabulary_slices
@@ -36,20 +37,38 @@ class NextTokenLoss:
         mesh: Mesh of the parameters, to which activations are pinned; None on one device.
         logit_chunk: Logits per device that exist at once: those of all tokens of a microbatch with a slice of the
             vocabulary. They are recomputed in the backward pass when there are several slices.
+        balance: Coefficient of the auxiliary load-balancing loss of a mixture of experts (`balancing_loss`), which is
+            added to the mean cross-entropy of each microbatch; 0, the default: the Hessian is of cross-entropy alone.
     """
 
     config: DecoderConfig
     mesh: Mesh | None = None
     logit_chunk: int = LOGIT_CHUNK
+    balance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.logit_chunk < 1:
             raise InputError(f"logit_chunk is {self.logit_chunk}; it must be at least 1.")
+        if self.balance and self.config.experts is None:
+            raise InputError("A load-balancing loss is for models with experts; this one has none.")
 
     def __call__(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-        hidden, table = self.outputs(params, batch)
-        total = cross_entropy_sum(hidden, self._slices(table, batch), batch.tokens[:, 1:], batch.weights)
-        return total, self.count(batch)
+        if not self.balance:
+            hidden, table = self.outputs(params, batch)
+            return self._cross_entropy(hidden, table, batch), self.count(batch)
+        decoder = nnx.merge(model_graph(self.config, self.mesh), params)
+        hidden, routing = decoder.hidden_and_routing(batch.tokens[:, :-1])
+        total = self._cross_entropy(hidden, decoder.output_matrix(), batch)
+        count = self.count(batch)
+        return total + self.balance * count * balancing_loss(routing, batch.weights), count
+
+    def _cross_entropy(self, hidden: jax.Array, table: jax.Array, batch: TokenBatch) -> jax.Array:
+        return cross_entropy_sum(hidden, self._slices(table, batch), batch.tokens[:, 1:], batch.weights)
+
+    def routing(self, params: Any, batch: TokenBatch) -> Routing:
+        """Where the layers with experts send a batch's tokens; arrays [layers, B, T, ...]."""
+        decoder = nnx.merge(model_graph(self.config, self.mesh), params)
+        return decoder.hidden_and_routing(batch.tokens[:, :-1])[1]
 
     def outputs(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """Final states [B, T, D] and output matrix [V, D]; logits are the products of their rows."""
@@ -94,9 +113,8 @@ class NextTokenLoss:
         shards = data_shards(self.mesh)
         # What does not divide stays whole on every device.
         tokens = batch.weights.size // (1 if len(batch.weights) % shards else shards)
-        return vocabulary_slices(
-            table, tokens, self.logit_chunk, self.config.mlp_dim * self.config.embed_dim, self.mesh
-        )
+        gathered = self.config.mlp_dim * self.config.embed_dim
+        return vocabulary_slices(table, tokens, self.logit_chunk, gathered, self.mesh, self.config.logit_softcap)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,7 +192,8 @@ def logical_axes(config: DecoderConfig) -> Params:
     state = nnx.split(_abstract_decoder(config, None))[1]
     axes = jax.tree.map(lambda v: v.axes, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     axes = nnx.to_pure_dict(axes)
-    axes["layers"] = jax.tree.map(lambda names: ("layers", *names), axes["layers"], is_leaf=_is_axes)
+    for stack in config.stacks:
+        axes[stack] = jax.tree.map(lambda names: ("layers", *names), axes[stack], is_leaf=_is_axes)
     return axes
 
 
