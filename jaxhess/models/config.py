@@ -61,7 +61,10 @@ class RopeConfig:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
             if not 0 < getattr(self, name) <= LARGEST:
                 raise InputError(f"rope {name} is {getattr(self, name)}; it must be positive and at most {LARGEST:g}.")
-        if self.kind in ("dynamic", "llama3", "yarn", "longrope") and not 1 <= (self.original_max_positions or 0) < 2**31:
+        if (
+            self.kind in ("dynamic", "llama3", "yarn", "longrope")
+            and not 1 <= (self.original_max_positions or 0) < 2**31
+        ):
             raise InputError(f"original_max_positions is {self.original_max_positions}; it must be positive.")
         if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
@@ -221,6 +224,8 @@ class DecoderConfig:
         remat: What the backward pass computes again instead of storing it. True: each layer, from its input;
             "feed-forward": its feed-forward; "attention": only attention's scores and weights; False: no matrix
             product. The less, the faster, for more memory.
+        model_type: Name in `transformers` of the architecture that it was read from, whose names its tensors have when
+            they are written. No part of what is computed: two configurations that differ in it alone are equal.
 
     Raises:
         InputError: A size or number is out of range, or two fields contradict each other.
@@ -266,6 +271,7 @@ class DecoderConfig:
     query_chunk: int = 256
     attention: Literal["auto", "plain", "fused"] = "auto"
     remat: Remat = True
+    model_type: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         sizes = "vocab_size embed_dim num_layers num_heads num_kv_heads head_dim mlp_dim max_positions query_chunk"
@@ -303,7 +309,9 @@ class DecoderConfig:
 
     def _check_variants(self) -> None:
         if self.rope_layers and (self.rope is None or not set(self.rope_layers) <= {"main", "local", "none"}):
-            raise InputError("rope_layers must be main, local or none for each layer, in a model with rotary positions.")
+            raise InputError(
+                "rope_layers must be main, local or none for each layer, in a model with rotary positions."
+            )
         if "local" in self.rope_layers and (
             self.local_rope is None or (self.local_rope.dims or self.head_dim) != self.rotary_dims
         ):

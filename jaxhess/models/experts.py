@@ -177,7 +177,13 @@ def _axes(projection: ExpertProjection) -> Arrays:
 
 
 def _on_shards(
-    activation: str, mesh: Mesh | None, axes: Arrays, x: jax.Array, chosen: jax.Array, weights: jax.Array, arrays: Arrays
+    activation: str,
+    mesh: Mesh | None,
+    axes: Arrays,
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    arrays: Arrays,
 ) -> jax.Array:
     """`_mixed` on every device's own experts, with the tokens of all devices along `expert`.
 
@@ -212,9 +218,9 @@ def _on_shards(
             return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
         return jax.lax.psum(y, "expert")
 
-    return jax.shard_map(
-        run, mesh=mesh, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, check_vma=False
-    )(x, chosen, weights, arrays)
+    return jax.shard_map(run, mesh=mesh, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens, check_vma=False)(
+        x, chosen, weights, arrays
+    )
 
 
 def _gathered(x: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
@@ -279,7 +285,7 @@ def _permute_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, Any]:
 
 def _permute_batched(arrays: tuple, axes: tuple) -> tuple[jax.Array, int]:
     x, order, inverse = arrays
-    if axes[1] is not batching.not_mapped or axes[2] is not batching.not_mapped:
+    if axes[1] is not None or axes[2] is not None:
         raise NotImplementedError("The permutation of a mixture of experts is the same for all vectors of a batch.")
     return permute_p.bind(jnp.moveaxis(x, axes[0], 1), order, inverse), 1
 
