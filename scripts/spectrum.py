@@ -372,6 +372,14 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
         console.print(
             f"noise floor     {noise.floor.random:.2g} in the bulk, {noise.floor.leading:.2g} among the outliers"
         )
+    routing, shift = (result.run.inputs.details.get(name) for name in ("routing", "shift_of_a_random_vector"))
+    if isinstance(routing, dict) and (margin := routing.get("margin")):
+        console.print(f"routing margin  {margin['0']:.2g} at least, {margin['0.5']:.2g} in the median")
+    if isinstance(shift, dict) and "changed_experts" in shift:
+        console.print(
+            f"experts         {shift['changed_experts']:.2%} of the choices differ between the two shifts; "
+            f"they change a product by {shift['jumped']:.2g}"
+        )
     console.print(f"written to      {out}/report.html")
 
 

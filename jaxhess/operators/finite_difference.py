@@ -144,10 +144,9 @@ class FiniteDifferenceHessian(LossOperator):
         here, *sides = (
             chosen_experts(shifted.loss, shifted.whole(_at_shift(base, v, sign)), batch) for sign in (0.0, 1.0, -1.0)
         )
-        one, held = (
-            (Microbatches(jax.tree.map(lambda x: x[None], b)),) for b in (batch, self.loss.held(batch, here))  # type: ignore[attr-defined]
-        )
-        found, expected = (dataclasses.replace(base, batches=b) @ cast(v, "float32") for b in (one, held))
+        held = self.loss.held(batch, here)  # type: ignore[attr-defined]
+        batches = [(Microbatches(jax.tree.map(lambda x: x[None], each)),) for each in (batch, held)]
+        found, expected = (dataclasses.replace(base, batches=each) @ cast(v, "float32") for each in batches)
         size = float(norm(expected))
         apart = float(norm(jax.tree.map(lambda x, y: x - y, found, expected)))
         return {"changed_experts": changed_share(*sides), "jumped": apart / size if size else 0.0}
