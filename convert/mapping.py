@@ -11,7 +11,7 @@ import jax
 
 from convert.families import Family
 from convert.layout import Layout, parse_layout
-from convert.source import Source
+from convert.source import TensorSource
 from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, abstract_params, logical_axes
 
@@ -86,7 +86,7 @@ def mapping_rows(family: Family, config: DecoderConfig, *, prefix: str, head: st
     return rows
 
 
-def checked_rows(family: Family, config: DecoderConfig, source: Source) -> list[Row]:
+def checked_rows(family: Family, config: DecoderConfig, source: TensorSource) -> list[Row]:
     """The rows for the files at hand, after comparing every name and shape; no weight is read.
 
     Raises:
@@ -123,7 +123,7 @@ def checked_rows(family: Family, config: DecoderConfig, source: Source) -> list[
     return rows
 
 
-def _check_names(names: set[str], expected: set[str], family: Family, prefix: str, source: Source) -> None:
+def _check_names(names: set[str], expected: set[str], family: Family, prefix: str, source: TensorSource) -> None:
     def is_buffer(name: str) -> bool:
         return any(re.fullmatch(re.escape(prefix) + pattern, name) for pattern in family.buffers)
 
