@@ -38,9 +38,12 @@ def reference_model(path: Path, dtype: str | None = None) -> Any:
     try:
         if quantization_method(hf_config) is not None:
             options["quantization_config"] = _dequantizing(hf_config)
-        return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"transformers cannot read {gguf or path}: {one_line(error, 1000)}") from error
+    if getattr(model, "hf_quantizer", None) is not None:  # the weights are plain now, and may change their dtype
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
 
 
 def _transformers_config(hf_config: dict[str, Any]) -> Any:
