@@ -1,4 +1,4 @@
-"""GGUF files: to the bit what `transformers` and `gguf` read from them, in any slice, and errors that name the cause."""
+"""GGUF files: to the bit what `transformers` and `gguf` read, in any slice, and errors that name the cause."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_a_count_that_would_never_end_is_refused(llama: Path, tmp_path: Path) ->
     content = llama.read_bytes()
     place = content.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 4
     (tmp_path / "x.gguf").write_bytes(content[: place + 4] + (2**62).to_bytes(8, "little") + content[place + 12 :])
-    with pytest.raises(InputError, match="an array at byte .* goes beyond its end"):
+    with pytest.raises(InputError, match=r"an array at byte .* goes beyond its end"):
         convert.load(tmp_path / "x.gguf")
 
 
