@@ -206,8 +206,8 @@ def _header(
     fields: dict[str, Any] = {}
     for _ in range(field_count):
         key = cursor.text()
-        if key in fields:
-            raise _Damaged(f"it names the key {shown(key)} twice")
+        if key in fields or not key.isprintable():
+            raise _Damaged(f"it names the key {shown(key)} {'twice' if key in fields else '(not printable)'}")
         fields[key] = cursor.value(cursor.numbers("I")[0])
 
     found: list[tuple[str, tuple[int, ...], int, int]] = []
