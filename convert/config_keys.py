@@ -23,6 +23,14 @@ FIELD_KINDS = {
     "max_positions": SIZE,
     "norm_eps": number(0, 1),
     **dict.fromkeys(("tied_embeddings", "parallel_residual", "qkv_bias", "out_bias", "mlp_bias"), FLAG),
+    **dict.fromkeys(("experts.num_experts", "experts.top_k", "experts.mlp_dim"), SIZE),
+    **dict.fromkeys(("experts.groups", "experts.top_groups"), optional(SIZE)),
+    "experts.renormalized": FLAG,
+    "experts.shared_dim": optional(integer(0)),
+    **dict.fromkeys(("latent.kv_rank", "latent.value_dim"), SIZE),
+    "latent.query_rank": optional(SIZE),
+    **dict.fromkeys(("attention_softcap", "logit_softcap", "attention_scale"), optional(POSITIVE)),
+    **dict.fromkeys(("embed_scale", "residual_scale", "logit_scale", "experts.scale"), number(-1e30, 1e30)),
 }
 """Fields of `DecoderConfig` -> what the attribute of the same meaning must be."""
 
@@ -122,6 +130,7 @@ _IRRELEVANT = {key for keys in IRRELEVANT.values() for key in keys.split()}
 def understood(family: Family) -> dict[str, Kind]:
     """The keys that describe a model of this family, and what their values must be."""
     kinds = {name: FIELD_KINDS[ours] for ours in family.fields for name in _names(family, ours)}
+    kinds |= family.keys
     kinds |= {family.activation: TEXT, "layer_types": optional(TEXTS), **dict.fromkeys(family.required, FLAG)}
     if "rope" not in family.constants:
         kinds |= ROTARY_KINDS

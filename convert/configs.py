@@ -18,7 +18,7 @@ from convert.families import ACTIVATIONS, FAMILIES, Family
 from convert.json_files import check, one_line, shown
 from convert.quantized import quantization_method
 from jaxhess.errors import InputError
-from jaxhess.models import DecoderConfig, RopeConfig
+from jaxhess.models import DecoderConfig, ExpertsConfig, LatentConfig, RopeConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -50,7 +50,7 @@ def decoder_config(
     quantization_method(hf_config, file)  # refuses what is not read
     full = _filled_in(family, relevant(family, hf_config, file), file)
     try:
-        return DecoderConfig(**_fields(family, full), dtype=dtype)
+        return DecoderConfig(**_fields(family, full), dtype=dtype, model_type=family.model_type)
     except ValueError as error:
         raise InputError(f"{file} describes no model that is supported: {one_line(error)}.") from error
 
@@ -65,6 +65,12 @@ def _fields(family: Family, full: Any) -> dict[str, Any]:
 
     fields: dict[str, Any] = {ours: getattr(full, theirs, None) for ours, theirs in family.fields.items()}
     fields |= family.constants
+    if family.derive is not None:
+        fields |= family.derive(full)
+    fields, inner = _by_owner(fields)
+    for owner, kind in {"latent": LatentConfig, "experts": ExpertsConfig}.items():
+        if owner in inner and owner not in fields:
+            fields[owner] = kind(**inner[owner])
     if fields.get("num_kv_heads") is None:
         fields["num_kv_heads"] = fields["num_heads"]
     if fields["mlp_dim"] is None:  # GPT-2 leaves it open
@@ -82,22 +88,32 @@ def _fields(family: Family, full: Any) -> dict[str, Any]:
     fields["activation"] = ACTIVATIONS[activation]
     fields["sliding_window"], fields["sliding_layers"] = _sliding(family, full)
     if "rope" not in fields:
-        fields["rope"] = _rope(family, full, fields["head_dim"])
+        fields["rope"] = dataclasses.replace(_rope(family, full, fields["head_dim"]), **inner.get("rope", {}))
     return fields
 
 
+def _by_owner(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The fields of `DecoderConfig` itself, and those of each configuration inside it."""
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        owner, dot, own = name.partition(".")
+        if dot:
+            inner.setdefault(owner, {})[own] = value
+    return {name: value for name, value in fields.items() if "." not in name}, inner
+
+
 def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
-    """A `config.json` that describes `config`: of the first family that can say all of it.
+    """A `config.json` that describes `config`: of the family it was read from, or the first that can say all of it.
 
     Token ids are left out: the tokenizer knows them.
 
     Raises:
         InputError: No supported family has this combination of options.
     """
-    for family in FAMILIES.values():
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != config.model_type):
         hf_config = _described_by(family, config)
         try:
-            if decoder_config(hf_config, config.dtype) == comparable(config):
+            if comparable(decoder_config(hf_config, config.dtype)) == comparable(config):
                 return hf_config
         except ValueError:
             continue
@@ -207,8 +223,13 @@ def _described_by(family: Family, config: DecoderConfig) -> dict[str, Any]:
     """`config` in the words of `family`; what they cannot say is lost, which the caller finds out by reading back."""
     spelling = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     described: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
-    described |= {theirs: getattr(config, ours) for ours, theirs in family.fields.items()}
+    described |= {theirs: _field(config, ours) for ours, theirs in family.fields.items()}
     described |= family.required
+    if family.describe is not None:
+        try:
+            described |= family.describe(config)
+        except (AttributeError, TypeError):  # it has no experts, or no latent attention
+            pass
     described[family.activation] = spelling[config.activation]
     described |= {"bos_token_id": None, "eos_token_id": None, "dtype": config.dtype}
     if family.window != "none":
@@ -220,6 +241,13 @@ def _described_by(family: Family, config: DecoderConfig) -> dict[str, Any]:
     if config.rope is not None and "rope" not in family.constants:
         described["rope_parameters"] = _described_rope(config, config.rope, family.partial_rotary)
     return described
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field, also one inside another: `experts.top_k`; None where that is missing."""
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return config
 
 
 def _described_rope(config: DecoderConfig, rope: RopeConfig, partial: bool) -> dict[str, Any]:
@@ -244,10 +272,15 @@ def comparable(config: DecoderConfig) -> DecoderConfig:
     if rope is not None and rope.dims == config.head_dim:
         rope = dataclasses.replace(rope, dims=None)
     layers = () if all(config.sliding_layers) else config.sliding_layers
+    experts = config.experts
+    if experts is not None and all(experts.layers):
+        experts = dataclasses.replace(experts, layers=())
     window = None if layers and not any(layers) else config.sliding_window
     return dataclasses.replace(
         config,
         rope=rope,
+        rope_layers=() if set(config.rope_layers) <= {"main"} else config.rope_layers,
+        experts=experts,
         sliding_window=window,
         sliding_layers=layers if window is not None else (),
         query_chunk=DecoderConfig.query_chunk,

@@ -100,11 +100,11 @@ def write_hugging_face(
 
 
 def parts_of_tensors(rows: list[Row]) -> dict[str, list[tuple[Row, int]]]:
-    """For each file tensor the parameters, and which layer of them, that it holds."""
+    """For each file tensor the parameters that it holds parts of, and which of the row's tensors it is."""
     tensors: dict[str, list[tuple[Row, int]]] = {}
     for row in rows:
-        for layer, name in enumerate(row.names):
-            tensors.setdefault(name, []).append((row, layer))
+        for number, name in enumerate(row.names):
+            tensors.setdefault(name, []).append((row, number))
     return tensors
 
 
@@ -144,15 +144,17 @@ def file_tensor(
 ) -> np.ndarray:
     """One tensor as the file has it, put together from the parameters (or what is like them) that it holds."""
     tensor = np.empty(shape, dtype)
-    for row, layer in parts:
+    for row, number in parts:
         array: Any = params
         for key in row.path:
             array = array[key]
-        values = np.asarray(_layer(array, layer) if row.stacked else array)
-        row.layout.write(tensor, values, row.layer_axes, axis_sizes(config))
+        values = np.asarray(_entry(array, row.place(number)))
+        row.layout.write(tensor, values, row.tensor_axes, axis_sizes(config))
     return tensor
 
 
 @jax.jit
-def _layer(stacked: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stacked, jnp.asarray(layer, jnp.int32), keepdims=False)
+def _entry(array: jax.Array, place: tuple[int, ...]) -> jax.Array:
+    for i in place:
+        array = jax.lax.dynamic_index_in_dim(array, jnp.asarray(i, jnp.int32), keepdims=False)
+    return array

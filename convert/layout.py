@@ -2,7 +2,8 @@
 
 A layout such as `"(heads 0/3 head_dim) embed"` names the axes of a tensor in a file: axes in parentheses are merged
 into one dimension, slowest first, and `0/3` says that the tensor holds three parameters along that place, of which this
-is number 0. The other side is the tuple of logical axis names that every parameter of the decoder carries
+is number 0. `still_dim+value_dim@1` says that two axes follow one another there, of which this parameter has number 1,
+`value_dim`. The other side is the tuple of logical axis names that every parameter of the decoder carries
 (`jaxhess.models.logical_axes`); between them they fix the reshape, the transpose and the slice.
 """
 
@@ -23,7 +24,8 @@ class Layout:
     """The axes of one file tensor.
 
     Attributes:
-        dims: For each dimension of the file tensor the axes merged in it, slowest first. A part is `"0/3"`.
+        dims: For each dimension of the file tensor the axes merged in it, slowest first. A part is `"0/3"`, one of
+            several axes `"a+b@1"`.
     """
 
     dims: tuple[tuple[str, ...], ...]
@@ -32,6 +34,11 @@ class Layout:
     def axes(self) -> tuple[str, ...]:
         """All axes, slowest first, parts included."""
         return tuple(axis for dim in self.dims for axis in dim)
+
+    @property
+    def named(self) -> list[str]:
+        """The axes of the parameter, in the file's order."""
+        return [_own(axis) for axis in self.axes if "/" not in axis]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of the file tensor for these axis sizes."""
@@ -58,7 +65,7 @@ class Layout:
         block_shape: list[int] = []
         inner: list[slice | int] = []
         for dim in self.dims:
-            bounds = [_bounds(axis, wanted) for axis in dim]
+            bounds = [_bounds(axis, wanted, sizes) for axis in dim]
             lengths = [_size(axis, sizes) for axis in dim]
             # Only the slowest axis of a merged dimension can be cut by one contiguous block; the rest is cut after.
             stride = math.prod(lengths[1:])
@@ -67,14 +74,16 @@ class Layout:
             inner += [slice(None), *bounds[1:]]
         block = fetch(tuple(blocks)).reshape(block_shape)[tuple(inner)]
         parts = tuple(i for i, axis in enumerate(self.axes) if "/" in axis)
-        named = [axis for axis in self.axes if "/" not in axis]
+        named = self.named
         return np.squeeze(block, parts).transpose([named.index(axis) for axis in axes])
 
     def write(self, tensor: np.ndarray, parameter: np.ndarray, axes: Sequence[str], sizes: Mapping[str, int]) -> None:
         """Copies a whole parameter with logical `axes` to its place in the file tensor (modified in place)."""
         expanded = tensor.reshape([_size(axis, sizes) for axis in self.axes])  # a view: `tensor` is contiguous
-        place = tuple(_bounds(axis, {}).start if "/" in axis else slice(None) for axis in self.axes)
-        named = [axis for axis in self.axes if "/" not in axis]
+        whole = {axis: slice(0, sizes[axis]) for axis in axes}
+        bounds = [_bounds(axis, whole, sizes) for axis in self.axes]
+        place = tuple(b.start if "/" in axis else b for axis, b in zip(self.axes, bounds, strict=True))
+        named = self.named
         expanded[place] = parameter.transpose([tuple(axes).index(axis) for axis in named])
 
 
@@ -97,11 +106,22 @@ def parse_layout(text: str) -> Layout:
 
 
 def _size(axis: str, sizes: Mapping[str, int]) -> int:
-    return int(axis.split("/")[1]) if "/" in axis else sizes[axis]
+    if "/" in axis:
+        return int(axis.split("/")[1])
+    return sum(sizes[name] for name in axis.split("@")[0].split("+"))
 
 
-def _bounds(axis: str, wanted: Mapping[str, slice]) -> slice:
-    if "/" not in axis:
-        return wanted[axis]
-    part = int(axis.split("/")[0])
-    return slice(part, part + 1)
+def _own(axis: str) -> str:
+    """The parameter's axis, of several that follow one another."""
+    names, _, number = axis.partition("@")
+    return names.split("+")[int(number or 0)]
+
+
+def _bounds(axis: str, wanted: Mapping[str, slice], sizes: Mapping[str, int]) -> slice:
+    if "/" in axis:
+        part = int(axis.split("/")[0])
+        return slice(part, part + 1)
+    names, _, number = axis.partition("@")
+    before = sum(sizes[name] for name in names.split("+")[: int(number or 0)])
+    own = wanted[_own(axis)]
+    return slice(before + own.start, before + own.stop)

@@ -159,8 +159,8 @@ def _place(
     """One parameter, read layer by layer into an array that is already in its place."""
     sizes = axis_sizes(config)
 
-    def layer_slice(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        values = row.layout.read(lambda slices: source.read(name, slices), row.layer_axes, index, sizes)
+    def tensor_slice(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        values = row.layout.read(lambda slices: source.read(name, slices), row.tensor_axes, index, sizes)
         with np.errstate(over="ignore"):  # what overflows is infinite, and refused by name below
             values = values.astype(leaf.dtype)
         _check_finite(values, name, source, config.dtype)
@@ -173,22 +173,26 @@ def _place(
         def device_slice(index: Any) -> np.ndarray:
             bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True)]
             if not row.stacked:
-                return np.ascontiguousarray(layer_slice(row.names[0], tuple(bounds)))
+                return np.ascontiguousarray(tensor_slice(row.names[0], tuple(bounds)))
             part = np.empty([b.stop - b.start for b in bounds], leaf.dtype)
-            for i, layer in enumerate(range(first + bounds[0].start, first + bounds[0].stop)):
-                part[i] = layer_slice(row.names[layer], tuple(bounds[1:]))
+            axes = len(row.leading)
+            for place in np.ndindex(*part.shape[:axes]):
+                layer, *others = (b.start + i for b, i in zip(bounds, place, strict=False))
+                tensor = np.ravel_multi_index((first + layer, *others), row.leading)
+                part[place] = tensor_slice(row.names[tensor], tuple(bounds[axes:]))
             return part
 
         return jax.make_array_from_callback(shape, _block_sharding(sharding, leaf.shape, shape), device_slice)
 
     if not row.stacked:
         return block(0, 1)
-    per_layer = leaf.size * leaf.dtype.itemsize // config.num_layers
-    count = _block_length(config.num_layers, BLOCK_BYTES // max(per_layer, 1))
-    if count == config.num_layers:
+    layers = leaf.shape[0]
+    per_layer = leaf.size * leaf.dtype.itemsize // layers
+    count = _block_length(layers, BLOCK_BYTES // max(per_layer, 1))
+    if count == layers:
         return block(0, count)
     whole = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
-    for first in range(0, config.num_layers, count):
+    for first in range(0, layers, count):
         whole = _insert(whole, block(first, count), first)
         jax.block_until_ready(whole)  # or the blocks queue up in host memory
     return whole

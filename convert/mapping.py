@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from convert.families import Family
 from convert.layout import Layout, parse_layout
@@ -23,32 +24,40 @@ class Row:
     """One parameter and the tensors that hold it.
 
     Attributes:
-        names: Tensor of each layer, or the only one for a parameter that is not stacked.
+        names: The tensors, in the order of the parameter's leading axes; the only one where it has none.
         path: Keys of the parameter in the nested dictionary.
-        layout: Axes of the file tensor.
+        layout: Axes of a file tensor.
         axes: Logical axes of the parameter; `layers` comes first where it is stacked.
+        leading: Sizes of the leading axes along which every entry has a tensor of its own: none, layers, or layers and
+            experts.
+        layers: Numbers of the layers that are stacked.
     """
 
     names: tuple[str, ...]
     path: tuple[str, ...]
     layout: Layout
     axes: tuple[str, ...]
+    leading: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
 
     @property
     def stacked(self) -> bool:
-        """The parameter has a leading axis of layers, each in a tensor of its own."""
-        return self.axes[:1] == ("layers",)
+        """The parameter has a leading axis of layers, each in a tensor, or several, of its own."""
+        return bool(self.leading)
 
     @property
-    def layer_axes(self) -> tuple[str, ...]:
+    def tensor_axes(self) -> tuple[str, ...]:
         """Logical axes of what one tensor holds."""
-        return self.axes[1:] if self.stacked else self.axes
+        return self.axes[len(self.leading) :]
+
+    def place(self, tensor: int) -> tuple[int, ...]:
+        """Where in the parameter the given one of `names` goes: indices along the leading axes."""
+        return tuple(int(i) for i in np.unravel_index(tensor, self.leading)) if self.leading else ()
 
 
 def axis_sizes(config: DecoderConfig) -> dict[str, int]:
-    """Size of every logical axis."""
-    return {
-        "layers": config.num_layers,
+    """Size of every logical axis that is no leading one."""
+    sizes = {
         "vocab": config.vocab_size,
         "positions": config.max_positions,
         "embed": config.embed_dim,
@@ -56,10 +65,29 @@ def axis_sizes(config: DecoderConfig) -> dict[str, int]:
         "heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
+        "one": 1,
     }
+    if config.latent is not None:
+        sizes |= {
+            "query_rank": config.latent.query_rank or 0,
+            "kv_rank": config.latent.kv_rank,
+            "rotated_dim": config.rotary_dims,
+            "still_dim": config.head_dim - config.rotary_dims,
+            "value_dim": config.value_dim,
+        }
+    if config.experts is not None:
+        sizes |= {
+            "experts": config.experts.num_experts,
+            "routes": config.experts.num_experts,
+            "expert_mlp": config.experts.mlp_dim,
+            "shared_mlp": config.experts.shared_dim,
+        }
+    return sizes
 
 
-def mapping_rows(family: Family, config: DecoderConfig, *, prefix: str, head: str) -> list[Row]:
+def mapping_rows(
+    family: Family, config: DecoderConfig, *, prefix: str, head: str, in_memory: bool = False
+) -> list[Row]:
     """The rows of `family` for the parameters that `config` has, every parameter exactly once.
 
     Args:
@@ -67,23 +95,40 @@ def mapping_rows(family: Family, config: DecoderConfig, *, prefix: str, head: st
         config: The model.
         prefix: Begins the name of every tensor but the head's.
         head: Name of the output matrix.
+        in_memory: The names are those of `named_parameters()` in `transformers`, not of its files.
     """
     axes = logical_axes(config)
+    tensors = family.tensors
+    if in_memory:
+        replaced = {path for _, path, _ in family.memory}
+        tensors = (*(row for row in tensors if row[1] not in replaced), *family.memory)
     rows = []
-    for pattern, path_text, layout in family.tensors:
-        path = tuple(path_text.split("/"))
-        names_axes = _at(axes, path)
-        if names_axes is None:
-            continue
+    for pattern, path_text, layout in tensors:
         full = head if pattern == family.head else prefix + pattern
-        layers = config.num_layers if names_axes[:1] == ("layers",) else 1
-        names = tuple(full.format(layer=layer) for layer in range(layers))
-        rows.append(Row(names, path, parse_layout(layout), names_axes))
+        first, *rest = path_text.split("/")
+        for stack, numbers in config.stacks.items() if first == "layers" else [(first, ())]:
+            path = (stack, *rest)
+            names_axes = _at(axes, path)
+            if names_axes is not None:
+                rows.append(_row(full, path, layout, names_axes, numbers, config))
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
     missing = {tuple(key.key for key in path) for path, _ in leaves} - {row.path for row in rows}
     if missing or len(leaves) != len(rows):
         raise InputError(f"The table of {family.model_type} has no row for {sorted(missing)}.")
     return rows
+
+
+def _row(
+    pattern: str, path: tuple[str, ...], layout: str, axes: tuple[str, ...], layers: tuple[int, ...], config: Any
+) -> Row:
+    if not layers:
+        return Row((pattern,), path, parse_layout(layout), axes)
+    if "{expert}" not in pattern:
+        names = tuple(pattern.format(layer=layer) for layer in layers)
+        return Row(names, path, parse_layout(layout), axes, (len(layers),), layers)
+    experts = config.experts.num_experts
+    names = tuple(pattern.format(layer=layer, expert=expert) for layer in layers for expert in range(experts))
+    return Row(names, path, parse_layout(layout), axes, (len(layers), experts), layers)
 
 
 def checked_rows(family: Family, config: DecoderConfig, source: TensorSource) -> list[Row]:
@@ -109,7 +154,7 @@ def checked_rows(family: Family, config: DecoderConfig, source: TensorSource) ->
     expected = {name: row.layout.shape(sizes) for row in rows for name in row.names}
     if config.tied_embeddings and head in names:  # a copy of the embedding, compared when it is read
         expected[head] = (config.vocab_size, config.embed_dim)
-    _check_names(names, set(expected), family, prefix, source)
+    _check_names(names, set(expected), family, config, prefix, source)
     for name, shape in expected.items():
         stored = source.tensors[name]
         if stored.shape != shape:
@@ -123,9 +168,14 @@ def checked_rows(family: Family, config: DecoderConfig, source: TensorSource) ->
     return rows
 
 
-def _check_names(names: set[str], expected: set[str], family: Family, prefix: str, source: TensorSource) -> None:
+def _check_names(
+    names: set[str], expected: set[str], family: Family, config: DecoderConfig, prefix: str, source: TensorSource
+) -> None:
     def is_buffer(name: str) -> bool:
-        return any(re.fullmatch(re.escape(prefix) + pattern, name) for pattern in family.buffers)
+        if any(re.fullmatch(re.escape(prefix) + pattern, name) for pattern in family.buffers):
+            return True
+        later = re.match(re.escape(prefix) + r"layers\.(\d+)\.", name) if family.later_layers else None
+        return later is not None and int(later[1]) >= config.num_layers
 
     missing = sorted(expected - names)
     extra = sorted(name for name in names - expected if not is_buffer(name))

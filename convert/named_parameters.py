@@ -87,12 +87,13 @@ def _shapes(tree: Any, leading: int = 0) -> dict[str, tuple[int, ...]]:
 
 def _parts(config: DecoderConfig) -> dict[str, list[tuple[Row, int]]]:
     family = family_of(hugging_face_config(config))
-    rows = mapping_rows(family, config, prefix=family.prefix, head=family.head_alias or family.head)
+    head = family.head_alias or family.head
+    rows = mapping_rows(family, config, prefix=family.prefix, head=head, in_memory=True)
     parts = parts_of_tensors(rows)
 
     def place(name: str) -> tuple[int, int]:
-        row, layer = parts[name][0]
+        row, number = parts[name][0]
         before = next(i for i, r in enumerate(rows) if r.stacked)
-        return (1, layer) if row.stacked else (0 if rows.index(row) < before else 2, 0)
+        return (1, row.layers[row.place(number)[0]]) if row.stacked else (0 if rows.index(row) < before else 2, 0)
 
     return {name: parts[name] for name in sorted(parts, key=place)}

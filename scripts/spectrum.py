@@ -103,7 +103,7 @@ def read_config(options: Options) -> jaxhess.DecoderConfig:
     check_matmul_precision(options.matmul_precision, (options.compute_dtype or config.dtype,))
     layers = layer_numbers(options.layers, config.num_layers)
     if options.restrict or layers is not None:
-        restriction(abstract_params(config), options.restrict, layers)
+        restriction(abstract_params(config), options.restrict, layers, config.stacks)
     config.check_length(options.seq_len)
     stored = dataclasses.asdict(options.storage).values()
     if "float64" in (config.dtype, options.compute_dtype, options.accumulation_dtype, *stored):

@@ -32,6 +32,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 6},
     "gpt_neox": {**_NEOX, "rotary_pct": 0.5},
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {
+        **_LLAMA,
+        "head_dim": 6,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 10,
+    },
     "gpt2": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }
 """Options of a tiny model of each family."""
@@ -47,7 +55,9 @@ def torch_model(model_type: str, seed: int = 0, **options: Any) -> Any:
     everything = copy.deepcopy({**DEFAULTS[model_type], **no_tokens, **options})
     config = transformers.CONFIG_MAPPING[model_type](**everything)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)

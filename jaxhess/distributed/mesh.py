@@ -1,11 +1,11 @@
 """Device meshes, the table from logical axes to mesh axes, and the shardings that follow from it.
 
-A mesh always has the three axes `data`, `fsdp` and `tensor` (size 1 where unused). Batches are cut over `data` and
-`fsdp`; parameters and every vector like them over `fsdp` and `tensor`. A fourth name, `expert`, is reserved for models
-with experts, of which there are none yet.
+A mesh always has the four axes `data`, `fsdp`, `expert` and `tensor` (size 1 where unused). Batches are cut over all
+but `tensor`; parameters and every vector like them over all but `data`. Along `expert` a device has its own experts of
+a model that has experts, and its part of everything else, as along `fsdp`.
 
 On several nodes the axes that talk the most lie inside a node: `tensor`, whose collectives are in every layer's way,
-then `fsdp`, whose gathers can run ahead; `data` crosses nodes first.
+then `expert`, then `fsdp`, whose gathers can run ahead; `data` crosses nodes first.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxhess.errors import InputError
 
-MESH_AXES = ("data", "fsdp", "tensor")
-RESERVED = "expert"
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
+PARAM_AXES = ("fsdp", "expert", "tensor")
 
 AXIS_RULES: dict[str, str] = {
     "embed": "fsdp",
@@ -31,6 +32,11 @@ AXIS_RULES: dict[str, str] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "shared_mlp": "tensor",
+    "expert_mlp": "tensor",
+    "experts": "expert",
+    "query_rank": "fsdp",
+    "kv_rank": "fsdp",
 }
 """Logical axis of a parameter -> mesh axis that cuts it. Axes not named here stay whole."""
 
@@ -44,7 +50,7 @@ def make_mesh(axes: Mapping[str, int] | str | None = None, devices: Sequence[jax
         >>> import jax, jaxhess
         >>> mesh = jaxhess.make_mesh("fsdp=1", devices=jax.devices()[:1])
         >>> dict(mesh.shape)
-        {'data': 1, 'fsdp': 1, 'tensor': 1}
+        {'data': 1, 'fsdp': 1, 'expert': 1, 'tensor': 1}
 
     Args:
         axes: Sizes by axis; axes not named have size 1. None: `fsdp` over every device, which is the least memory on
@@ -54,16 +60,12 @@ def make_mesh(axes: Mapping[str, int] | str | None = None, devices: Sequence[jax
     Warns where `tensor` has to cross nodes: its size should divide the devices of a node.
 
     Raises:
-        InputError: Unknown axis, a size below 1, sizes that do not multiply to the number of devices, experts; nodes
+        InputError: Unknown axis, a size below 1, sizes that do not multiply to the number of devices; nodes
             with different numbers of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"fsdp": len(devices)} if axes is None else parse_axes(axes) if isinstance(axes, str) else dict(axes)
     for name, size in sizes.items():
-        if name == RESERVED and size == 1:
-            continue
-        if name == RESERVED:
-            raise InputError(f"Mesh axis expert={size} is reserved for models with experts; none is supported yet.")
         if name not in MESH_AXES:
             raise InputError(f"Unknown mesh axis {name!r}; the axes are {', '.join(MESH_AXES)}.")
         if size < 1:
@@ -135,12 +137,12 @@ def parse_axes(text: str) -> dict[str, int]:
 
 def data_shards(mesh: Mesh | None) -> int:
     """Parts a batch is cut into."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Sharding of a batch whose sequences run along `axis`."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, BATCH_AXES))
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *cuts: str | tuple[str, ...] | None) -> jax.Array:
@@ -160,7 +162,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *cuts: str | tuple[str, ...] | No
 
 def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Activations x [B, ...] pinned to the sharding of the batch, so that GSPMD gathers weights, not activations."""
-    return constrain(x, mesh, ("data", "fsdp"))
+    return constrain(x, mesh, BATCH_AXES)
 
 
 def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
@@ -174,11 +176,11 @@ def partition_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh)
     """
     cuts: list[tuple[str, ...]] = [()] * len(shape)
     unplaced = []
-    for mesh_axis in ("fsdp", "tensor"):
+    for mesh_axis in PARAM_AXES:
         if mesh.shape[mesh_axis] == 1:
             continue
         named = [i for i, axis in enumerate(axes) if axis is not None and AXIS_RULES.get(axis) == mesh_axis]
-        place = next((i for i in named if shape[i] % mesh.shape[mesh_axis] == 0), None)
+        place = next((i for i in named if not cuts[i] and shape[i] % mesh.shape[mesh_axis] == 0), None)
         if place is None:
             unplaced.append(mesh_axis)
         else:
@@ -204,7 +206,7 @@ def param_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
         mesh: Where the arrays shall live.
     """
     shardings = jax.tree.map(lambda x, names: NamedSharding(mesh, partition_spec(x.shape, names, mesh)), abstract, axes)
-    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    parts = math.prod(mesh.shape[axis] for axis in PARAM_AXES)
     whole = local = 0
     uncut = []
     for (path, x), sharding in zip(jax.tree.flatten_with_path(abstract)[0], jax.tree.leaves(shardings), strict=True):

@@ -1,6 +1,6 @@
 """One configurable Flax NNX decoder for every supported architecture."""
 
-from jaxhess.models.config import DecoderConfig, RopeConfig
+from jaxhess.models.config import DecoderConfig, ExpertsConfig, LatentConfig, RopeConfig
 from jaxhess.models.decoder import Decoder
 from jaxhess.models.language_model import (
     LOGIT_CHUNK,
@@ -18,7 +18,9 @@ __all__ = [
     "LOGIT_CHUNK",
     "Decoder",
     "DecoderConfig",
+    "ExpertsConfig",
     "LanguageModel",
+    "LatentConfig",
     "NextTokenLoss",
     "Params",
     "RopeConfig",

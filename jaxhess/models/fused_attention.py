@@ -27,6 +27,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxhess.distributed.mesh import BATCH_AXES
 from jaxhess.models import attention_kernels as kernels
 from jaxhess.models.attention_tiles import Tiles
 from jaxhess.models.config import WIDEST_FUSED, DecoderConfig
@@ -53,7 +54,7 @@ def tile_table(config: DecoderConfig, mesh: Mesh | None) -> str | None:
     By itself (`auto`) it is fused on NVIDIA GPUs since the A100, in 16 bits, where `tensor` divides the key heads. In
     float32 the products of a kernel do not run on tensor cores, and are left to the library.
     """
-    if config.attention == "plain":
+    if config.attention == "plain" or config.attention_softcap is not None or config.value_dim > config.head_dim:
         return None
     capability = _compute_capability(mesh)
     table = "sm100" if 10 <= capability < 11 else "sm90" if 9 <= capability < 10 else "sm80"
@@ -80,13 +81,26 @@ def fused_attention(
     window: jax.Array | None,
     mesh: Mesh | None = None,
     tiles: Tiles | str = "sm80",
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal softmax attention [B, T, K, G, h] of queries [B, T, K, G, h] on keys and values [B, T, K, h]."""
+    """Causal softmax attention [B, T, K, G, h'] of queries [B, T, K, G, h], keys [B, T, K, h], values [B, T, K, h'].
+
+    `sinks` [K, G] are scores that share in the softmax and then fall away. That is a factor on the result, of L, the
+    logarithm of the sum of exp(score).
+    """
+    width = value.shape[-1]
+    if width < query.shape[-1]:  # one kernel for both: zeros add nothing to a product
+        value = jnp.pad(value, (*((0, 0),) * (value.ndim - 1), (0, query.shape[-1] - width)))
     arrays = [query, key, value]
     if window is not None:
         arrays.append(jnp.minimum(window, query.shape[1]).astype(jnp.int32).reshape(1))
     setting = Setting(mesh, tiles, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
-    return attend_p.bind(*arrays, setting=setting)[0]
+    attended, log_sum = attend_p.bind(*arrays, setting=setting)
+    attended = attended[..., :width]
+    if sinks is None:
+        return attended
+    kept = jax.nn.sigmoid(log_sum - sinks.astype(log_sum.dtype)[..., None])  # [B, K, G, T]
+    return attended * jnp.moveaxis(kept, -1, 1)[..., None].astype(attended.dtype)
 
 
 def _primitive(name: str, kernel: Callable, inputs: str, outputs: str) -> Primitive:
@@ -142,7 +156,7 @@ def _on_shards(setting: Setting, kernel: Callable, inputs: str, outputs: str, ar
     if mesh is None or mesh.size == 1:
         return run(*arrays)
     batch, _, heads = arrays[0].shape[:3]
-    sequences = ("data", "fsdp") if batch % math.prod(mesh.shape[a] for a in ("data", "fsdp")) == 0 else None
+    sequences = BATCH_AXES if batch % math.prod(mesh.shape[a] for a in BATCH_AXES) == 0 else None
     cut = "tensor" if heads % mesh.shape["tensor"] == 0 else None
     specs = {
         "q": PartitionSpec(sequences, None, cut),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxhess.distributed.mesh import data_shards, param_shardings
 from jaxhess.errors import InputError
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.decoder import Decoder
+from jaxhess.models.experts import Routing, balancing_loss
 from jaxhess.models.likelihood import draw_tokens, head_curvature
 from jaxhess.models.losses import cross_entropy_sum
 from jaxhess.models.vocabulary import Slices, vocabulary_slices
@@ -27,6 +28,14 @@ Params = dict[str, Any]
 """Nested dictionaries of arrays; `params["layers"]["mlp"]["up"]["kernel"]` is [L, D, F]."""
 
 
+class RoutedBatch(NamedTuple):
+    """A `TokenBatch` with the experts of its tokens: see `NextTokenLoss.held`."""
+
+    tokens: jax.Array
+    weights: jax.Array
+    chosen: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class NextTokenLoss:
     """`loss(params, batch) -> (sum, count)`: summed cross-entropy in nats and the number of tokens that count.
@@ -36,25 +45,57 @@ class NextTokenLoss:
         mesh: Mesh of the parameters, to which activations are pinned; None on one device.
         logit_chunk: Logits per device that exist at once: those of all tokens of a microbatch with a slice of the
             vocabulary. They are recomputed in the backward pass when there are several slices.
+        balance: Coefficient of the auxiliary load-balancing loss of a mixture of experts (`balancing_loss`), which is
+            added to the mean cross-entropy of each microbatch; 0, the default: the Hessian is of cross-entropy alone.
     """
 
     config: DecoderConfig
     mesh: Mesh | None = None
     logit_chunk: int = LOGIT_CHUNK
+    balance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.logit_chunk < 1:
             raise InputError(f"logit_chunk is {self.logit_chunk}; it must be at least 1.")
+        if self.balance and self.config.experts is None:
+            raise InputError("A load-balancing loss is for models with experts; this one has none.")
 
     def __call__(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-        hidden, table = self.outputs(params, batch)
-        total = cross_entropy_sum(hidden, self._slices(table, batch), batch.tokens[:, 1:], batch.weights)
-        return total, self.count(batch)
+        if not self.balance:
+            hidden, table = self.outputs(params, batch)
+            return self._cross_entropy(hidden, table, batch), self.count(batch)
+        decoder = nnx.merge(model_graph(self.config, self.mesh), params)
+        hidden, routing = decoder.hidden_and_routing(batch.tokens[:, :-1], getattr(batch, "chosen", None))
+        total = self._cross_entropy(hidden, decoder.output_matrix(), batch)
+        count = self.count(batch)
+        return total + self.balance * count * balancing_loss(routing, batch.weights), count
+
+    def _cross_entropy(self, hidden: jax.Array, table: jax.Array, batch: TokenBatch) -> jax.Array:
+        return cross_entropy_sum(hidden, self._slices(table, batch), batch.tokens[:, 1:], batch.weights)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens are routed."""
+        return any(self.config.expert_layers)
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """Numbers of the layers in each stack of the parameters."""
+        return self.config.stacks
+
+    def routing(self, params: Any, batch: TokenBatch) -> Routing:
+        """Where the layers with experts send a batch's tokens; arrays [layers, B, T, ...]."""
+        decoder = nnx.merge(model_graph(self.config, self.mesh), params)
+        return decoder.hidden_and_routing(batch.tokens[:, :-1])[1]
+
+    def held(self, batch: TokenBatch, chosen: jax.Array) -> RoutedBatch:
+        """The batch with its tokens sent to the experts `chosen` [layers, B, T, k], whatever the routers say."""
+        return RoutedBatch(batch.tokens, batch.weights, chosen)
 
     def outputs(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """Final states [B, T, D] and output matrix [V, D]; logits are the products of their rows."""
         decoder = nnx.merge(model_graph(self.config, self.mesh), params)
-        return decoder.hidden(batch.tokens[:, :-1]), decoder.output_matrix()
+        return decoder.hidden(batch.tokens[:, :-1], getattr(batch, "chosen", None)), decoder.output_matrix()
 
     def curvature(self, outputs: Any, tangents: Any, batch: TokenBatch, labels: Any = None) -> Any:
         """`head_curvature` of a batch: softmax cross-entropy's in the logits, pulled back to the outputs."""
@@ -94,9 +135,8 @@ class NextTokenLoss:
         shards = data_shards(self.mesh)
         # What does not divide stays whole on every device.
         tokens = batch.weights.size // (1 if len(batch.weights) % shards else shards)
-        return vocabulary_slices(
-            table, tokens, self.logit_chunk, self.config.mlp_dim * self.config.embed_dim, self.mesh
-        )
+        gathered = self.config.mlp_dim * self.config.embed_dim
+        return vocabulary_slices(table, tokens, self.logit_chunk, gathered, self.mesh, self.config.logit_softcap)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,7 +214,8 @@ def logical_axes(config: DecoderConfig) -> Params:
     state = nnx.split(_abstract_decoder(config, None))[1]
     axes = jax.tree.map(lambda v: v.axes, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     axes = nnx.to_pure_dict(axes)
-    axes["layers"] = jax.tree.map(lambda names: ("layers", *names), axes["layers"], is_leaf=_is_axes)
+    for stack in config.stacks:
+        axes[stack] = jax.tree.map(lambda names: ("layers", *names), axes[stack], is_leaf=_is_axes)
     return axes
 
 

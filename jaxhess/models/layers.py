@@ -46,22 +46,35 @@ class Projection(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the last axis, computed in at least float32."""
+    """RMSNorm or LayerNorm over the last axes, computed in at least float32.
 
-    def __init__(self, axis: str, size: int, config: DecoderConfig, *, kind: str | None = None):
+    Args:
+        axes: Logical names and sizes of what is normalised together, and of the gain.
+        kind: Other than that of the model.
+    """
+
+    def __init__(self, axes: dict[str, int], config: DecoderConfig, *, kind: str | None = None):
         self.kind = kind or config.norm
         self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones((size,), config.dtype), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros((size,), config.dtype), axes=(axis,)) if self.kind == "layer" else None
+        self.offset = config.norm_offset and self.kind == "rms"
+        names, shape = tuple(axes), tuple(axes.values())
+        gain = jnp.zeros if self.offset else jnp.ones
+        self.scale = nnx.Param(gain(shape, config.dtype), axes=names)
+        bias = self.kind == "layer" and config.norm_bias
+        self.bias = nnx.Param(jnp.zeros(shape, config.dtype), axes=names) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        gain = self.scale[...]
+        together = tuple(range(-gain.ndim, 0))
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.kind == "layer":
-            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normalised = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        if self.bias is None:  # as in the reference implementations: the gain multiplies the rounded value
-            return normalised.astype(x.dtype) * self.scale[...].astype(x.dtype)
-        y = normalised * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)
+            wide = wide - jnp.mean(wide, axis=together, keepdims=True)
+        normalised = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=together, keepdims=True) + self.eps)
+        if self.kind == "rms" and not self.offset:  # as in the reference: the gain multiplies the rounded value
+            return normalised.astype(x.dtype) * gain.astype(x.dtype)
+        y = normalised * (gain.astype(wide.dtype) + self.offset)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(wide.dtype)
         return y.astype(x.dtype)
 
 
@@ -70,10 +83,10 @@ FEED_FORWARD = "feed_forward"
 
 
 class FeedForward(nnx.Module):
-    """`down(act(up x))`, or `down(act(gate x) * up x)` when gated."""
+    """`down(act(up x))`, or `down(act(gate x) * up x)` when gated; `wide` names the axis between, and its size."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        narrow, wide = {"embed": config.embed_dim}, {"mlp": config.mlp_dim}
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, wide: dict[str, int] | None = None):
+        narrow, wide = {"embed": config.embed_dim}, wide or {"mlp": config.mlp_dim}
         projection = functools.partial(Projection, bias=config.mlp_bias, dtype=config.dtype, rngs=rngs)
         self.gate = projection(narrow, wide) if config.gated_mlp else None
         self.up = projection(narrow, wide)
@@ -81,11 +94,25 @@ class FeedForward(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
         up = checkpoint_name(self.up(x), FEED_FORWARD)
-        hidden = act(up) if self.gate is None else act(checkpoint_name(self.gate(x), FEED_FORWARD)) * up
-        return self.down(hidden)
+        if self.gate is None:
+            return self.down(ACTIVATIONS[self.activation](up))
+        return self.down(gated(self.activation, checkpoint_name(self.gate(x), FEED_FORWARD), up))
 
+
+def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """act(gate) * up.
+
+    `clamped_silu` is that of gpt-oss: gate * sigmoid(1.702 gate) * (up + 1) with the gate clamped to at most 7, and up
+    to -7 .. 7.
+    """
+    if activation == "clamped_silu":
+        gate, up = jnp.minimum(gate, CLAMP), jnp.clip(up, -CLAMP, CLAMP)
+        return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+CLAMP = 7.0
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,

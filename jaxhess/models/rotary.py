@@ -13,21 +13,49 @@ from jaxhess.errors import InputError
 from jaxhess.models.config import DecoderConfig, RopeConfig
 
 
-def rotary_tables(config: DecoderConfig, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, each [length, rotary_dims / 2], for positions 0 .. length-1; angles in at least float32."""
+def rotary_tables(
+    config: DecoderConfig, length: int, dtype: jnp.dtype, kind: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, each [length, rotary_dims / 2], for positions 0 .. length-1; angles in at least float32.
+
+    `kind` is the place of a layer's kind of positions in `KINDS` (int32 scalar); None: it is `main`.
+    """
     assert config.rope is not None
+    main = _tables(config.rope, config.rotary_dims, length, dtype)
+    if kind is None:
+        return main
+    local = main if config.local_rope is None else _tables(config.local_rope, config.rotary_dims, length, dtype)
+    still = jnp.ones_like(main[0]), jnp.zeros_like(main[1])
+    cos, sin = (jnp.stack(tables)[kind] for tables in zip(main, local, still, strict=True))
+    return cos, sin
+
+
+KINDS = ("main", "local", "none")
+"""What `DecoderConfig.rope_layers` says of a layer."""
+
+
+def _tables(rope: RopeConfig, dims: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     wide = jnp.promote_types(dtype, jnp.float32)
-    rates = jnp.asarray(frequencies(config.rope, config.rotary_dims, length, wide))
+    rates = jnp.asarray(frequencies(rope, dims, length, wide))
     angles = jnp.arange(length, dtype=wide)[:, None] * rates[None, :]
-    gain = config.rope.attention_factor
+    gain = rope.attention_factor
     return (jnp.cos(angles) * gain).astype(dtype), (jnp.sin(angles) * gain).astype(dtype)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Heads x [B, T, H, h] with their first `2 * cos.shape[-1]` dimensions rotated: dimension i pairs with i + half."""
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Heads x [B, T, H, h] with their first `2 * cos.shape[-1]` dimensions rotated.
+
+    Dimension i is paired with i + half, or, interleaved, 2i with 2i + 1.
+    """
     half = cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        pairs = rotated.reshape(*x.shape[:-1], half, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(rotated.shape)
+        return jnp.concatenate([turned, rest], axis=-1)
+    first, second = rotated[..., :half], rotated[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
@@ -40,7 +68,8 @@ def frequencies(rope: RopeConfig, dims: int, length: int, dtype: npt.DTypeLike =
     `linear`: positions interpolated (arXiv 2306.15595). `dynamic`: NTK-aware base that grows with the sequence once it
     is longer than the trained context. `llama3`: low frequencies divided, high ones kept, a linear ramp between (the
     Llama 3.1 release). `yarn`: the ramp runs over dimensions (arXiv 2309.00071, equations 19 to 23); its attention
-    factor is in `RopeConfig.attention_factor`.
+    factor is in `RopeConfig.attention_factor`. `longrope`: every frequency is divided by a factor of its own
+    (arXiv 2402.13753).
 
     Raises:
         InputError: An unknown rule, or one whose `original_max_positions` is missing.
@@ -74,7 +103,12 @@ def frequencies(rope: RopeConfig, dims: int, length: int, dtype: npt.DTypeLike =
         low, high = max(low, 0), min(high, dims - 1)
         kept = 1 - np.clip((np.arange(dims // 2).astype(dtype) - low) / ((high - low) or 1e-3), 0, 1)
         return 1 / (rope.factor * powers(rope.theta)) * (1 - kept) + rates * kept
-    raise InputError(f"Unknown RoPE scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn.")
+    if rope.kind == "longrope":
+        factors = np.asarray(rope.long_factors if length > trained else rope.short_factors, dtype)
+        if len(factors) != len(exponents):
+            raise InputError(f"longrope has {len(factors)} factors for {len(exponents)} frequencies.")
+        return 1 / (factors * powers(rope.theta))
+    raise InputError(f"Unknown RoPE scaling {rope.kind!r}; known: default, linear, dynamic, llama3, yarn, longrope.")
 
 
 def _dimension_of(turns: float, theta: float, dims: int, trained: int) -> float:

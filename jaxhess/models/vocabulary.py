@@ -32,11 +32,13 @@ class Slice(NamedTuple):
         kernel: [v, D].
         ids: [v] int32, the tokens that the rows stand for.
         real: [v] bool, whether there is such a token (the id of others is -1); None where all are.
+        softcap: That of logits (`DecoderConfig.logit_softcap`).
     """
 
     kernel: jax.Array
     ids: jax.Array
     real: jax.Array | None
+    softcap: float | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +51,7 @@ class Slices:
         vocab_size: V; rows beyond V / parts of a part are padding.
         rows_cut, columns_cut: Mesh axes that cut V and D.
         mesh: That of the matrix.
+        softcap: That of logits.
     """
 
     kernels: jax.Array
@@ -56,6 +59,7 @@ class Slices:
     rows_cut: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     columns_cut: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     mesh: Mesh | None = dataclasses.field(metadata={"static": True})
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __len__(self) -> int:
         return self.kernels.shape[0]
@@ -74,9 +78,9 @@ class Slices:
         place = jnp.broadcast_to(k * rows + jnp.arange(rows, dtype=jnp.int32), (parts, rows))
         ids = place + held * jnp.arange(parts, dtype=jnp.int32)[:, None]
         if n * rows == held:
-            return Slice(kernel.reshape(-1, width), ids.reshape(-1), None)
+            return Slice(kernel.reshape(-1, width), ids.reshape(-1), None, self.softcap)
         real = (place < held).reshape(-1)
-        return Slice(kernel.reshape(-1, width), jnp.where(real, ids.reshape(-1), -1), real)
+        return Slice(kernel.reshape(-1, width), jnp.where(real, ids.reshape(-1), -1), real, self.softcap)
 
     def _gathered(self, kernel: jax.Array) -> jax.Array:
         """A slice's rows, whole on every device but for the cut along `tensor`: gathered once for all their uses."""
@@ -88,7 +92,14 @@ class Slices:
         return gathered(in_order(jax.lax.with_sharding_constraint(kernel, cut), [cut]), cut, whole)
 
 
-def vocabulary_slices(table: jax.Array, tokens: int, logit_chunk: int, gathered: int, mesh: Mesh | None) -> Slices:
+def vocabulary_slices(
+    table: jax.Array,
+    tokens: int,
+    logit_chunk: int,
+    gathered: int,
+    mesh: Mesh | None,
+    softcap: float | None = None,
+) -> Slices:
     """The output matrix `table` [V, D] in as few slices as keep to both limits, of equal size.
 
     A vocabulary with no divisor of about the right size is padded, which copies the matrix.
@@ -101,6 +112,7 @@ def vocabulary_slices(table: jax.Array, tokens: int, logit_chunk: int, gathered:
         gathered: Entries of the matrix that may be gathered at once on each device, where `fsdp` cuts it; at least
             `GATHERED`.
         mesh: That of the matrix; None on one device.
+        softcap: That of logits.
     """
     vocab_size, width = table.shape
     rows_cut, columns_cut = _cuts(table.shape, mesh)
@@ -108,7 +120,7 @@ def vocabulary_slices(table: jax.Array, tokens: int, logit_chunk: int, gathered:
     parts = math.prod(sizes[axis] for axis in rows_cut)
     joined = math.prod(sizes[axis] for axis in rows_cut if axis != "tensor")  # parts whose rows meet on one device
     most = logit_chunk // (tokens * joined)
-    if sizes.get("fsdp", 1) > 1:
+    if sizes.get("fsdp", 1) * sizes.get("expert", 1) > 1:
         most = min(most, max(gathered, GATHERED) // (width * joined))
     held = vocab_size // parts
     n, rows = _cut(held, max(1, most))
@@ -116,7 +128,7 @@ def vocabulary_slices(table: jax.Array, tokens: int, logit_chunk: int, gathered:
     if n * rows > held:
         by_part = jnp.pad(by_part, ((0, 0), (0, n * rows - held), (0, 0)))
     kernels = jnp.moveaxis(by_part.reshape(parts, n, rows, width), 1, 0)
-    return Slices(_pinned(kernels, rows_cut, columns_cut, mesh), vocab_size, rows_cut, columns_cut, mesh)
+    return Slices(_pinned(kernels, rows_cut, columns_cut, mesh), vocab_size, rows_cut, columns_cut, mesh, softcap)
 
 
 def scan_slices(
@@ -147,8 +159,13 @@ def scan_slices(
 
 def logits_of(hidden: jax.Array, part: Slice) -> jax.Array:
     """Logits [..., v] of states [..., D] in a slice, accumulated and returned in at least float32; -inf for padding."""
-    logits = matmul_transposed(hidden, part.kernel)
+    logits = softcapped(matmul_transposed(hidden, part.kernel), part.softcap)
     return logits if part.real is None else jnp.where(part.real, logits, -jnp.inf)
+
+
+def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap * tanh(x / softcap), or x."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def matmul_transposed(hidden: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -1,0 +1,90 @@
+"""Llama and the families that follow it closely."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from convert.families.family import Family
+
+SIZES = {
+    "vocab_size": "vocab_size",
+    "embed_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "tied_embeddings": "tie_word_embeddings",
+}
+
+LLAMA_FIELDS = {
+    **SIZES,
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+}
+
+LLAMA_TENSORS = (
+    ("embed_tokens.weight", "embed/kernel", "vocab embed"),
+    ("layers.{layer}.input_layernorm.weight", "layers/attention_norm/scale", "embed"),
+    ("layers.{layer}.self_attn.q_proj.weight", "layers/attention/query/kernel", "(heads head_dim) embed"),
+    ("layers.{layer}.self_attn.q_proj.bias", "layers/attention/query/bias", "(heads head_dim)"),
+    ("layers.{layer}.self_attn.k_proj.weight", "layers/attention/key/kernel", "(kv_heads head_dim) embed"),
+    ("layers.{layer}.self_attn.k_proj.bias", "layers/attention/key/bias", "(kv_heads head_dim)"),
+    ("layers.{layer}.self_attn.v_proj.weight", "layers/attention/value/kernel", "(kv_heads head_dim) embed"),
+    ("layers.{layer}.self_attn.v_proj.bias", "layers/attention/value/bias", "(kv_heads head_dim)"),
+    ("layers.{layer}.self_attn.q_norm.weight", "layers/attention/query_norm/scale", "head_dim"),
+    ("layers.{layer}.self_attn.k_norm.weight", "layers/attention/key_norm/scale", "head_dim"),
+    ("layers.{layer}.self_attn.o_proj.weight", "layers/attention/out/kernel", "embed (heads head_dim)"),
+    ("layers.{layer}.self_attn.o_proj.bias", "layers/attention/out/bias", "embed"),
+    ("layers.{layer}.post_attention_layernorm.weight", "layers/mlp_norm/scale", "embed"),
+    ("layers.{layer}.mlp.gate_proj.weight", "layers/mlp/gate/kernel", "mlp embed"),
+    ("layers.{layer}.mlp.gate_proj.bias", "layers/mlp/gate/bias", "mlp"),
+    ("layers.{layer}.mlp.up_proj.weight", "layers/mlp/up/kernel", "mlp embed"),
+    ("layers.{layer}.mlp.up_proj.bias", "layers/mlp/up/bias", "mlp"),
+    ("layers.{layer}.mlp.down_proj.weight", "layers/mlp/down/kernel", "embed mlp"),
+    ("layers.{layer}.mlp.down_proj.bias", "layers/mlp/down/bias", "embed"),
+    ("norm.weight", "final_norm/scale", "embed"),
+    ("lm_head.weight", "head/kernel", "vocab embed"),
+)
+
+GATED_RMS = {"norm": "rms", "gated_mlp": True, "parallel_residual": False}
+ROTARY_BUFFER = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    tensors=LLAMA_TENSORS,
+    prefix="model.",
+    buffers=ROTARY_BUFFER,
+    fields={**LLAMA_FIELDS, "qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    constants={**GATED_RMS, "qk_norm": False},
+)
+
+NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
+
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    fields=LLAMA_FIELDS,
+    constants={**GATED_RMS, **NO_BIAS, "qk_norm": False},
+    window="all layers",
+)
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    fields=LLAMA_FIELDS,
+    constants={**GATED_RMS, **NO_BIAS, "qkv_bias": True, "qk_norm": False},
+    window="layer types",
+)
+
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    fields={**LLAMA_FIELDS, "qkv_bias": "attention_bias", "out_bias": "attention_bias"},
+    constants={**GATED_RMS, "mlp_bias": False, "qk_norm": True},
+    window="layer types",
+)

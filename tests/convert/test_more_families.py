@@ -1,0 +1,70 @@
+"""Families beyond the first six: in float64 they compute what `transformers` computes, to 1e-9, and are written back.
+
+Logits, loss, gradient and exact Hessian-vector product; torch's by double backward, in float64 throughout.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import VOCAB, torch, torch_model
+from validation.torch_reference import in_float64
+
+import convert
+from convert.families import FAMILIES
+from tests.convert.test_families import assert_close, derivatives, tokens_for, torch_derivatives, torch_loss
+
+# Name, family, options.
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("mixtral", "mixtral", {}),
+    ("mixtral window, tied, one of three experts", "mixtral",
+     {"sliding_window": 5, "tie_word_embeddings": True, "num_local_experts": 3, "num_experts_per_tok": 1}),
+    ("qwen3_moe", "qwen3_moe", {"norm_topk_prob": True}),
+    ("qwen3_moe, every second layer dense, three of five", "qwen3_moe",
+     {"decoder_sparse_step": 2, "num_hidden_layers": 3, "num_experts": 5, "num_experts_per_tok": 3}),
+]  # fmt: skip
+
+
+def as_params(tensors: dict[str, torch.Tensor], reference: Any, directory: Path) -> Any:
+    """Tensors named as torch's parameters, in our layout: a checkpoint of them, converted."""
+    buffers = {k: torch.zeros_like(b) for k, b in reference.named_buffers() if k in reference.state_dict()}
+    reference.save_pretrained(directory, state_dict={k: t.detach() for k, t in {**buffers, **tensors}.items()})
+    return convert.load(directory).params
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_float64_agrees_with_torch_and_is_written_back_bit_for_bit(case: Any, tmp_path: Path) -> None:
+    _, family, options = case
+    with in_float64(torch_model(family, **options)) as reference, jax.enable_x64(True):
+        reference.save_pretrained(tmp_path / "checkpoint")
+        model = convert.load(tmp_path / "checkpoint")
+        assert model.config.dtype == "float64"
+        tokens = tokens_for(VOCAB)
+        with torch.no_grad():
+            logits = reference(torch.from_numpy(tokens).long()[:, :-1]).logits.numpy()
+        expected = [
+            as_params(tensors, reference, tmp_path / str(i))
+            for i, tensors in enumerate(torch_derivatives(reference, tokens))
+        ]
+        value, gradient, product = derivatives(model, tokens, expected[0])
+        assert abs(float(value) - torch_loss(reference, tokens).item()) <= 1e-12 * float(value)
+        ours = np.asarray(model.logits(tokens[:, :-1]))
+        assert np.abs(ours - logits).max() <= 1e-11 * np.abs(logits).max()
+        assert_close(gradient, expected[1], 1e-9)
+        assert_close(product, expected[2], 1e-9)
+
+        convert.export(model, tmp_path / "back")  # its config.json made from the DecoderConfig alone
+        written, read = (tmp_path / name / "model.safetensors" for name in ("back", "checkpoint"))
+        assert written.read_bytes() == read.read_bytes()
+        described = json.loads((tmp_path / "back" / "config.json").read_text())
+        assert described["model_type"] == family
+
+
+def test_every_family_has_a_case() -> None:
+    first = {"llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"}
+    assert {family for _, family, _ in CASES} == FAMILIES.keys() - first
