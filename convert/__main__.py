@@ -1,4 +1,4 @@
-"""`python -m convert SRC DST`: Hugging Face checkpoint -> Orbax checkpoint, or back with `--export`."""
+"""`python -m convert SRC DST`: a checkpoint to an Orbax one, or with `--export` to Hugging Face's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
+from convert.checkpoint import configuration
 from convert.destination import appearing, check_destination
 from convert.exporting import write_hugging_face
+from convert.gguf_model import gguf_file
 from convert.hub import local_directory
-from convert.json_files import read_json
 from convert.loading import load, load_config
 from convert.orbax_checkpoint import is_orbax, write_orbax
-from convert.tokenizer import add_tokenizer
+from convert.tokenizer import add_tokenizer, load_tokenizer
 from convert.verify import TOLERANCE, verify
 from jaxhess.command import one_sentence
 from jaxhess.distributed import processes
@@ -28,7 +29,7 @@ class Options:
     """Convert a Hugging Face checkpoint to an Orbax checkpoint for jaxhess, or back."""
 
     src: Annotated[str, tyro.conf.Positional]
-    """Checkpoint to read: a Hugging Face directory or hub id, or a directory written by this command."""
+    """Checkpoint to read: a Hugging Face directory or hub id, a GGUF file, or a directory written by this command."""
     dst: Annotated[Path, tyro.conf.Positional]
     """Directory to write; it appears complete or not at all."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
@@ -65,11 +66,13 @@ def run(options: Options) -> None:
     if load_config(source, options.dtype).dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(options.mesh) if options.mesh or several else None
+    hf_config, _ = configuration(source)
+    # In a GGUF file it is a part of the file; what is missing to read it is better said before hours of conversion.
+    tokenizer = load_tokenizer(source) if gguf_file(source) else source
     model = load(source, mesh, options.dtype)
-    hf_config = read_json(source / "config.json")
     with appearing(options.dst, options.overwrite) as partial:
         (write_hugging_face if options.export else write_orbax)(model, partial, hf_config)
-        processes.on_first(lambda: add_tokenizer(source, partial))
+        processes.on_first(lambda: add_tokenizer(tokenizer, partial))
         num_params, dtype = model.num_params, model.config.dtype
         del model  # the comparison loads what was written: two copies would not always fit
         if options.verify:

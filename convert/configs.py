@@ -17,6 +17,7 @@ from typing import Any
 from convert.config_keys import ROPE_VALUES, relevant
 from convert.families import ACTIVATIONS, FAMILIES, Family
 from convert.json_files import check, one_line, shown
+from convert.quantized import quantization_method
 from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, ExpertsConfig, LatentConfig, RopeConfig
 
@@ -47,12 +48,7 @@ def decoder_config(
         UserWarning: Keys that `transformers` ignores as well.
     """
     family = family_of(hf_config, file)
-    quantization = hf_config.get("quantization_config")
-    if quantization:
-        method = shown(quantization.get("quant_method") if isinstance(quantization, dict) else quantization).strip("'")
-        raise InputError(
-            f"{file} says the checkpoint is quantized (quantization_config: {method}); use the unquantized weights."
-        )
+    quantization_method(hf_config, file)  # refuses what is not read
     full = _filled_in(family, relevant(family, hf_config, file), file)
     try:
         return DecoderConfig(**_fields(family, full), dtype=dtype, model_type=family.model_type)

@@ -15,6 +15,7 @@ import numpy as np
 from convert.configs import comparable, decoder_config, family_of, hugging_face_config
 from convert.destination import appearing
 from convert.mapping import Row, axis_sizes, mapping_rows
+from convert.quantized import unquantized
 from convert.tokenizer import add_tokenizer
 from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, LanguageModel
@@ -47,7 +48,8 @@ def export(
     Args:
         model: All its arrays must be addressable from this process.
         directory: New, empty, or a checkpoint to replace with `overwrite`.
-        hf_config: The `config.json` the model came from; None: one is made from its `DecoderConfig`.
+        hf_config: The `config.json` the model came from (what it says of quantization is left out); None: one is made
+            from its `DecoderConfig`.
         tokenizer_source: A directory whose tokenizer files are copied, or a tokenizer with `save_pretrained`.
         overwrite: Replace a checkpoint that is already there.
         shard_bytes: Weights beyond this go to several files with an index.
@@ -74,7 +76,7 @@ def write_hugging_face(
         raise InputError("Parts of the model are on other processes; export it from a single process.")
     dtype = np.dtype(jax.tree.leaves(model.params)[0].dtype)
     key = "torch_dtype" if "torch_dtype" in hf_config and "dtype" not in hf_config else "dtype"
-    hf_config = {**hf_config, key: dtype.name}
+    hf_config = {**unquantized(hf_config), key: dtype.name}
     (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
 
     family = family_of(hf_config)

@@ -26,7 +26,7 @@ TOKENIZER_FILES = [
 
 
 def local_directory(path_or_hub_id: str | Path) -> Path:
-    """The directory itself, or where the hub's files of that id lie after downloading what is missing.
+    """The directory or GGUF file itself, or where the hub's files of that id lie after downloading what is missing.
 
     Of several processes, which all must call this, the first one downloads, and the others find the files where that
     put them, or download them to a disk of their own. On a cluster it is better done before: compute nodes often do not
@@ -37,8 +37,10 @@ def local_directory(path_or_hub_id: str | Path) -> Path:
     """
     path = Path(path_or_hub_id).expanduser()
     if processes.exists(path):
-        if not path.is_dir():
-            raise InputError(f"{path} is a file; a checkpoint is a directory with config.json and its weights.")
+        if not path.is_dir() and path.suffix != ".gguf":
+            raise InputError(
+                f"{path} is a file; a checkpoint is a directory with config.json and its weights, or a .gguf file."
+            )
         return path
     name = _hub_id(str(path_or_hub_id))
     first = processes.on_first(lambda: str(_downloaded(name)))

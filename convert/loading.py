@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from convert.checkpoint import configuration, tensor_source
 from convert.configs import DTYPES, decoder_config, family_of
 from convert.families import Family
 from convert.hub import hub_config, local_directory
-from convert.json_files import read_json
 from convert.mapping import Row, axis_sizes, checked_rows
 from convert.orbax_checkpoint import is_orbax, parameter_shardings, restore, saved_config
-from convert.source import Source
+from convert.source import TensorSource
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, LanguageModel, Params, abstract_params
@@ -42,7 +42,8 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
         'float32'
 
     Args:
-        path_or_hub_id: A Hugging Face directory, a directory that `python -m convert` wrote, or a hub id.
+        path_or_hub_id: A Hugging Face directory, a GGUF file or a directory with a single one, a directory that
+            `python -m convert` wrote, or a hub id. Weights in MXFP4, FP8 or GGUF's types are dequantized by slice.
         mesh: Where the weights shall live (`jaxhess.distributed.mesh.make_mesh`); None: on the first device.
         dtype: Weights and computation: float32, bfloat16, float16 or float64 (needs `jax_enable_x64`). None keeps what
             the files hold; where they hold several, what `config.json` says, or else the widest.
@@ -50,8 +51,8 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
     Raises:
         InputError: There is no such directory or hub id; a file of the checkpoint is missing or damaged; an unsupported
             architecture or option; a tensor is missing, extra, duplicate or wrongly shaped; a weight is NaN or
-            infinite; float64 without `jax_enable_x64`; `.bin` files without torch. Raised in every process, also where
-            only one of them finds it.
+            infinite; float64 without `jax_enable_x64`; `.bin` files without torch, or GGUF files without gguf; weights
+            quantized in a way that is not read. Raised in every process, also where only one of them finds it.
     """
     check_dtype(dtype)
     directory = local_directory(path_or_hub_id)
@@ -92,8 +93,8 @@ def read_config(path_or_hub_id: str | Path, dtype: str | None = None) -> Decoder
         True
 
     Args:
-        path_or_hub_id: A `config.json` (under any name), a directory with one, a directory that `python -m convert`
-            wrote, or a hub id, of which nothing else is downloaded.
+        path_or_hub_id: A `config.json` (under any name), a directory with one, a GGUF file or a directory with a
+            single one, a directory that `python -m convert` wrote, or a hub id, of which nothing else is downloaded.
         dtype: None: the one that `config.json` names, or float32.
 
     Raises:
@@ -104,19 +105,17 @@ def read_config(path_or_hub_id: str | Path, dtype: str | None = None) -> Decoder
     path = Path(path_or_hub_id).expanduser()
     if is_orbax(path):
         return saved_config(path, dtype)
-    file = path / "config.json" if path.is_dir() else path if path.is_file() else hub_config(str(path))
-    hf_config = read_json(file)
+    hf_config, file = configuration(path if path.exists() else hub_config(str(path)))
     named = hf_config.get("dtype", hf_config.get("torch_dtype"))
     return decoder_config(hf_config, dtype or (named if named in DTYPES else "float32"), file)
 
 
-def _open(directory: Path, dtype: str | None) -> tuple[Family, DecoderConfig, Source, list[Row]]:
+def _open(directory: Path, dtype: str | None) -> tuple[Family, DecoderConfig, TensorSource, list[Row]]:
     """Everything about a Hugging Face checkpoint but its weights, checked against each other."""
-    file = directory / "config.json"
-    hf_config = read_json(file)
+    hf_config, file = configuration(directory)
     family = family_of(hf_config, file)
     config = decoder_config(hf_config, file=file)
-    source = Source(directory)
+    source = tensor_source(directory, hf_config)
     rows = checked_rows(family, config, source)
     return family, dataclasses.replace(config, dtype=dtype or stored_dtype(hf_config, rows, source)), source, rows
 
@@ -131,7 +130,7 @@ def check_dtype(dtype: str | None) -> None:
         )
 
 
-def stored_dtype(hf_config: dict[str, Any], rows: list[Row], source: Source) -> str:
+def stored_dtype(hf_config: dict[str, Any], rows: list[Row], source: TensorSource) -> str:
     """The dtype of the files' weights; where they differ, the one `config.json` names, or else the widest."""
     found = {source.tensors[name].dtype for row in rows for name in row.names}
     if len(found) == 1:
@@ -142,7 +141,7 @@ def stored_dtype(hf_config: dict[str, Any], rows: list[Row], source: Source) -> 
     return str(jnp.result_type(*found))
 
 
-def _parameters(config: DecoderConfig, source: Source, rows: list[Row], mesh: Mesh | None) -> Params:
+def _parameters(config: DecoderConfig, source: TensorSource, rows: list[Row], mesh: Mesh | None) -> Params:
     shardings = parameter_shardings(config, mesh)
     abstract = abstract_params(config)
     params: Params = {}
@@ -155,7 +154,7 @@ def _parameters(config: DecoderConfig, source: Source, rows: list[Row], mesh: Me
 
 
 def _place(
-    row: Row, config: DecoderConfig, source: Source, leaf: jax.ShapeDtypeStruct, sharding: Sharding
+    row: Row, config: DecoderConfig, source: TensorSource, leaf: jax.ShapeDtypeStruct, sharding: Sharding
 ) -> jax.Array:
     """One parameter, read layer by layer into an array that is already in its place."""
     sizes = axis_sizes(config)
@@ -223,7 +222,7 @@ def _inserter(sharding: Sharding) -> Any:
     return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
 
 
-def _check_finite(values: np.ndarray, name: str, source: Source, dtype: str) -> None:
+def _check_finite(values: np.ndarray, name: str, source: TensorSource, dtype: str) -> None:
     mask = np.array(_EXPONENT_BITS[dtype], f"uint{8 * values.dtype.itemsize}")
     if ((values.view(mask.dtype) & mask) == mask).any():  # on bits: bfloat16's own isfinite is slow
         stored = source.tensors[name]
@@ -231,7 +230,7 @@ def _check_finite(values: np.ndarray, name: str, source: Source, dtype: str) -> 
         raise InputError(f"Tensor {name} in {stored.file} holds NaN or infinite values{narrowed}.")
 
 
-def _check_tied(family: Family, rows: list[Row], source: Source) -> None:
+def _check_tied(family: Family, rows: list[Row], source: TensorSource) -> None:
     """The file's output matrix, if it has one although embeddings are tied, must be the embedding."""
     embedding = next(row.names[0] for row in rows if row.path == ("embed", "kernel"))
     head = next((name for name in (family.head, family.head_alias) if name in source.tensors), None)

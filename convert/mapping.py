@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.families import Family
 from convert.layout import Layout, parse_layout
-from convert.source import Source
+from convert.source import TensorSource
 from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, abstract_params, logical_axes
 
@@ -133,7 +133,7 @@ def _row(
     return Row(names, path, parse_layout(layout), axes, (len(layers), experts), layers)
 
 
-def checked_rows(family: Family, config: DecoderConfig, source: Source) -> list[Row]:
+def checked_rows(family: Family, config: DecoderConfig, source: TensorSource) -> list[Row]:
     """The rows for the files at hand, after comparing every name and shape; no weight is read.
 
     Raises:
@@ -174,7 +174,7 @@ def checked_rows(family: Family, config: DecoderConfig, source: Source) -> list[
 
 
 def _check_names(
-    names: set[str], expected: set[str], family: Family, config: DecoderConfig, prefix: str, source: Source
+    names: set[str], expected: set[str], family: Family, config: DecoderConfig, prefix: str, source: TensorSource
 ) -> None:
     def is_buffer(name: str) -> bool:
         if any(re.fullmatch(re.escape(prefix) + pattern, name) for pattern in family.buffers):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from convert.configs import DTYPES, hugging_face_config
 from convert.destination import appearing
 from convert.json_files import read_json
+from convert.quantized import unquantized
 from convert.tokenizer import add_tokenizer
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
@@ -64,7 +65,7 @@ def write_orbax(model: LanguageModel, directory: Path, hf_config: dict[str, Any]
     import orbax.checkpoint as ocp
 
     model = model.configured(dtype=model.param_dtype)  # what is saved is weights, not how someone computed with them
-    hf_config = hugging_face_config(model.config) if hf_config is None else hf_config
+    hf_config = hugging_face_config(model.config) if hf_config is None else unquantized(hf_config)
     # Orbax would copy all arrays to the host before it writes one: let no more than two at a time be on their way.
     limit = max(2**28, 2 * max(_local_bytes(array) for array in jax.tree.leaves(model.params)) + 1)
     inner = ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=limit, save_device_host_concurrent_bytes=limit)

@@ -9,9 +9,9 @@ import contextlib
 import dataclasses
 import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -25,11 +25,35 @@ _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, shape and dtype (a numpy name, or the file's own name for other kinds)."""
+    """Where a tensor lies.
+
+    Attributes:
+        file: Its file.
+        shape: Its shape.
+        dtype: A numpy name, or the file's own name for other kinds.
+        offset: First byte of its values, in a file where they lie one after the other.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int = 0
+
+
+class TensorSource(Protocol):
+    """The tensors of a checkpoint in whatever format: what a loader needs of it.
+
+    Attributes:
+        directory: What errors call the checkpoint.
+        tensors: Every tensor by name, with the shape and dtype that `read` gives.
+    """
+
+    directory: Path
+    tensors: Mapping[str, StoredTensor]
+
+    def read(self, name: str, slices: Slices) -> np.ndarray:
+        """A copy of one slice of a tensor; nothing else of it is read."""
+        ...
 
 
 class Source:
@@ -50,16 +74,17 @@ class Source:
         self.directory = directory
         self._pickles: dict[Path, Any] = {}
         files, index = _weight_files(directory)
-        self.tensors: dict[str, StoredTensor] = {}
+        tensors: dict[str, StoredTensor] = {}
+        self.tensors: Mapping[str, StoredTensor] = tensors
         for file in files:
             headers = _safetensors_header(file) if file.suffix == ".safetensors" else self._pickle_header(file)
             for name, tensor in headers.items():
                 if not name.isprintable():  # it would be printed
                     raise InputError(f"{file} holds a tensor with the name {shown(name)}; a name is printable text.")
-                if name in self.tensors:
-                    other = self.tensors[name].file.name
+                if name in tensors:
+                    other = tensors[name].file.name
                     raise InputError(f"Tensor {name} is in two files of {directory}: {other} and {file.name}.")
-                self.tensors[name] = tensor
+                tensors[name] = tensor
         for name, file_name in (index or {}).items():
             if name not in self.tensors or self.tensors[name].file.name != file_name:
                 raise InputError(
@@ -74,6 +99,12 @@ class Source:
         # Opened for each slice: what a closed file had mapped no longer counts as this process's memory.
         with _open_safetensors(tensor.file) as file:
             return file.get_slice(name)[slices]
+
+    def read_bytes(self, name: str, slices: Slices) -> np.ndarray:
+        """A copy of one slice of a tensor of one-byte values, as uint8: also of those that NumPy has no dtype for."""
+        tensor = self.tensors[name]
+        stored = np.memmap(tensor.file, np.uint8, "r", offset=tensor.offset, shape=tensor.shape)
+        return np.array(stored[slices])
 
     def _pickle_header(self, file: Path) -> dict[str, StoredTensor]:
         self._pickles[file] = tensors = _load_pickle(file)
@@ -118,7 +149,12 @@ def _safetensors_header(file: Path) -> dict[str, StoredTensor]:
         (length,) = struct.unpack("<Q", stream.read(8))
         entries = parse_json(stream.read(length), f"The header of {file}")
     return {
-        name: StoredTensor(file, tuple(entry["shape"]), _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]))
+        name: StoredTensor(
+            file,
+            tuple(entry["shape"]),
+            _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]),
+            8 + length + entry["data_offsets"][0],
+        )
         for name, entry in entries.items()
         if name != "__metadata__"
     }

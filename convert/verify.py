@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.json_files import read_json
 from convert.loading import load
+from convert.reference import reference_model
 from jaxhess.distributed.mesh import data_shards
 from jaxhess.errors import InputError
 from jaxhess.models import LanguageModel
@@ -49,7 +49,7 @@ def verify(
 
     Args:
         ours: A checkpoint that `convert.load` reads.
-        theirs: A Hugging Face directory.
+        theirs: A Hugging Face directory, or a GGUF file.
         mesh: Where our side is loaded; None: on the first device.
         dtype: Dtype to which the weights of both are rounded first: the narrower of theirs.
         sequences: Random sequences, at least (as many more as the mesh needs for equal parts).
@@ -65,22 +65,14 @@ def verify(
         raise InputError(
             "--verify needs torch; install the extra: pip install -e '.[torch]' in the repository."
         ) from None
-    from transformers import AutoModelForCausalLM
-
-    read_json(theirs / "config.json")
     check_seed(seed)
-    try:
-        reference = AutoModelForCausalLM.from_pretrained(
-            theirs, dtype=getattr(torch, dtype), attn_implementation="eager"
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"transformers cannot read {theirs}: {' '.join(str(error).split())}") from error
+    reference = reference_model(theirs, dtype)
     model = _in_float32(load(ours, mesh, dtype))
     shards = data_shards(mesh)
     shape = (math.ceil(sequences / shards) * shards, min(length, model.config.max_positions))
     tokens = np.random.default_rng(seed).integers(0, model.config.vocab_size, shape, dtype=np.int32)
     with torch.no_grad():
-        expected = reference.float().eval()(torch.from_numpy(tokens).long()).logits.numpy()
+        expected = reference.float()(torch.from_numpy(tokens).long()).logits.numpy()
     difference = float(np.max(np.abs(np.asarray(model.logits(jnp.asarray(tokens))) - expected)))
     return Agreement(difference, difference / float(np.max(np.abs(expected))))
 

@@ -76,7 +76,7 @@ def _block(run: RunRecord, config: DecoderConfig) -> Restriction | None:
     block = run.operator.restriction if run.operator else None
     if isinstance(block, str):
         block = block_of_old_text(block)
-    return None if block is None else restriction(abstract_params(config), block.patterns, block.layers)
+    return None if block is None else restriction(abstract_params(config), block.patterns, block.layers, config.stacks)
 
 
 def main() -> None:

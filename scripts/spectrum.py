@@ -103,7 +103,7 @@ def read_config(options: Options) -> jaxhess.DecoderConfig:
     check_matmul_precision(options.matmul_precision, (options.compute_dtype or config.dtype,))
     layers = layer_numbers(options.layers, config.num_layers)
     if options.restrict or layers is not None:
-        restriction(abstract_params(config), options.restrict, layers)
+        restriction(abstract_params(config), options.restrict, layers, config.stacks)
     config.check_length(options.seq_len)
     stored = dataclasses.asdict(options.storage).values()
     if "float64" in (config.dtype, options.compute_dtype, options.accumulation_dtype, *stored):
@@ -371,6 +371,14 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
     if noise and noise.floor:
         console.print(
             f"noise floor     {noise.floor.random:.2g} in the bulk, {noise.floor.leading:.2g} among the outliers"
+        )
+    routing, shift = (result.run.inputs.details.get(name) for name in ("routing", "shift_of_a_random_vector"))
+    if isinstance(routing, dict) and (margin := routing.get("margin")):
+        console.print(f"routing margin  {margin['0']:.2g} at least, {margin['0.5']:.2g} in the median")
+    if isinstance(shift, dict) and "changed_experts" in shift:
+        console.print(
+            f"experts         {shift['changed_experts']:.2%} of the choices differ between the two shifts; "
+            f"they change a product by {shift['jumped']:.2g}"
         )
     console.print(f"written to      {out}/report.html")
 

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from gguf_checkpoints import write_gguf
 from safetensors.torch import load_file, save_file
 from small_models import Diagonal
 
@@ -160,6 +161,15 @@ def make_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def make_gguf(folder: Path) -> None:
+    write_gguf(folder / "x.gguf", "llama", "Q4_0")
+
+
+def read_gguf(folder: Path) -> None:
+    convert.load(folder / "x.gguf")
+    convert.load_tokenizer(folder / "x.gguf")
+
+
 def make_tokenizer(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
@@ -239,6 +249,7 @@ KINDS = {
     "index": FileKind(make_index, "*.index.json", convert.load_config),
     "safetensors": FileKind(make_checkpoint, "model.safetensors", convert.load, 1.5),
     "pickle": FileKind(make_pickle, "pytorch_model.bin", convert.load),
+    "gguf": FileKind(make_gguf, "x.gguf", read_gguf),
     "tokenizer": FileKind(make_tokenizer, "tokenizer*.json", read_text),
     "text": FileKind(make_tokenizer, "text.txt", read_text),
     "npy": FileKind(make_tokens, "x.npy", lambda folder: read_tokens(folder / "x.npy"), 1.5),

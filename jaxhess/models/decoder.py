@@ -55,15 +55,15 @@ class Block(nnx.Module):
         read = _applied(self.attention_norm, x)
         attended = _applied(self.attention_out_norm, self.attention(read, facts.window, facts.rope))
         if self.parallel_residual:
-            changed, routing = self._feed_forward(read if self.mlp_norm is None else self.mlp_norm(x))
+            changed, routing = self._feed_forward(read if self.mlp_norm is None else self.mlp_norm(x), facts)
             return x + self._scaled(attended + changed), routing
         x = x + self._scaled(attended)
-        changed, routing = self._feed_forward(_applied(self.mlp_norm, x))
+        changed, routing = self._feed_forward(_applied(self.mlp_norm, x), facts)
         return x + self._scaled(_applied(self.mlp_out_norm, changed)), routing
 
-    def _feed_forward(self, x: jax.Array) -> tuple[jax.Array, Routing | None]:
+    def _feed_forward(self, x: jax.Array, facts: LayerFacts) -> tuple[jax.Array, Routing | None]:
         if self.experts is not None:
-            return self.experts(x)
+            return self.experts(x, facts.chosen)
         assert self.mlp is not None
         return self.mlp(x), None
 
@@ -81,10 +81,12 @@ class LayerFacts(NamedTuple):
     Attributes:
         window: Look-back in tokens.
         rope: Kind of rotary positions (`jaxhess.models.rotary.KINDS`).
+        chosen: Experts that tokens are sent to, [L, B, T, k]; None: the routers' choice.
     """
 
     window: jax.Array | None
     rope: jax.Array | None
+    chosen: jax.Array | None = None
 
 
 class Decoder(nnx.Module):
@@ -109,13 +111,16 @@ class Decoder(nnx.Module):
         self.final_norm = Norm(width, config)
         self.head = None if config.tied_embeddings else projection(table, width)
 
-    def hidden(self, tokens: jax.Array) -> jax.Array:
-        """Final normalised states [B, T, D] of tokens [B, T] (int32), with the factor on logits."""
-        return self._final(self._through_layers(self._embedded(tokens))[0])
+    def hidden(self, tokens: jax.Array, chosen: jax.Array | None = None) -> jax.Array:
+        """Final normalised states [B, T, D] of tokens [B, T] (int32), with the factor on logits.
 
-    def hidden_and_routing(self, tokens: jax.Array) -> tuple[jax.Array, Routing]:
+        `chosen` [layers with experts, B, T, k] are the experts that tokens are sent to; None: the routers' choice.
+        """
+        return self._final(self._through_layers(self._embedded(tokens), chosen=chosen)[0])
+
+    def hidden_and_routing(self, tokens: jax.Array, chosen: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """`hidden`, and where the layers with experts send the tokens: `Routing` of arrays [layers, B, T, ...]."""
-        x, routing = self._through_layers(self._embedded(tokens), keep="routing")
+        x, routing = self._through_layers(self._embedded(tokens), "routing", chosen)
         return self._final(x), routing
 
     def states(self, tokens: jax.Array) -> jax.Array:
@@ -137,7 +142,9 @@ class Decoder(nnx.Module):
             x = x + self.positions.kernel[: tokens.shape[1]].astype(self.config.dtype)
         return constrain_batch(x, self.mesh)
 
-    def _through_layers(self, x: jax.Array, keep: Literal["states", "routing"] | None = None) -> tuple[jax.Array, Any]:
+    def _through_layers(
+        self, x: jax.Array, keep: Literal["states", "routing"] | None = None, chosen: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """x [B, T, D] after the last layer, and what shall be kept of each layer that has it, stacked."""
         facts = layer_facts(self.config, x.shape[1])
         kept = []
@@ -147,6 +154,8 @@ class Decoder(nnx.Module):
             if run != range(len(self.config.stacks[name])):
                 layers = jax.tree.map(lambda leaf, run=run: leaf[run.start : run.stop], layers)
             these = jax.tree.map(lambda leaf, numbers=numbers: leaf[numbers.start : numbers.stop], facts)
+            if chosen is not None and self.config.expert_layers[numbers.start]:
+                these = these._replace(chosen=chosen[run.start : run.stop])
 
             def block(x: jax.Array, layer: tuple, graphdef=graphdef, shardings=shardings) -> tuple[jax.Array, Any]:
                 params, facts = layer

@@ -62,9 +62,9 @@ class Experts(nnx.Module):
         self.shared = FeedForward(config, rngs, shared) if self.experts.shared_dim else None
         self.shared_gate = projection(width, {"one": 1}, bias=False) if self.experts.shared_gate else None
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
-        """What the experts make of x [B, T, D], and where its tokens went."""
-        routing, weights = self._routed(x)
+    def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+        """What the experts make of x [B, T, D], and where its tokens went: to `chosen` [B, T, k] where that is given."""
+        routing, weights = self._routed(x, chosen)
         kernels = {name: getattr(self, name) for name in ("gate", "up", "down") if getattr(self, name) is not None}
         arrays = {name: _arrays(projection, self.config.dtype) for name, projection in kernels.items()}
         axes = {name: _axes(projection) for name, projection in kernels.items()}
@@ -74,7 +74,7 @@ class Experts(nnx.Module):
             y = y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)
         return y, routing
 
-    def _routed(self, x: jax.Array) -> tuple[Routing, jax.Array]:
+    def _routed(self, x: jax.Array, held: jax.Array | None) -> tuple[Routing, jax.Array]:
         """The routing of x [B, T, D], and the weights [B, T, k] of the chosen experts' results."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
         bias = 0 if self.router.bias is None else self.router.bias[...].astype(wide)
@@ -84,6 +84,7 @@ class Experts(nnx.Module):
             scores = jax.nn.softmax(logits, axis=-1)
         ranked = scores if self.selection_bias is None else scores + self.selection_bias[...].astype(wide)
         chosen, margin = choose(jax.lax.stop_gradient(ranked), self.experts)
+        chosen = chosen if held is None else held
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.experts.scores == "softmax of chosen":
             weights = jax.nn.softmax(weights, axis=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,14 @@ LOGIT_CHUNK = 2**26
 
 Params = dict[str, Any]
 """Nested dictionaries of arrays; `params["layers"]["mlp"]["up"]["kernel"]` is [L, D, F]."""
+
+
+class RoutedBatch(NamedTuple):
+    """A `TokenBatch` with the experts of its tokens: see `NextTokenLoss.held`."""
+
+    tokens: jax.Array
+    weights: jax.Array
+    chosen: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +65,7 @@ class NextTokenLoss:
             hidden, table = self.outputs(params, batch)
             return self._cross_entropy(hidden, table, batch), self.count(batch)
         decoder = nnx.merge(model_graph(self.config, self.mesh), params)
-        hidden, routing = decoder.hidden_and_routing(batch.tokens[:, :-1])
+        hidden, routing = decoder.hidden_and_routing(batch.tokens[:, :-1], getattr(batch, "chosen", None))
         total = self._cross_entropy(hidden, decoder.output_matrix(), batch)
         count = self.count(batch)
         return total + self.balance * count * balancing_loss(routing, batch.weights), count
@@ -65,15 +73,29 @@ class NextTokenLoss:
     def _cross_entropy(self, hidden: jax.Array, table: jax.Array, batch: TokenBatch) -> jax.Array:
         return cross_entropy_sum(hidden, self._slices(table, batch), batch.tokens[:, 1:], batch.weights)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens are routed."""
+        return any(self.config.expert_layers)
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """Numbers of the layers in each stack of the parameters."""
+        return self.config.stacks
+
     def routing(self, params: Any, batch: TokenBatch) -> Routing:
         """Where the layers with experts send a batch's tokens; arrays [layers, B, T, ...]."""
         decoder = nnx.merge(model_graph(self.config, self.mesh), params)
         return decoder.hidden_and_routing(batch.tokens[:, :-1])[1]
 
+    def held(self, batch: TokenBatch, chosen: jax.Array) -> RoutedBatch:
+        """The batch with its tokens sent to the experts `chosen` [layers, B, T, k], whatever the routers say."""
+        return RoutedBatch(batch.tokens, batch.weights, chosen)
+
     def outputs(self, params: Any, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
         """Final states [B, T, D] and output matrix [V, D]; logits are the products of their rows."""
         decoder = nnx.merge(model_graph(self.config, self.mesh), params)
-        return decoder.hidden(batch.tokens[:, :-1]), decoder.output_matrix()
+        return decoder.hidden(batch.tokens[:, :-1], getattr(batch, "chosen", None)), decoder.output_matrix()
 
     def curvature(self, outputs: Any, tangents: Any, batch: TokenBatch, labels: Any = None) -> Any:
         """`head_curvature` of a batch: softmax cross-entropy's in the logits, pulled back to the outputs."""

@@ -20,6 +20,7 @@ from jaxhess.operators.matmul import with_matmul_precision
 from jaxhess.operators.microbatches import Microbatches
 from jaxhess.operators.precision import exact_operator, product_dtypes
 from jaxhess.operators.restriction import leaf_name
+from jaxhess.operators.routing import changed_share, chosen_experts, has_routing
 from jaxhess.operators.step_size import add_gradient, balanced_length, rounding_unit
 from jaxhess.vectors import Vector, cast, norm, random_key, random_probe, size, widen
 
@@ -130,6 +131,25 @@ class FiniteDifferenceHessian(LossOperator):
         reference = dataclasses.replace(wide, batches=first, step=third, per="unit") @ v
         size = float(norm(reference))
         return float(norm(jax.tree.map(lambda x, y: x - y, found, reference))) / size if size else 0.0
+
+    def _rerouted(self, v: Vector, length: float) -> dict[str, float]:
+        """What a shift of that length does to the experts' choice, on the first microbatch.
+
+        `changed_experts` is the share of choices (of a token in a layer) that differ between theta + e u and
+        theta - e u; `jumped` how far the product is from that with the experts chosen at theta, relative to the latter.
+        """
+        base = dataclasses.replace(self, step=length, per="unit")
+        batch = jax.tree.map(lambda x: x[0], self.batches[0].stacked)
+        shifted = base._shifted()
+        here, *sides = (
+            chosen_experts(shifted.loss, shifted.whole(_at_shift(base, v, sign)), batch) for sign in (0.0, 1.0, -1.0)
+        )
+        held = self.loss.held(batch, here)  # type: ignore[attr-defined]
+        batches = [(Microbatches(jax.tree.map(lambda x: x[None], each)),) for each in (batch, held)]
+        found, expected = (dataclasses.replace(base, batches=each) @ cast(v, "float32") for each in batches)
+        size = float(norm(expected))
+        apart = float(norm(jax.tree.map(lambda x, y: x - y, found, expected)))
+        return {"changed_experts": changed_share(*sides), "jumped": apart / size if size else 0.0}
 
     def _mean_product(self, v: Vector, like: Vector) -> Vector:
         summed = with_matmul_precision(lambda v: self._product(v, self.groups), self.matmul_precision)
@@ -243,6 +263,8 @@ def _(operator: FiniteDifferenceHessian) -> dict[str, Any]:
     length = float(_shift_length(operator, probe))
     vanished = dataclasses.replace(operator, step=length, per="unit").vanished(probe)
     shift: dict[str, Any] = {"length": length, "vanished": vanished}
+    if has_routing(operator.loss):
+        shift |= operator._rerouted(probe, length)
     if operator.step is None:
         shift["error"] = error = operator._error(probe, length)
         if not error < UNTRUSTED:
@@ -290,6 +312,13 @@ def _vanished(operator: FiniteDifferenceHessian, v: Vector) -> tuple[list[jax.Ar
 
     asked = jax.tree.map(lambda d: jnp.sum(d != 0, dtype=jnp.float32), v)
     return jax.tree.leaves(jax.tree.map(lost, free, v)), jax.tree.leaves(asked)
+
+
+@jax.jit
+def _at_shift(operator: FiniteDifferenceHessian, v: Vector, sign: jax.Array) -> Any:
+    """The free parameters, shifted by `sign` times the operator's shift along v."""
+    base, e = operator._shifted(), sign * operator.shift_length(v) / norm(v)
+    return base.pin(jax.tree.map(lambda x, d: _moved(x, e * _wide(d)), base.free, v))
 
 
 def _moved(x: jax.Array, shift: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxhess.operators.matmul import ALGORITHMS, MatmulPrecision, check_matmul_p
 from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
 from jaxhess.operators.precision import exact_operator, product_dtypes, product_eps
 from jaxhess.operators.restriction import Restriction, restriction
+from jaxhess.operators.routing import has_routing, margins
 from jaxhess.vectors import Vector, cast, check_accumulation_dtype, named_sharding, widen
 
 Loss = Callable[[Any, Any], Any]
@@ -162,7 +163,7 @@ class LossOperator(LinearOperator):
         """
         if self.restriction is not None:
             raise InputError(f"Restricted to {self.restriction} already: restrict the whole operator.")
-        chosen = restriction(self.params, patterns, layers)
+        chosen = restriction(self.params, patterns, layers, getattr(self.loss, "stacks", None))
         shardings = tuple(chosen.shardings(self.params))
         return dataclasses.replace(self, restriction=chosen, shardings=shardings)
 
@@ -251,7 +252,7 @@ def _(operator: LossOperator) -> str:
 
 @validate.register
 def validate_loss(operator: LossOperator) -> dict[str, Any]:
-    """The mean loss and the count it was divided by.
+    """The mean loss and the count it was divided by; with experts also the margins of their choice.
 
     Raises:
         InputError: The loss of a microbatch is not finite; names it; nothing counts, so that the mean loss is
@@ -280,7 +281,10 @@ def validate_loss(operator: LossOperator) -> dict[str, Any]:
         total, count, seen = total + sums.sum(), count + counts.sum(), seen + len(group)
     if count == 0:
         raise InputError("The count of the loss is 0 over all batches: no token or example has weight.")
-    return {"loss": float(total / count), "count": float(count)}
+    facts: dict[str, Any] = {"loss": float(total / count), "count": float(count)}
+    if has_routing(operator.loss):
+        facts["routing"] = margins(operator.loss, operator.params, operator.batches)
+    return facts
 
 
 @explain_non_finite.register

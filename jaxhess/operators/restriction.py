@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,7 +70,12 @@ class Restriction:
         return [_cut_sharding(named_sharding(x), s) for x, s in chosen if s is not False]
 
 
-def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | None = None) -> Restriction:
+def restriction(
+    params: Any,
+    patterns: Iterable[str],
+    layers: Iterable[int] | None = None,
+    stacks: Mapping[str, Sequence[int]] | None = None,
+) -> Restriction:
     """The restriction of `params` to the leaves that match any of `patterns`, in the given layers.
 
     Args:
@@ -79,6 +84,8 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
             component of the name, or the end of one after an underscore: `attention`, `mlp`, `embed`, `head`, and
             `norm` for all of `attention_norm`, `mlp_norm`, `final_norm`. No pattern: every leaf.
         layers: Indices of layers, negative from the end; leaves outside `layers` are then held fixed.
+        stacks: Where layers are stacked under several names, the numbers of those under each:
+            `{"dense_layers": (0,), "layers": (1, 2)}`. None: all are under `layers`.
 
     Raises:
         InputError: A pattern matches nothing (the message lists the names), or nothing in a layer; no such layer.
@@ -95,18 +102,26 @@ def restriction(params: Any, patterns: Iterable[str], layers: Iterable[int] | No
     wanted = [not patterns or any(_matches(name, pattern) for pattern in patterns) for name, _ in named]
     if layers is None:
         return Restriction(tuple(wanted), Selection(patterns))
+    names = tuple(stacks or (STACKED,))
     listed = {name: number for name, _ in named if (number := _layer_number(name)) is not None}
-    stacked = {name: leaf.shape[0] for name, leaf in named if STACKED in name.split("/") and name not in listed}
+    stacked = {name: leaf.shape[0] for name, leaf in named if name not in listed and _stack(name, names) is not None}
     for pattern in patterns or ("*",):
         if not any(_matches(name, pattern) for name in (*listed, *stacked)):
             raise InputError(f"{pattern!r} matches no parameter inside a layer, so layers cannot be chosen with it.")
-    count = max([number + 1 for number in listed.values()] + list(stacked.values()))
-    odd = next((name for name, layer_count in stacked.items() if layer_count != count), None)
+    if stacks is None:
+        count = max([number + 1 for number in listed.values()] + list(stacked.values()))
+        stacks = {STACKED: range(count)}
+    count = sum(map(len, stacks.values()))
+    places = {name: stacks[_stack(name, names) or STACKED] for name in stacked}
+    odd = next((name for name in stacked if stacked[name] != len(places[name])), None)
     if odd is not None:
-        raise InputError(f"{odd} has {stacked[odd]} rows and the model {count} layers: it is not a stack of them.")
+        raise InputError(
+            f"{odd} has {stacked[odd]} rows and the model {len(places[odd])} layers: it is not a stack of them."
+        )
     indices = _normalised(layers, count)
+    rows = {name: tuple(i for i, number in enumerate(of) if number in indices) or False for name, of in places.items()}
     selection = [
-        keep and (indices if name in stacked else name in listed and listed[name] in indices)
+        keep and (rows[name] if name in stacked else name in listed and listed[name] in indices)
         for (name, _), keep in zip(named, wanted, strict=True)
     ]
     for pattern in patterns or ("*",):
@@ -127,6 +142,11 @@ def _layer_number(name: str) -> int | None:
     parts = name.split("/")
     following = parts[parts.index(STACKED) + 1 :] if STACKED in parts else []
     return int(following[0]) if following and following[0].isdigit() else None
+
+
+def _stack(name: str, stacks: Sequence[str]) -> str | None:
+    """The stack that a leaf is in."""
+    return next((part for part in name.split("/") if part in stacks), None)
 
 
 def _matches(name: str, pattern: str) -> bool:

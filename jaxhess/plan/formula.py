@@ -17,7 +17,8 @@ from jaxhess.models.config import WIDEST_FUSED
 from jaxhess.models.vocabulary import vocabulary_slices
 from jaxhess.plan.collectives import KINDS
 from jaxhess.plan.job import Job
-from jaxhess.plan.remat import again, stored_states
+from jaxhess.plan.layers import layers_of
+from jaxhess.plan.remat import again, copies, stored_states
 
 ALIVE: dict[str, dict[str, float]] = {
     "exact": {"weights": 1.36, "gathered": 0, "feed_forward": 8.66, "states": 16.6, "scores": 18, "logits": 2.97},
@@ -119,7 +120,7 @@ def memory(job: Job) -> Memory:
         kept, both = 1, job.batch_size
     stored = 0.0 if job.hvp == "linearized" else stored_states(job)
     saved = int(both * kept * (job.config.num_layers * sizes.states + stored))
-    weights = alive["weights"] + alive["gathered"] * (job.axes.get("fsdp", 1) > 1)
+    weights = alive["weights"] + alive["gathered"] * (job.axes.get("fsdp", 1) * job.axes.get("expert", 1) > 1)
     layer = weights * sizes.weights + alive["feed_forward"] * sizes.feed_forward
     layer += alive["states"] * (sizes.states + sizes.heads)
     if not fused(job):
@@ -159,10 +160,9 @@ def flops(job: Job) -> float:
     config, sizes = job.config, _Sizes.of(job)
     chunks = -(-job.seq_len // config.query_chunk)
     queries = chunks * config.query_chunk if chunks > 1 else job.seq_len
-    attention = 2 * config.num_layers * queries * config.num_heads * config.head_dim
-    layers = config.num_layers * sizes.layer
-    weights_again, attention_again = again(config, chunks)
-    layers_again = config.num_layers * weights_again
+    attention = config.num_layers * queries * config.num_heads * (config.head_dim + config.value_dim)
+    layers = sum(each.count * (each.attention + each.active) for each in layers_of(config))
+    layers_again, attention_again = again(config, chunks)
     head = config.vocab_size * config.embed_dim
     # Probes that advance together share what depends on no tangent.
     shared = 1 / job.batch_size if job.hvp == "exact" else 1.0
@@ -190,6 +190,7 @@ def fused(job: Job) -> bool:
     if config.attention != "auto":
         return config.attention == "fused"
     narrow = jnp.dtype(job.dtype).itemsize == 2 and config.head_dim <= WIDEST_FUSED
+    narrow = narrow and config.attention_softcap is None and config.value_dim <= config.head_dim
     return narrow and config.num_kv_heads % job.axes.get("tensor", 1) == 0
 
 
@@ -200,7 +201,8 @@ def traffic(job: Job) -> dict[str, float]:
     gradient is scattered, once for an exact product, twice for finite differences. `tensor`: ten sums of states in a
     layer, either way: after attention and after the feed-forward, forward, backward, and the first of them again, each
     twice. `data`: the gradient's shares are summed; the two halves of an exact product's are added only after that, so
-    that both are scattered.
+    that both are scattered. `expert`: as `fsdp` for all but the experts; their tokens are gathered, and their results
+    scattered.
 
     Examples:
         >>> import convert
@@ -211,22 +213,32 @@ def traffic(job: Job) -> dict[str, float]:
         True
     """
     config, sizes = job.config, _Sizes.of(job)
-    data, fsdp, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+    data, fsdp, expert, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "expert", "tensor"))
     moved = dict.fromkeys(KINDS, 0.0)
     central = job.hvp == "finite-difference"
     gradients = 2 + (12 / job.microbatches if job.step == "auto" else 0) if central else 1
     gathers = 2 * gradients if central else 2 + 2 / job.batch_size
-    layers = config.num_layers * sizes.weights
+    kinds = layers_of(config)
+    shared = sum(each.count * (each.attention + each.feed_forward - each.experts) for each in kinds)
+    own = sum(each.count * each.experts for each in kinds) / expert
     head = config.vocab_size * config.embed_dim * sizes.bytes / tensor
-    around = (fsdp - 1) / fsdp
+    parts = fsdp * expert
+    around = (parts - 1) / parts
+    # A layer's weights, over the share of them that is received; experts are gathered along `fsdp` alone.
+    layers = (shared + own * (fsdp - 1) / fsdp / around if around else 0) * sizes.bytes / tensor
     moved["all-gather"] = around * gathers * (layers + head * (1 if sizes.slices > 1 else 0.5))
     halves = 2 if not central and data > 1 else 1
     # Slices of the vocabulary are summed in the float32 of their logits.
     wide = max(4, sizes.bytes) / sizes.bytes if sizes.slices > 1 else 1
     moved["reduce-scatter"] = around * halves * gradients * (layers + wide * head)
     between = 2 * (tensor - 1) / tensor * 10 * (gathers / 4) * config.num_layers * sizes.states
-    across = 2 * (data - 1) / data * gradients * (layers + head) / fsdp
+    whole = (shared + own) * sizes.bytes / tensor
+    across = 2 * (data - 1) / data * gradients * (whole + head) / parts
     moved["all-reduce"] = between + across
+    # Tokens for the experts of other devices, and what these make of them: forward, again, and backward.
+    sent = (expert - 1) * sizes.states * sum(each.count for each in kinds if each.experts)
+    moved["all-gather"] += 1.5 * gathers * sent
+    moved["reduce-scatter"] += gathers * sent
     return {kind: job.microbatches * received for kind, received in moved.items()}
 
 
@@ -241,9 +253,9 @@ def _linearization(job: Job, sizes: _Sizes) -> int:
 class _Sizes:
     """Of one microbatch on one device: `bytes` of an entry, then bytes of arrays, then entries of weights.
 
-    `weights` are a layer's once gathered, `states` [tokens, D], `heads` [tokens, H h], `feed_forward` [tokens, F],
-    `scores` of a chunk of queries, `logits` of a slice of the vocabulary; `layer` counts the weights in a layer's
-    products.
+    `weights` are a layer's once gathered, `states` [tokens, D], `heads` [tokens, H h], `feed_forward` [tokens, F], of
+    experts for all tokens that a device has room for, `scores` of a chunk of queries, `logits` of a slice of the
+    vocabulary.
     """
 
     bytes: int
@@ -254,7 +266,6 @@ class _Sizes:
     scores: float
     logits: float
     slices: int
-    layer: int
 
     @classmethod
     def of(cls, job: Job) -> _Sizes:
@@ -267,18 +278,17 @@ class _Sizes:
         )
         slices, parts, rows, _ = cut.shape
         rows = rows if parts == tensor else rows * parts
-        down = config.mlp_dim * width
-        out = config.num_heads * config.head_dim * width
-        layer = 2 * out + 2 * config.num_kv_heads * config.head_dim * width + (3 if config.gated_mlp else 2) * down
+        expert, kinds = job.axes.get("expert", 1), layers_of(config)
+        layer = max(each.attention + each.feed_forward - each.experts * (1 - 1 / expert) for each in kinds)
+        wide = max(copies(job, each) * (each.wide / (2 if config.gated_mlp else 1) + each.rows) for each in kinds)
         queries = min(config.query_chunk, job.seq_len)
         return cls(
             bytes=itemsize,
             weights=layer * itemsize / tensor,
             states=tokens * width * itemsize,
             heads=tokens * config.num_heads * config.head_dim * itemsize / tensor,
-            feed_forward=tokens * config.mlp_dim * itemsize / tensor,
+            feed_forward=tokens * wide * itemsize / tensor,
             scores=job.sequences_per_device * config.num_heads * queries * job.seq_len * max(4, itemsize) / tensor,
             logits=tokens * rows * max(4, itemsize),
             slices=slices,
-            layer=layer,
         )

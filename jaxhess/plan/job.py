@@ -17,6 +17,7 @@ from jaxhess.errors import InputError
 from jaxhess.krylov.state import LanczosState, abstract_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.models import DecoderConfig, Params, abstract_params, logical_axes
+from jaxhess.models.experts import check_mesh
 from jaxhess.models.language_model import LOGIT_CHUNK, NextTokenLoss
 from jaxhess.operators import FiniteDifferenceHessian, Hessian, LinearizedHessian, Microbatches
 from jaxhess.operators.linearized import abstract_linearized
@@ -87,11 +88,15 @@ class Job:
         self.storage.check_available()
         self.config.check_length(self.seq_len)
         tensor = self.axes.get("tensor", 1)
-        for what in ("num_heads", "num_kv_heads", "mlp_dim"):
-            if getattr(self.config, what) % tensor:
+        divided = {what: getattr(self.config, what) for what in ("num_heads", "num_kv_heads", "mlp_dim")}
+        if self.config.experts is not None:
+            divided["experts.mlp_dim"] = self.config.experts.mlp_dim
+            check_mesh(self.config.experts, self.shape)
+        for what, size in divided.items():
+            if size % tensor:
                 raise InputError(
-                    f"There is no plan for tensor={tensor}, which does not divide {what}={getattr(self.config, what)}: "
-                    "such weights are gathered on every device. Take a smaller tensor axis and a larger fsdp axis."
+                    f"There is no plan for tensor={tensor}, which does not divide {what}={size}: such weights are "
+                    "gathered on every device. Take a smaller tensor axis and a larger fsdp axis."
                 )
 
     @property

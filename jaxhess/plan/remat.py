@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxhess.models import DecoderConfig
 from jaxhess.plan.job import Job
+from jaxhess.plan.layers import Layers, layers_of
 
 
 def stored_states(job: Job) -> float:
@@ -26,36 +27,44 @@ def stored_states(job: Job) -> float:
     config, tensor = job.config, job.axes.get("tensor", 1)
     if config.remat is True:
         return 0.0
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    # Queries, keys, values and what was attended are cut along `tensor`, the output of attention is not.
-    entries = (2 * heads + 2 * kv_heads) / tensor + config.embed_dim
-    if config.remat != "feed-forward":
-        entries += (2 if config.gated_mlp else 1) * config.mlp_dim / tensor
-    stored = job.tokens_per_device * entries * jnp.dtype(job.dtype).itemsize
+    stored = 0.0
+    for layers in layers_of(config):
+        # Queries, keys, values and what was attended are cut along `tensor`, the output of attention is not.
+        entries = (2 * layers.heads + layers.kept) / tensor + config.embed_dim
+        if config.remat != "feed-forward":
+            entries += copies(job, layers) * layers.wide / tensor
+        stored += layers.count * job.tokens_per_device * entries * jnp.dtype(job.dtype).itemsize
     if config.remat is False:  # scores and weights of all queries
         scores = job.sequences_per_device * config.num_heads * job.seq_len**2 / tensor
-        stored += scores * max(4, jnp.dtype(job.dtype).itemsize)
-    return config.num_layers * stored
+        stored += config.num_layers * scores * max(4, jnp.dtype(job.dtype).itemsize)
+    return stored
+
+
+def copies(job: Job, layers: Layers) -> int:
+    """Over the tokens of a device, those it has room for in its experts: of all devices along `expert`, each of which
+    any one may be asked for."""
+    return job.axes.get("expert", 1) if layers.experts else 1
 
 
 def again(config: DecoderConfig, chunks: int) -> tuple[float, float]:
-    """What is computed again in a layer: the weights of its matrix products, and the share of attention.
+    """What is computed again in all layers: the weights of their matrix products, and the share of attention.
 
     In entries of weights, and in units of attention's two products of a forward pass. The last product of a layer is
-    not computed again, for nothing needs its result.
+    not computed again, for nothing needs its result; that of experts is, for it is weighted by the router.
 
     Args:
         config: The model.
         chunks: Of queries; where there are several, scores are computed again for each.
     """
-    wide = (2 if config.gated_mlp else 1) * config.mlp_dim * config.embed_dim
-    heads = 2 * config.num_heads * config.head_dim * config.embed_dim
-    inside: float = heads + 2 * config.num_kv_heads * config.head_dim * config.embed_dim
-    if config.parallel_residual:
-        inside -= heads / 2
+    weights = 0.0
+    for layers in layers_of(config):
+        if config.remat in (True, "feed-forward"):
+            weights += layers.count * layers.again
+        elif layers.experts:
+            weights += layers.count * layers.again / (3 if config.gated_mlp else 2)
+        if config.remat is True:
+            weights += layers.count * (layers.attention - (layers.out if config.parallel_residual else 0))
     scores = 0.5 if chunks > 1 or config.remat in ("feed-forward", "attention") else 0.0
     if config.remat is True:
-        return wide + inside, 1 + scores
-    if config.remat is False:
-        return 0, 0
-    return (wide if config.remat == "feed-forward" else 0), scores
+        return weights, 1 + scores
+    return weights, 0 if config.remat is False else scores

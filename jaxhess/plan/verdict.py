@@ -213,18 +213,19 @@ def _exchange_seconds(job: Job, device: Accelerator) -> float:
     of all the group's devices there, and goes on over the links.
     """
     moved = formula.traffic(job)
-    data, fsdp, tensor = (job.axes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
+    data, tensor = (job.axes.get(axis, 1) for axis in ("data", "tensor"))
+    parts = job.axes.get("fsdp", 1) * job.axes.get("expert", 1)
 
     def rate(size: int, stride: int) -> float:  # devices of a group, and between two of them
         if size * stride <= device.node:
             return device.link
         return min(device.link, device.network * max(1, device.node // stride))
 
-    alone = dataclasses.replace(job, axes={**job.axes, "data": 1, "fsdp": 1}, microbatch=job.sequences_per_device)
+    alone = dataclasses.replace(job, axes={"tensor": tensor}, microbatch=job.sequences_per_device)
     sums = formula.traffic(alone)["all-reduce"] / alone.microbatches * job.microbatches if tensor > 1 else 0.0
     across = moved["all-reduce"] - sums if data > 1 else 0.0
     rest = sum(moved.values()) - sums - across
-    return sums / rate(tensor, 1) + rest / rate(fsdp, tensor) + across / rate(data, fsdp * tensor)
+    return sums / rate(tensor, 1) + rest / rate(parts, tensor) + across / rate(data, parts * tensor)
 
 
 def _host_bytes(job: Job, device: Accelerator) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,10 @@ NOISE_NOTE = """The floor is in units of eigenvalues. The error of the products 
 one; the random floor estimates the root mean square of its singular values, so Ritz values nearer to zero than it
 cannot be told from noise. The other floor is the error where curvature is large."""
 
+ROUTING_NOTE = """The margin is the gap between the scores of the last chosen expert and of the first not chosen. The
+Hessian is that of the choice as it stands; where the margin is within rounding, another machine may choose otherwise.
+The load is an expert's share of the choices in its layer, times the number of experts: 1 where it is even."""
+
 CHECKS_NOTE = (
     """Identities that hold exactly without rounding; violations far above 1e-6 mean that something is broken."""
 )
@@ -122,6 +126,7 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         *_eigenpairs(spectrum.run.eigenpairs),
         Section("Checks", [Table(("identity", "largest violation over probes"), list(_checks(spectrum))), CHECKS_NOTE]),
         *_noise(spectrum.run.noise),
+        *_routing(spectrum.run.inputs.details),
         Section("How it was made", list(_record(spectrum.run, spectrum.info))),
     ]
     return page(f"Spectrum of the {spectrum.matrix_name}", sections, [_subtitle(spectrum)], _warnings(spectrum))
@@ -279,6 +284,26 @@ def _noise(noise: Noise | None) -> Iterator[Section]:
             numbers += [(text.format("direction of large curvature"), found.leading)]
     rows = [("reference", noise.reference), *((text, _number(x, 2)) for text, x in numbers if x is not None)]
     yield Section("Noise of the products", [Table(("measured on the operator of this run", "value"), rows), NOISE_NOTE])
+
+
+def _routing(details: Mapping[str, Any]) -> Iterator[Section]:
+    """The margins of the choice of experts, and what finite differences do to it; of a model with experts."""
+    found = details.get("routing")
+    if not isinstance(found, Mapping):
+        return
+    rows = [("choices, one for each token and layer", f"{found['choices']:,}")]
+    rows += [
+        ("smallest margin" if q == "0" else f"margin, {float(q):.1%} quantile", _number(value, 2))
+        for q, value in found.get("margin", {}).items()
+    ]
+    rows += [(f"{name} load of an expert", _number(value, 3)) for name, value in found.get("load", {}).items()]
+    shift = details.get("shift_of_a_random_vector")
+    if isinstance(shift, Mapping) and "changed_experts" in shift:
+        rows += [
+            ("choices that differ between the two shifts", f"{shift['changed_experts']:.3%}"),
+            ("what they change in a product, relative", _number(shift["jumped"], 2)),
+        ]
+    yield Section("Choice of experts", [Table(("measured at these parameters", "value"), rows), ROUTING_NOTE])
 
 
 def _record(run: RunRecord, info: dict[str, Any]) -> Iterator[Table]:

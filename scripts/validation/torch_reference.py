@@ -29,13 +29,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from convert.agreement import EXACT, LanczosCoefficients, Measure, Side
 from convert.measurement import MODES, Mode
+from convert.reference import reference_model
 from jaxhess.data import TokenBlocks
-from jaxhess.errors import InputError
 
 Vector = dict[str, torch.Tensor]
 Product = Callable[[Vector], Vector]
@@ -56,30 +55,26 @@ class Tridiagonal(NamedTuple):
 
 
 def load(directory: str | Path, dtype: str | None = None) -> Any:
-    """The causal language model in a Hugging Face directory, with attention written out (double backward needs it).
+    """The causal language model in a checkpoint, with attention written out (double backward needs it).
 
     Embeddings have no `padding_idx`; what they had is in `model.cleared_padding`, token ids by name of the module.
 
     Args:
+        directory: A Hugging Face directory, or a GGUF file.
         dtype: Of weights and computation; None: as stored.
 
     Raises:
         InputError: `transformers` cannot read it.
     """
     logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto" if dtype is None else getattr(torch, dtype), attn_implementation="eager"
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"transformers cannot read {directory}: {' '.join(str(error).split())}") from error
+    model = reference_model(Path(directory), dtype)
     model.config.use_cache = False
     model.cleared_padding = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             model.cleared_padding[name] = module.padding_idx
             module.padding_idx = None
-    return model.eval()
+    return model
 
 
 class Batch(NamedTuple):

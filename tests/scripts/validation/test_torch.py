@@ -67,6 +67,15 @@ def test_everything_agrees_and_says_for_how_many_steps(checkpoint, tmp_path, cap
     assert "4 of 4 steps" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
+def test_a_gguf_file_is_compared_with_what_transformers_reads_from_it(tmp_path):
+    pytest.importorskip("accelerate")  # transformers loads GGUF with it
+    pytest.importorskip("gguf_checkpoints").write_gguf(tmp_path / "x.gguf", "llama", "Q4_0", num_hidden_layers=1)
+    agrees, record = validated(tmp_path / "x.gguf", tmp_path / "out", steps=2, data="random")
+    assert agrees
+    assert record["lines"][0]["kind"] == "bits"
+
+
 def test_padding_idx_is_cleared_and_the_command_says_what_it_would_do(tmp_path, capsys):
     write_checkpoint(tmp_path / "model", "llama", pad_token_id=0, num_hidden_layers=1)
     tokens = np.random.default_rng(0).integers(0, 6, (3, 13))
