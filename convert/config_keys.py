@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.families import FAMILIES, Family
-from convert.json_files import FLAG, OBJECT, TEXT, TEXTS, Kind, check, integer, number, optional, shown
+from convert.json_files import ANYTHING, FLAG, OBJECT, TEXT, TEXTS, Kind, check, integer, number, optional, shown
 from jaxhess.errors import InputError
 
 SIZE, LAYERS = integer(1), integer(1, 10_000)
@@ -23,18 +23,15 @@ FIELD_KINDS = {
     "max_positions": SIZE,
     "norm_eps": number(0, 1),
     **dict.fromkeys(("tied_embeddings", "parallel_residual", "qkv_bias", "out_bias", "mlp_bias"), FLAG),
-    **dict.fromkeys(("experts.num_experts", "experts.top_k", "experts.mlp_dim"), SIZE),
+    **dict.fromkeys(("experts.num_experts", "experts.top_k", "experts.mlp_dim", "experts.shared_dim"), SIZE),
     **dict.fromkeys(("experts.groups", "experts.top_groups"), optional(SIZE)),
     "experts.renormalized": FLAG,
-    "experts.shared_dim": optional(integer(0)),
     **dict.fromkeys(("latent.kv_rank", "latent.value_dim"), SIZE),
     "latent.query_rank": optional(SIZE),
     **dict.fromkeys(("attention_softcap", "logit_softcap", "attention_scale"), optional(POSITIVE)),
     **dict.fromkeys(("embed_scale", "residual_scale", "logit_scale", "experts.scale"), number(-1e30, 1e30)),
 }
 """Fields of `DecoderConfig` -> what the attribute of the same meaning must be."""
-
-WINDOW_KINDS = {"sliding_window": optional(SIZE), "use_sliding_window": FLAG, "max_window_layers": integer(0)}
 
 ROPE_VALUES = {
     "rope_theta": POSITIVE,
@@ -82,7 +79,7 @@ IRRELEVANT = {
     "how the same function is computed": (
         "use_cache output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16 "
         "attn_implementation use_flash_attention use_flash_attn chunk_size_feed_forward reorder_and_upcast_attn "
-        "pretraining_tp gradient_checkpointing is_decoder tf_legacy_loss"
+        "pretraining_tp ep_size gradient_checkpointing is_decoder tf_legacy_loss"
     ),
     "training: where it starts, and dropout, which we leave out as `transformers` does in evaluation": (
         "initializer_range attention_dropout hidden_dropout attention_probs_dropout_prob hidden_dropout_prob "
@@ -118,11 +115,14 @@ ONLY_AT: dict[str, Any] = {
     "alibi": False,
     "rope_interleaved": False,
     "use_mrope": False,
+    "moe_layer_freq": 1,
     "embedding_multiplier": 1,
     "residual_multiplier": 1,
     "logits_scaling": 1,
+    "attention_multiplier": None,
 }
-"""Keys that change the function, except at this value. One that is in no table here is refused unless it is null."""
+"""Keys that change the function of a family that reads them, except at this value (or null); of one that does not they
+say that the file is another's. One that is in no table here is refused unless it is null."""
 
 _IRRELEVANT = {key for keys in IRRELEVANT.values() for key in keys.split()}
 
@@ -130,17 +130,15 @@ _IRRELEVANT = {key for keys in IRRELEVANT.values() for key in keys.split()}
 def understood(family: Family) -> dict[str, Kind]:
     """The keys that describe a model of this family, and what their values must be."""
     kinds = {name: FIELD_KINDS[ours] for ours in family.fields for name in _names(family, ours)}
-    kinds |= family.keys
-    kinds |= {family.activation: TEXT, "layer_types": optional(TEXTS), **dict.fromkeys(family.required, FLAG)}
+    kinds |= {name: FLAG if type(value) is bool else ANYTHING for name, value in family.required.items()}
+    kinds |= {family.activation: TEXT, "layer_types": optional(TEXTS), **dict.fromkeys(family.sizes, SIZE)}
     if "rope" not in family.constants:
         kinds |= ROTARY_KINDS
     if family.partial_rotary:
         kinds |= NEOX_ROTARY_KINDS
-    if family.window == "all layers":
-        kinds["sliding_window"] = WINDOW_KINDS["sliding_window"]
-    elif family.window == "layer types":
-        kinds |= WINDOW_KINDS
-    return kinds
+    if family.window != "none":
+        kinds["sliding_window"] = optional(SIZE)
+    return {**kinds, **family.keys}
 
 
 def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dict[str, Any]:
@@ -167,7 +165,7 @@ def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dic
         known = key in kinds or key in _IRRELEVANT or key in ("model_type", "architectures", "quantization_config")
         if known or value is None or key.startswith("_"):  # transformers' own notes to itself
             continue
-        if key in elsewhere or key in IGNORED:
+        if key not in ONLY_AT and (key in elsewhere or key in IGNORED):
             ignored.append(key)
         elif key not in ONLY_AT or value != ONLY_AT[key]:
             only = f"only {shown(ONLY_AT[key])} is supported" if key in ONLY_AT else "it is not understood"
@@ -199,12 +197,11 @@ def _check_sizes(family: Family, chosen: dict[str, Any], file: str | Path) -> se
     What fixes shapes must be there: the configuration class would fill in the sizes of some 7B model unsaid.
     """
     unsaid = set()
-    for field in family.fields:
-        if FIELD_KINDS[field] not in (SIZE, LAYERS):
-            continue
-        names = _names(family, field)
+    fields = [field for field in family.fields if FIELD_KINDS[field] in (SIZE, LAYERS)]
+    sizes = [(_names(family, field), field in family.optional_sizes) for field in fields]
+    for names, may_be_open in [*sizes, *(([name], False) for name in family.sizes)]:
         said = [name for name in names if chosen.get(name) is not None]
-        if not said and field not in family.optional_sizes:
+        if not said and not may_be_open:
             raise InputError(f"{file} does not say {names[0]}.")
         if any(chosen[name] != chosen[said[0]] for name in said):
             raise InputError(f"{file} gives different values for {names[0]} and {said[-1]}, which mean the same size.")

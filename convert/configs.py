@@ -7,6 +7,7 @@ are. What our decoder cannot compute is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -85,7 +86,7 @@ def _fields(family: Family, full: Any) -> dict[str, Any]:
         raise InputError(
             f"{family.activation}={shown(activation)} is not supported; known are {', '.join(ACTIVATIONS)}."
         )
-    fields["activation"] = ACTIVATIONS[activation]
+    fields.setdefault("activation", ACTIVATIONS[activation])
     fields["sliding_window"], fields["sliding_layers"] = _sliding(family, full)
     if "rope" not in fields:
         fields["rope"] = dataclasses.replace(_rope(family, full, fields["head_dim"]), **inner.get("rope", {}))
@@ -144,7 +145,7 @@ def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:
         sliding = tuple(kind == "sliding_attention" for kind in kinds)
         if not any(sliding):
             return None, ()
-        if window is None:
+        if not window:
             raise InputError("layer_types asks for sliding_attention but use_sliding_window or sliding_window is off.")
         return window, () if all(sliding) else sliding
     if family.window == "none":
@@ -226,20 +227,18 @@ def _described_by(family: Family, config: DecoderConfig) -> dict[str, Any]:
     described |= {theirs: _field(config, ours) for ours, theirs in family.fields.items()}
     described |= family.required
     if family.describe is not None:
-        try:
+        with contextlib.suppress(AttributeError, TypeError):  # it has no experts, or no latent attention
             described |= family.describe(config)
-        except (AttributeError, TypeError):  # it has no experts, or no latent attention
-            pass
-    described[family.activation] = spelling[config.activation]
+    described.setdefault(family.activation, spelling.get(config.activation))
     described |= {"bos_token_id": None, "eos_token_id": None, "dtype": config.dtype}
     if family.window != "none":
         described["sliding_window"] = config.sliding_window
     if family.window == "layer types":
         layers = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
-        described["use_sliding_window"] = config.sliding_window is not None
         described["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in layers]
     if config.rope is not None and "rope" not in family.constants:
-        described["rope_parameters"] = _described_rope(config, config.rope, family.partial_rotary)
+        rope = _described_rope(config, config.rope, family.partial_rotary)
+        described["rope_parameters"] = {**rope, **described.get("rope_parameters", {})}
     return described
 
 

@@ -43,6 +43,7 @@ def optional(kind: Kind) -> Kind:
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
+ANYTHING = Kind("anything", lambda value: True)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 

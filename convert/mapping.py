@@ -110,7 +110,9 @@ def mapping_rows(
             path = (stack, *rest)
             names_axes = _at(axes, path)
             if names_axes is not None:
-                rows.append(_row(full, path, layout, names_axes, numbers, config))
+                row = _row(full, path, layout, names_axes, numbers, config)
+                if sorted(row.layout.named) == sorted(row.tensor_axes):
+                    rows.append(row)
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
     missing = {tuple(key.key for key in path) for path, _ in leaves} - {row.path for row in rows}
     if missing or len(leaves) != len(rows):
@@ -139,10 +141,13 @@ def checked_rows(family: Family, config: DecoderConfig, source: TensorSource) ->
             names. The sentence names the tensor.
     """
     names = set(source.tensors)
-    if config.num_layers > len(names):  # before there is a row for each of a million layers
-        raise InputError(
-            f"{source.directory} has {len(names)} tensors in all; config.json says {config.num_layers} layers."
-        )
+    # Before there is a row for each of a million layers, or experts of theirs.
+    experts = (
+        config.experts.num_experts if config.experts and any("{expert}" in row[0] for row in family.tensors) else 0
+    )
+    if max(config.num_layers, experts * sum(config.expert_layers)) > len(names):
+        said = f"{config.num_layers} layers" + (f" and {experts} experts" if experts else "")
+        raise InputError(f"{source.directory} has {len(names)} tensors in all; config.json says {said}.")
     prefix = family.prefix if any(name.startswith(family.prefix) for name in names) else ""
     head = family.head
     if family.head_alias in names:
@@ -174,8 +179,8 @@ def _check_names(
     def is_buffer(name: str) -> bool:
         if any(re.fullmatch(re.escape(prefix) + pattern, name) for pattern in family.buffers):
             return True
-        later = re.match(re.escape(prefix) + r"layers\.(\d+)\.", name) if family.later_layers else None
-        return later is not None and int(later[1]) >= config.num_layers
+        layer = re.match(re.escape(prefix) + r"layers\.(\d+)\.", name) if family.later_layer else None
+        return layer is not None and int(layer[1]) >= config.num_layers and layer[0] + str(family.later_layer) in names
 
     missing = sorted(expected - names)
     extra = sorted(name for name in names - expected if not is_buffer(name))

@@ -23,6 +23,7 @@ from jaxhess.vectors import Vector
 def tensors_by_name(vector: Vector, config: DecoderConfig) -> dict[str, np.ndarray]:
     """A tree like the parameters as tensors named and shaped as in `named_parameters()` of transformers 5.
 
+    What is a parameter here and a buffer there (the bias by which DeepSeek-V3 chooses experts) has its name there.
     Order is that of the model: embedding, layer by layer, head. A tied head is the embedding and not listed.
 
     Args:

@@ -25,6 +25,20 @@ _LLAMA = {
     "max_position_embeddings": 64,
 }
 _NEOX = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}
+_DEEPSEEK = {
+    **_LLAMA,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 7,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 3,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 10,
+    "first_k_dense_replace": 1,
+}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
@@ -40,6 +54,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 10,
     },
+    "qwen2_moe": {
+        **_LLAMA,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 10,
+        "shared_expert_intermediate_size": 12,
+    },
+    "olmoe": {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**_LLAMA, "head_dim": 6, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": {**_DEEPSEEK, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
     "gpt2": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }
 """Options of a tiny model of each family."""
@@ -59,7 +85,9 @@ def torch_model(model_type: str, seed: int = 0, **options: Any) -> Any:
         config, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        saved = model.state_dict()
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+        for name, parameter in [*model.named_parameters(), *buffers]:
             noise = torch.randn(parameter.shape)
             is_gain = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.2 * noise)

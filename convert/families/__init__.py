@@ -5,14 +5,17 @@ Adding a family whose architecture the decoder covers means adding a table here,
 
 from __future__ import annotations
 
-from convert.families.experts import MIXTRAL, QWEN3_MOE
+from convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from convert.families.experts import GRANITE_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from convert.families.family import Family
 from convert.families.gpt import GPT2, GPT_NEOX
+from convert.families.gpt_oss import GPT_OSS
 from convert.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 
 __all__ = ["ACTIVATIONS", "FAMILIES", "Family"]
 
-FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GPT2, MIXTRAL, QWEN3_MOE)}
+_EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3)
+FAMILIES = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT_NEOX, GPT2, *_EXPERTS)}
 
 ACTIVATIONS = {
     "silu": "silu",

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from convert.families.llama import GATED_RMS, LLAMA, LLAMA_FIELDS, LLAMA_TENSORS, MISTRAL, NO_BIAS
+from convert.families.llama import (
+    GATED_RMS,
+    LLAMA,
+    LLAMA_FIELDS,
+    LLAMA_TENSORS,
+    MISTRAL,
+    NO_BIAS,
+    WINDOW_KEYS,
+    described_window,
+)
 from convert.json_files import FLAG, Kind, integer, number, optional
 from jaxhess.models import DecoderConfig
 
@@ -17,9 +26,30 @@ EXPERT_TENSORS = (
     ("layers.{layer}.mlp.experts.{expert}.down_proj.weight", "layers/experts/down/kernel", "embed expert_mlp"),
 )
 
+
+def together(name: str) -> tuple[tuple[str, str, str], ...]:
+    """The rows of a tensor with the gates of all experts of a layer, and beside each its `up`."""
+    return (
+        (name, "layers/experts/gate/kernel", "experts (0/2 expert_mlp) embed"),
+        (name, "layers/experts/up/kernel", "experts (1/2 expert_mlp) embed"),
+    )
+
+
+def shared_experts(name: str) -> tuple[tuple[str, str, str], ...]:
+    """The rows of what every token goes through, under the name it has in the file."""
+    own = "layers.{layer}.mlp." + name
+    return (
+        (f"{own}.gate_proj.weight", "layers/experts/shared/gate/kernel", "shared_mlp embed"),
+        (f"{own}.gate_proj.bias", "layers/experts/shared/gate/bias", "shared_mlp"),
+        (f"{own}.up_proj.weight", "layers/experts/shared/up/kernel", "shared_mlp embed"),
+        (f"{own}.up_proj.bias", "layers/experts/shared/up/bias", "shared_mlp"),
+        (f"{own}.down_proj.weight", "layers/experts/shared/down/kernel", "embed shared_mlp"),
+        (f"{own}.down_proj.bias", "layers/experts/shared/down/bias", "embed"),
+    )
+
+
 IN_MEMORY = (
-    ("layers.{layer}.mlp.experts.gate_up_proj", "layers/experts/gate/kernel", "experts (0/2 expert_mlp) embed"),
-    ("layers.{layer}.mlp.experts.gate_up_proj", "layers/experts/up/kernel", "experts (1/2 expert_mlp) embed"),
+    *together("layers.{layer}.mlp.experts.gate_up_proj"),
     ("layers.{layer}.mlp.experts.down_proj", "layers/experts/down/kernel", "experts embed expert_mlp"),
 )
 """`transformers` 5 holds all experts of a layer in one tensor."""
@@ -64,7 +94,7 @@ MIXTRAL = dataclasses.replace(
 
 def sparse_layers(full: Any) -> dict[str, Any]:
     """Qwen's rule for which layers have experts."""
-    dense = full.mlp_only_layers or []
+    dense = set(full.mlp_only_layers or ())
     sparse = tuple((i + 1) % full.decoder_sparse_step == 0 and i not in dense for i in range(full.num_hidden_layers))
     return {"experts.layers": sparse} if any(sparse) else {"experts": None}
 
@@ -72,13 +102,19 @@ def sparse_layers(full: Any) -> dict[str, Any]:
 def described_sparse_layers(config: DecoderConfig) -> dict[str, Any]:
     """The keys that `sparse_layers` reads."""
     return {
-        "use_sliding_window": config.sliding_window is not None,
+        **described_window(config),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i, sparse in enumerate(config.expert_layers) if not sparse],
     }
 
 
-LAYER_NUMBERS = Kind("a list of layer numbers", lambda v: isinstance(v, list) and all(type(i) is int for i in v))
+SPARSE_KEYS: dict[str, Kind] = {
+    "decoder_sparse_step": integer(1),
+    "mlp_only_layers": optional(
+        Kind("a list of layer numbers", lambda v: isinstance(v, list) and all(type(i) is int for i in v))
+    ),
+    **WINDOW_KEYS,
+}
 
 QWEN3_MOE = dataclasses.replace(
     LLAMA,
@@ -102,9 +138,102 @@ QWEN3_MOE = dataclasses.replace(
     describe=described_sparse_layers,
     keys={
         **UNUSED,
-        "decoder_sparse_step": integer(1),
-        "mlp_only_layers": optional(LAYER_NUMBERS),
-        "use_sliding_window": FLAG,
-        "max_window_layers": integer(0),
+        **SPARSE_KEYS,
     },
+)
+
+QWEN2_MOE = dataclasses.replace(
+    LLAMA,
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    tensors=(
+        *LLAMA_TENSORS,
+        ROUTER,
+        *EXPERT_TENSORS,
+        *shared_experts("shared_expert"),
+        ("layers.{layer}.mlp.shared_expert_gate.weight", "layers/experts/shared_gate/kernel", "one embed"),
+    ),
+    memory=IN_MEMORY,
+    fields={
+        **LLAMA_FIELDS,
+        "qkv_bias": "qkv_bias",
+        "experts.num_experts": "num_experts",
+        "experts.top_k": "num_experts_per_tok",
+        "experts.mlp_dim": "moe_intermediate_size",
+        "experts.renormalized": "norm_topk_prob",
+        "experts.shared_dim": "shared_expert_intermediate_size",
+    },
+    constants={**GATED_RMS, "out_bias": False, "mlp_bias": False, "qk_norm": False, "experts.shared_gate": True},
+    window="layer types",
+    derive=sparse_layers,
+    describe=described_sparse_layers,
+    keys={**UNUSED, **SPARSE_KEYS, "sliding_window": optional(integer(0))},  # 0 where it is not used
+)
+
+OLMOE = dataclasses.replace(
+    LLAMA,
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    tensors=(
+        *(row for row in LLAMA_TENSORS if not row[1].endswith(("query_norm/scale", "key_norm/scale"))),
+        ("layers.{layer}.self_attn.q_norm.weight", "layers/attention/query_norm/scale", "(heads head_dim)"),
+        ("layers.{layer}.self_attn.k_norm.weight", "layers/attention/key_norm/scale", "(kv_heads head_dim)"),
+        ROUTER,
+        *EXPERT_TENSORS,
+    ),
+    memory=IN_MEMORY,
+    fields={
+        **LLAMA_FIELDS,
+        "qkv_bias": "attention_bias",
+        "out_bias": "attention_bias",
+        "experts.num_experts": "num_experts",
+        "experts.top_k": "num_experts_per_tok",
+        "experts.mlp_dim": "intermediate_size",
+        "experts.renormalized": "norm_topk_prob",
+    },
+    constants={**GATED_RMS, "mlp_bias": False, "qk_norm": "projection"},
+    required={"clip_qkv": None},
+    refused=("sliding_window",),
+    aliases={"num_local_experts": "num_experts"},
+    keys=UNUSED,
+)
+
+GRANITE_MOE = dataclasses.replace(
+    LLAMA,
+    model_type="granitemoe",
+    architecture="GraniteMoeForCausalLM",
+    tensors=(
+        *LLAMA_TENSORS,
+        ("layers.{layer}.block_sparse_moe.router.layer.weight", "layers/experts/router/kernel", "routes embed"),
+        *together("layers.{layer}.block_sparse_moe.input_linear.weight"),
+        (
+            "layers.{layer}.block_sparse_moe.output_linear.weight",
+            "layers/experts/down/kernel",
+            "experts embed expert_mlp",
+        ),
+    ),
+    memory=(
+        ("layers.{layer}.block_sparse_moe.router.weight", "layers/experts/router/kernel", "routes embed"),
+        *together("layers.{layer}.block_sparse_moe.experts.gate_up_proj"),
+        (
+            "layers.{layer}.block_sparse_moe.experts.down_proj",
+            "layers/experts/down/kernel",
+            "experts embed expert_mlp",
+        ),
+    ),
+    fields={
+        **LLAMA_FIELDS,
+        "qkv_bias": "attention_bias",
+        "out_bias": "attention_bias",
+        "embed_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "attention_scale": "attention_multiplier",
+        "experts.num_experts": "num_local_experts",
+        "experts.top_k": "num_experts_per_tok",
+        "experts.mlp_dim": "intermediate_size",
+    },
+    constants={**GATED_RMS, "mlp_bias": False, "qk_norm": False, "experts.scores": "softmax of chosen"},
+    derive=lambda full: {"logit_scale": 1 / full.logits_scaling},
+    describe=lambda config: {"logits_scaling": 1 / config.logit_scale},
+    keys={**UNUSED, "logits_scaling": number(1e-30, 1e30)},
 )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from convert.families.family import Family
+from convert.json_files import FLAG, Kind, integer
+from jaxhess.models import DecoderConfig
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -71,6 +74,14 @@ MISTRAL = dataclasses.replace(
     window="all layers",
 )
 
+WINDOW_KEYS: dict[str, Kind] = {"use_sliding_window": FLAG, "max_window_layers": integer(0)}
+
+
+def described_window(config: DecoderConfig) -> dict[str, Any]:
+    """Qwen's switch; which layers it is for follows from `layer_types`."""
+    return {"use_sliding_window": config.sliding_window is not None}
+
+
 QWEN2 = dataclasses.replace(
     LLAMA,
     model_type="qwen2",
@@ -78,6 +89,8 @@ QWEN2 = dataclasses.replace(
     fields=LLAMA_FIELDS,
     constants={**GATED_RMS, **NO_BIAS, "qkv_bias": True, "qk_norm": False},
     window="layer types",
+    describe=described_window,
+    keys=WINDOW_KEYS,
 )
 
 QWEN3 = dataclasses.replace(
@@ -87,4 +100,6 @@ QWEN3 = dataclasses.replace(
     fields={**LLAMA_FIELDS, "qkv_bias": "attention_bias", "out_bias": "attention_bias"},
     constants={**GATED_RMS, "mlp_bias": False, "qk_norm": True},
     window="layer types",
+    describe=described_window,
+    keys=WINDOW_KEYS,
 )

@@ -101,9 +101,10 @@ class LatentAttention(Attention):
         rank, shared = config.latent.query_rank, {"kv_rank": config.latent.kv_rank}
         queries = width if rank is None else {"query_rank": rank}
         self.query_down = None if rank is None else projection(width, queries, bias=config.qkv_bias)
-        self.query_norm = None if rank is None else Norm(queries, config)
+        norm = functools.partial(Norm, config=config, eps=config.latent.norm_eps)
+        self.query_norm = None if rank is None else norm(queries)
         self.query = projection(queries, heads | {"head_dim": config.head_dim}, bias=False)
-        self.kv_down, self.kv_norm = projection(width, shared, bias=config.qkv_bias), Norm(shared, config)
+        self.kv_down, self.kv_norm = projection(width, shared, bias=config.qkv_bias), norm(shared)
         self.rotated_key = projection(width, {"rotated_dim": config.rotary_dims}, bias=config.qkv_bias)
         self.key = projection(shared, heads | {"still_dim": config.head_dim - config.rotary_dims}, bias=False)
         self.value = projection(shared, heads | {"value_dim": config.value_dim}, bias=False)

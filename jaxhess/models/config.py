@@ -90,6 +90,7 @@ class LatentConfig:
         kv_rank: Width of the latent state of keys and values.
         query_rank: That of queries; None: queries come from the residual stream.
         value_dim: Width of a value head.
+        norm_eps: Of the norms of the latent states.
 
     Examples:
         >>> import jaxhess
@@ -100,6 +101,7 @@ class LatentConfig:
     kv_rank: int
     value_dim: int
     query_rank: int | None = None
+    norm_eps: float = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,8 @@ class ExpertsConfig:
                 f"{self.num_experts} experts cannot be chosen from {self.top_groups} of {self.groups} groups: the "
                 "groups must be of equal size, and no more than there are."
             )
+        if self.groups > 1 and self.group_score == "best two" and self.groups == self.num_experts:
+            raise InputError(f"{self.groups} groups of one expert each have no best two.")
         if self.top_k > self.num_experts // self.groups * self.top_groups:
             raise InputError(
                 f"top_k={self.top_k} experts cannot be chosen from "

@@ -51,11 +51,14 @@ class Norm(nnx.Module):
     Args:
         axes: Logical names and sizes of what is normalised together, and of the gain.
         kind: Other than that of the model.
+        eps: Likewise.
     """
 
-    def __init__(self, axes: dict[str, int], config: DecoderConfig, *, kind: str | None = None):
+    def __init__(
+        self, axes: dict[str, int], config: DecoderConfig, *, kind: str | None = None, eps: float | None = None
+    ):
         self.kind = kind or config.norm
-        self.eps = config.norm_eps
+        self.eps = config.norm_eps if eps is None else eps
         self.offset = config.norm_offset and self.kind == "rms"
         names, shape = tuple(axes), tuple(axes.values())
         gain = jnp.zeros if self.offset else jnp.ones

@@ -13,10 +13,13 @@ from checkpoints import DEFAULTS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from convert.configs import ROPE_KINDS, decoder_config, hugging_face_config
+from convert.families import FAMILIES
 from jaxhess.models import DecoderConfig, RopeConfig
 from jaxhess.models.rotary import frequencies
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MSCALE = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
+          "mscale_all_dim": 1.0}  # fmt: skip
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 2.5},
     {"rope_type": "dynamic", "factor": 2.0},
@@ -106,8 +109,8 @@ def test_sliding_window_applies_where_transformers_applies_it(
 @pytest.mark.parametrize(
     ("hf_config", "sentence"),
     [
-        ({}, "config.json names no model_type; supported are gpt2, gpt_neox, llama, mistral, qwen2, qwen3."),
-        ({"model_type": "mamba"}, "config.json has model_type 'mamba', which is unsupported; supported are gpt2"),
+        ({}, f"config.json names no model_type; supported are {', '.join(sorted(FAMILIES))}."),
+        ({"model_type": "mamba"}, "config.json has model_type 'mamba', which is unsupported; supported are "),
         (raw("llama", quantization_config={"quant_method": "gptq"}), "quantized (quantization_config: gptq)"),
         (raw("llama", hidden_act="quick_gelu"), "hidden_act='quick_gelu' is not supported; known are silu"),
         (raw("llama", partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported for llama"),
@@ -141,7 +144,8 @@ def test_what_the_decoder_cannot_compute_is_refused_by_name(hf_config: Any, sent
     assert "\n" not in str(caught.value)
 
 
-OPEN = {"num_key_value_heads", "head_dim", "max_position_embeddings"}  # and what is no size
+OPEN = {"num_key_value_heads", "head_dim", "max_position_embeddings", "q_lora_rank", "first_k_dense_replace"}
+# The others fix shapes, but for what is no size.
 SIZES = [
     (family, name) for family in DEFAULTS for name in DEFAULTS[family].keys() - OPEN - {"rotary_pct", "sliding_window"}
 ]
@@ -185,6 +189,9 @@ def test_a_config_made_from_a_decoder_with_scaled_rope_reads_back(rope: dict[str
         ("qwen3", {"attention_bias": True}),
         ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
         ("gpt2", {"n_inner": 24, "tie_word_embeddings": False}),
+        ("granitemoe", {"logits_scaling": 8 / 3, "attention_multiplier": 0.1}),
+        ("deepseek_v2", {"rope_scaling": MSCALE, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}),
+        ("deepseek_v3", {"rope_scaling": MSCALE | {"mscale_all_dim": 0.707}, "rope_interleave": False}),
     ],
 )
 def test_a_config_made_from_a_decoder_names_its_family_and_reads_back(model_type: str, options: Any) -> None:

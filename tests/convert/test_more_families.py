@@ -19,15 +19,45 @@ import convert
 from convert.families import FAMILIES
 from tests.convert.test_families import assert_close, derivatives, tokens_for, torch_derivatives, torch_loss
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
 # Name, family, options.
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("mixtral", "mixtral", {}),
-    ("mixtral window, tied, one of three experts", "mixtral",
-     {"sliding_window": 5, "tie_word_embeddings": True, "num_local_experts": 3, "num_experts_per_tok": 1}),
-    ("qwen3_moe", "qwen3_moe", {"norm_topk_prob": True}),
+    ("qwen2_moe", "qwen2_moe", {}),
     ("qwen3_moe, every second layer dense, three of five", "qwen3_moe",
      {"decoder_sparse_step": 2, "num_hidden_layers": 3, "num_experts": 5, "num_experts_per_tok": 3}),
+    ("olmoe", "olmoe", {}),
+    ("granitemoe", "granitemoe", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0,
+                                  "attention_multiplier": 0.3}),
+    ("gpt_oss", "gpt_oss", {"rope_scaling": {**YARN, "truncate": False}}),
+    ("deepseek_v2", "deepseek_v2", {"rms_norm_eps": 1e-4}),
+    ("deepseek_v3, yarn", "deepseek_v3", {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
 ]  # fmt: skip
+MORE: list[tuple[str, str, dict[str, Any]]] = [
+    ("mixtral window, tied, one of three experts", "mixtral",
+     {"sliding_window": 5, "tie_word_embeddings": True, "num_local_experts": 3, "num_experts_per_tok": 1}),
+    ("qwen2_moe, layers dense, sliding and neither, three of five", "qwen2_moe",
+     {"mlp_only_layers": [1], "num_hidden_layers": 3, "num_experts": 5, "num_experts_per_tok": 3, "qkv_bias": False,
+      "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 4, "tie_word_embeddings": True}),
+    ("qwen3_moe", "qwen3_moe", {"norm_topk_prob": True}),
+    ("olmoe, biases, tied, all experts", "olmoe",
+     {"attention_bias": True, "norm_topk_prob": True, "tie_word_embeddings": True, "num_experts_per_tok": 4,
+      "num_key_value_heads": 1}),
+    ("granitemoe, biases, tied, one of three", "granitemoe",
+     {"attention_bias": True, "tie_word_embeddings": True, "num_local_experts": 3, "num_experts_per_tok": 1}),
+    ("gpt_oss, three layers of which one slides, no biases", "gpt_oss",
+     {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+      "attention_bias": False, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("deepseek_v2 without compressed queries, groups, yarn, biases", "deepseek_v2",
+     {"q_lora_rank": None, "topk_method": "group_limited_greedy", "n_routed_experts": 8, "n_group": 4, "topk_group": 2,
+      "routed_scaling_factor": 2.5, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3,
+      "rope_scaling": {**YARN, "type": "yarn", "mscale": 0.707, "mscale_all_dim": 0.707}}),
+    ("deepseek_v3, no dense layers, not renormalized, halves rotated", "deepseek_v3",
+     {"first_k_dense_replace": 0, "norm_topk_prob": False, "rope_interleave": False, "q_lora_rank": None,
+      "tie_word_embeddings": True, "n_group": 1, "topk_group": 1, "attention_bias": True, "rms_norm_eps": 1e-5}),
+]  # fmt: skip
+"""Further shapes of them: slow."""
 
 
 def as_params(tensors: dict[str, torch.Tensor], reference: Any, directory: Path) -> Any:
@@ -37,7 +67,10 @@ def as_params(tensors: dict[str, torch.Tensor], reference: Any, directory: Path)
     return convert.load(directory).params
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c[0], marks=pytest.mark.slow if c in MORE else ()) for c in CASES + MORE],
+)
 def test_float64_agrees_with_torch_and_is_written_back_bit_for_bit(case: Any, tmp_path: Path) -> None:
     _, family, options = case
     with in_float64(torch_model(family, **options)) as reference, jax.enable_x64(True):

@@ -28,7 +28,8 @@ def test_names_shapes_and_values_are_those_of_named_parameters(family, tied, tmp
     reference = write_checkpoint(tmp_path, family, tie_word_embeddings=tied)
     model = convert.load(tmp_path)
     found = tensors_by_name(model.params, model.config)
-    expected = {name: p.detach().numpy() for name, p in reference.named_parameters()}
+    saved = {name: p for name, p in reference.named_buffers() if name in reference.state_dict()}
+    expected = {name: p.detach().numpy() for name, p in [*reference.named_parameters(), *saved.items()]}
     assert set(found) == set(expected)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)

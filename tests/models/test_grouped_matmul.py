@@ -90,7 +90,9 @@ def test_layers_scanned_and_recomputed_several_vectors_at_once_and_linearised():
 
     @jax.jit
     def linearized(x, vs):
-        return jax.vmap(jax.linearize(lambda x: jax.grad(functools.partial(feed_forward, grouped_matmul))(x, sizes), x)[1])(vs)
+        return jax.vmap(
+            jax.linearize(lambda x: jax.grad(functools.partial(feed_forward, grouped_matmul))(x, sizes), x)[1]
+        )(vs)
 
     expected = products(dense, x, vs)
     assert relative(products(grouped_matmul, x, vs), expected) < 1e-12
@@ -102,7 +104,10 @@ def test_layers_scanned_and_recomputed_several_vectors_at_once_and_linearised():
 def test_several_arrays_at_once_and_derivatives_of_that(sizes_differ):
     """Each of the arrays is one for all vectors, or one for each; and gradients are taken of all at once."""
     sizes = jnp.array([[4, 0, 7], [1, 9, 1]], jnp.int32) if sizes_differ else jnp.array([4, 0, 7], jnp.int32)
-    x, v = ([jnp.stack(pair) for pair in zip(*(arrays(12, [0] * 3, seed=s) for s in seeds), strict=True)] for seeds in ((0, 1), (2, 3)))
+    x, v = (
+        [jnp.stack(pair) for pair in zip(*(arrays(12, [0] * 3, seed=s) for s in seeds), strict=True)]
+        for seeds in ((0, 1), (2, 3))
+    )
     for axes in ((0, 0), (0, None), (None, 0)):
         given, changes = ([a if axis == 0 else a[0] for a, axis in zip(z, axes, strict=True)] for z in (x, v))
         found = []
