@@ -22,7 +22,7 @@ def product(rows: jax.Array, kernels: jax.Array, sizes: jax.Array, *, transposed
             many = jax.lax.map(lambda k: product(rows, k, sizes, transposed=transposed), kernels)
         else:
             pairs = jnp.moveaxis(rows, 1, 0), kernels
-            many = jax.lax.map(lambda x: product(*x, sizes, transposed=transposed), pairs)
+            many = jax.lax.map(lambda x: product(x[0], x[1], sizes, transposed=transposed), pairs)
         return jnp.moveaxis(many, 0, 1)
     size = min(tile_rows(len(rows), len(sizes), SMALLEST, LARGEST), len(rows))
     count, tiles = tiles_of(sizes, len(rows), size)
