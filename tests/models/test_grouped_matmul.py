@@ -70,7 +70,7 @@ def test_value_gradient_and_exact_product_are_those_of_the_dense_product(rows, s
 
 
 def test_tiles_are_those_of_the_groups_rows():
-    for rows, sizes in SIZES.values():
+    for rows, sizes in itertools.islice(SIZES.values(), 2):
         for size in (4, 16):
             count, tiles = jax.tree.map(np.asarray, tiles_of(jnp.array(sizes, jnp.int32), rows, size))
             assert count <= len(tiles.group) == most_tiles(rows, len(sizes), size)
