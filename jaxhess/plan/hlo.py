@@ -102,8 +102,7 @@ class Program:
     def total(self, cost: Cost, *, inside_fusions: bool = True, unknown_trips: int | None = None) -> float:
         """The sum of `cost(instruction, its computation)` over all executed instructions.
 
-        What is inside a loop counts as often as the loop runs; of a conditional's branches the one that costs less
-        counts: see `jaxhess.plan.roofline`.
+        What is inside a loop counts as often as the loop runs; of a conditional's branches the dearest counts.
 
         Args:
             cost: Of one instruction, without the computations it calls.
@@ -123,7 +122,7 @@ class Program:
         def called(instruction: Instruction) -> float:
             names = [name for name in callees(instruction) if name in self.computations]
             if instruction.opcode == "conditional":
-                return min((of(name) for name in names), default=0.0)
+                return max((of(name) for name in names), default=0.0)
             if instruction.opcode == "fusion" and not inside_fusions:
                 return 0.0
             once = sum(of(name) for name in names)
@@ -143,7 +142,7 @@ class Program:
 def matmul_flops(compiled: jax.stages.Compiled | Program, unknown_trips: int | None = None) -> float:
     """Floating-point operations of all matrix products in one run of the program, on each device: 2 m n k a product.
 
-    Plain dots wherever they are (fusions, calls, loops times their trip counts)
+    Plain dots wherever they are (fusions, calls, loops times their trip counts, the dearest branch of a conditional)
     and, on GPUs, cuBLAS calls. `unknown_trips`: see `Program.total`.
 
     Raises:

@@ -55,7 +55,7 @@ def test_xla_counts_the_body_of_a_loop_once():
     assert program.cost_analysis()["flops"] < 2 * ONE < matmul_flops(program)
 
 
-def test_the_branch_of_a_conditional_that_costs_less_counts():
+def test_the_dearest_branch_of_a_conditional_counts():
     def f(p, x, w):
         return jax.lax.cond(p[0] > 0, lambda: x @ w @ w, lambda: x @ w)
 
