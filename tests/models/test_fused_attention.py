@@ -146,6 +146,7 @@ def test_hessian_and_gauss_newton_of_a_model_are_those_with_plain_attention():
         assert relative(dataclasses.replace(exact, loss=loss) @ v, exact @ v) < 1e-11
 
 
+@pytest.mark.slow
 def test_on_a_mesh_every_device_attends_to_its_own_sequences_and_heads():
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     config = dataclasses.replace(SMALL, num_heads=4, num_kv_heads=2, qk_norm=False)

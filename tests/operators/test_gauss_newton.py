@@ -61,11 +61,10 @@ def outer_products(jacobian, p, w, labels):
     return np.einsum("t,tm,tn->mn", w, gradients, gradients) / w.sum()
 
 
-@pytest.mark.parametrize("logit_chunk", [40, 10**6])
-def test_gauss_newton_is_its_formula_and_positive_semi_definite(reference, logit_chunk):
+def test_gauss_newton_is_its_formula_and_positive_semi_definite(reference):
     model, batches, jacobian, p, w, _ = reference
     with jax.enable_x64(True):
-        matrix = np.asarray(GaussNewton(model.loss(logit_chunk), model.params, batches).to_matrix())
+        matrix = np.asarray(GaussNewton(model.loss(40), model.params, batches).to_matrix())
     middle = np.einsum("t,tuv->tuv", w, np.einsum("tv,uv->tuv", p, np.eye(p.shape[1])) - np.einsum("tu,tv->tuv", p, p))
     expected = np.einsum("tum,tuv,tvn->mn", jacobian, middle, jacobian, optimize=True) / w.sum()
     np.testing.assert_allclose(matrix, expected, atol=1e-13 * np.abs(expected).max())

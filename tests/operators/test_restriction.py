@@ -130,6 +130,7 @@ def test_other_operators_restrict_alike():
         block.restrict("mlp")
 
 
+@pytest.mark.slow
 def test_a_restricted_spectrum_does_not_depend_on_the_mesh():
     ids = tokens(8, 12, 101)[None]
     results = []
