@@ -183,7 +183,7 @@ def _rope(family: Family, full: Any, parameters: dict[str, Any], head_dim: int) 
     unknown = sorted(rope.keys() - ROPE_VALUES.keys())
     if unknown:
         raise InputError(f"rope_parameters has {shown(unknown[0])}, which is not understood.")
-    if rope.get("type") not in (None, kind) and (kind, rope["type"]) != ("longrope", "su"):  # its name at first
+    if rope.get("type") not in (None, kind):
         raise InputError(f"rope_parameters has rope_type {kind!r} and type {shown(rope['type'])}.")
     check(rope, ROPE_VALUES, "rope_parameters")
     part = rope.get("partial_rotary_factor")
