@@ -184,8 +184,8 @@ def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dic
         if key not in ONLY_AT and (key in elsewhere or key in IGNORED):
             ignored.append(key)
         elif key not in ONLY_AT or value != ONLY_AT[key]:
-            known = ONLY_AT.get(key)
-            only = "it is not understood" if known is None else f"only {shown(known)} is supported"
+            right = ONLY_AT.get(key)
+            only = "it is not understood" if right is None else f"only {shown(right)} is supported"
             raise InputError(f"{file} has {shown(key)[1:-1]} {shown(value)}; {only} for {family.model_type}.")
     chosen = {key: value for key, value in hf_config.items() if key in kinds}
     unsaid = _check_sizes(family, chosen, file)

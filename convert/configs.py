@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.config_keys import ROPE_VALUES, relevant
-from convert.families import ACTIVATIONS, FAMILIES, Family
+from convert.families import ACTIVATIONS, FAMILIES, UNCOVERED, Family
 from convert.json_files import check, one_line, shown
 from convert.quantized import quantization_method
 from jaxhess.errors import InputError
@@ -30,9 +30,12 @@ def family_of(hf_config: dict[str, Any], file: str | Path = "config.json") -> Fa
     """The table of the model that a raw `config.json` describes; InputError names an unsupported one."""
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
+        known = f"supported are {', '.join(sorted(FAMILIES))}"
+        if isinstance(model_type, str) and model_type in UNCOVERED:
+            nearest, lacking = UNCOVERED[model_type]
+            known = f"the nearest that is supported is {nearest}, which lacks {lacking}"
         said = f"has model_type {shown(model_type)}, which is unsupported"
-        raise InputError(f"{file} {'names no model_type' if model_type is None else said}; supported are {known}.")
+        raise InputError(f"{file} {'names no model_type' if model_type is None else said}; {known}.")
     return FAMILIES[model_type]
 
 
@@ -222,7 +225,7 @@ def _number(rope: dict[str, Any], name: str, kind: str) -> float:
     return float(rope[name])
 
 
-def _longrope(rope: dict[str, Any], factor: float, dims: int) -> dict[str, Any]:
+def _longrope(rope: dict[str, Any], factor: Any, dims: int) -> dict[str, Any]:
     """Factors on the frequencies, and sqrt(1 + ln(factor) / ln(trained length)) on cos and sin (arXiv 2402.13753)."""
     fields: dict[str, Any] = {"attention_factor": rope.get("attention_factor")}
     for name in ("short_factor", "long_factor"):

@@ -15,8 +15,9 @@ from convert.families.layer_norm import COHERE2, STABLELM
 from convert.families.llama import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3
 from convert.families.olmo import OLMO2, OLMO3
 from convert.families.phi import PHI3
+from convert.families.uncovered import UNCOVERED
 
-__all__ = ["ACTIVATIONS", "FAMILIES", "Family"]
+__all__ = ["ACTIVATIONS", "FAMILIES", "UNCOVERED", "Family"]
 
 _EXPERTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GRANITE_MOE, GPT_OSS, DEEPSEEK_V2, DEEPSEEK_V3)
 _DENSE = (GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3, PHI3, SMOLLM3, GRANITE, STABLELM, COHERE2)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from convert.families.llama import ATTENTION_BIAS, LLAMA, LLAMA_FIELDS, LLAMA_TENSORS
-from convert.json_files import integer, only, optional
+from convert.json_files import FLAG, integer, only, optional
 
 FIELDS = {**LLAMA_FIELDS, "norm_eps": "layer_norm_eps"}
 LAYER_NORM = {"norm": "layer", "gated_mlp": True, "mlp_bias": False, "qk_norm": False}
@@ -31,6 +31,7 @@ STABLELM = dataclasses.replace(
     required={"qk_layernorm": False},  # a LayerNorm for every head
     refused=("head_dim",),  # its rotary frequencies would follow it
     partial_rotary=True,
+    keys={"rotary_scaling_factor": only(1.0), "use_norm_bias": FLAG},  # of the first release; norms always have a bias
 )
 
 
@@ -63,7 +64,7 @@ COHERE2 = dataclasses.replace(
         "use_embedding_sharing": only(True),
         "use_gated_activation": only(True),
         "use_parallel_block": only(True),
-        "use_parallel_embedding": only(False),
+        "use_parallel_embedding": FLAG,  # how it is cut for several devices
         "use_qk_norm": only(False),
     },
 )

@@ -13,7 +13,7 @@ from checkpoints import DEFAULTS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from convert.configs import ROPE_KINDS, decoder_config, hugging_face_config
-from convert.families import FAMILIES
+from convert.families import FAMILIES, UNCOVERED
 from jaxhess.models import DecoderConfig, RopeConfig
 from jaxhess.models.rotary import frequencies
 
@@ -123,7 +123,12 @@ def test_sliding_window_applies_where_transformers_applies_it(
     ("hf_config", "sentence"),
     [
         ({}, f"config.json names no model_type; supported are {', '.join(sorted(FAMILIES))}."),
-        ({"model_type": "mamba"}, "config.json has model_type 'mamba', which is unsupported; supported are "),
+        ({"model_type": "maba"}, "config.json has model_type 'maba', which is unsupported; supported are "),
+        (
+            {"model_type": "mamba"},
+            "unsupported; the nearest that is supported is llama, which lacks layers with a state",
+        ),
+        ({"model_type": "gemma3"}, "the nearest that is supported is gemma3_text, which lacks images (its text model"),
         (raw("llama", quantization_config={"quant_method": "gptq"}), "quantized (quantization_config: gptq)"),
         (raw("llama", hidden_act="quick_gelu"), "hidden_act='quick_gelu' is not supported; known are silu"),
         (raw("llama", partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported for llama"),
@@ -229,6 +234,13 @@ def test_a_config_made_from_a_decoder_names_its_family_and_reads_back(model_type
     made = hugging_face_config(config)
     assert made["model_type"] == model_type
     assert decoder_config(made, "bfloat16") == config
+
+
+def test_what_is_nearest_to_an_uncovered_architecture_is_covered_and_both_exist() -> None:
+    assert {nearest for nearest, _ in UNCOVERED.values()} <= FAMILIES.keys()
+    assert not UNCOVERED.keys() & FAMILIES.keys()
+    code_of_their_own = {"internlm2", "phi3_v"}  # on the hub, not in transformers
+    assert UNCOVERED.keys() - code_of_their_own <= set(transformers.CONFIG_MAPPING)
 
 
 def test_how_a_model_is_computed_is_no_part_of_its_config() -> None:

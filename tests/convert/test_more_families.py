@@ -74,6 +74,37 @@ MORE: list[tuple[str, str, dict[str, Any]]] = [
      {"first_k_dense_replace": 0, "norm_topk_prob": False, "rope_interleave": False, "q_lora_rank": None,
       "tie_word_embeddings": True, "n_group": 1, "topk_group": 1, "attention_bias": True, "rms_norm_eps": 1e-5}),
 ]  # fmt: skip
+MORE += [
+    ("gemma, three layers, biases, untied", "gemma",
+     {"num_hidden_layers": 3, "attention_bias": True, "tie_word_embeddings": False, "rope_theta": 300.0}),
+    ("gemma2, no caps, biases, untied, one key head, the second layer slides", "gemma2",
+     {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True,
+      "tie_word_embeddings": False, "num_key_value_heads": 1, "layer_types": ["full_attention", "sliding_attention"]}),
+    ("gemma3, new spelling, three layers of which the second is local, capped logits, biases", "gemma3_text",
+     {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+      "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 900.0},
+                          "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+      "max_position_embeddings": 8, "final_logit_softcapping": 2.0, "attention_bias": True}),
+    ("olmo2, biases, tied, one key head", "olmo2",
+     {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1, "rope_scaling": YARN}),
+    ("olmo3, three layers of one kind of positions, biases", "olmo3",
+     {"num_hidden_layers": 3, "attention_bias": True, "num_key_value_heads": 4}),
+    ("phi3, window, tied, one key head", "phi3",
+     {"sliding_window": 5, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ("phi3, short sequences of longrope", "phi3",
+     {"original_max_position_embeddings": 32, "num_key_value_heads": 4,
+      "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.5, 3.0]}}),
+    ("smollm3, biases, untied, sliding where not rotated", "smollm3",
+     {"no_rope_layers": [0, 1, 1], "num_hidden_layers": 3, "attention_bias": True, "mlp_bias": True,
+      "tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 5}),
+    ("granite, biases, tied", "granite",
+     {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "residual_multiplier": 0.5}),
+    ("stablelm, side by side with one norm, tied", "stablelm",
+     {"use_parallel_residual": True, "tie_word_embeddings": True, "partial_rotary_factor": 0.5}),
+    ("cohere2, biases, untied, the second layer slides", "cohere2",
+     {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 4,
+      "layer_types": ["full_attention", "sliding_attention"]}),
+]  # fmt: skip
 """Further shapes of them: slow."""
 
 
