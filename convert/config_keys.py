@@ -11,7 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from convert.families import FAMILIES, Family
-from convert.json_files import ANYTHING, FLAG, OBJECT, TEXT, TEXTS, Kind, check, integer, number, optional, shown
+from convert.json_files import (
+    ANYTHING,
+    FLAG,
+    NUMBERS,
+    OBJECT,
+    TEXT,
+    TEXTS,
+    Kind,
+    check,
+    integer,
+    number,
+    optional,
+    shown,
+)
 from jaxhess.errors import InputError
 
 SIZE, LAYERS = integer(1), integer(1, 10_000)
@@ -22,7 +35,8 @@ FIELD_KINDS = {
     "num_layers": LAYERS,
     "max_positions": SIZE,
     "norm_eps": number(0, 1),
-    **dict.fromkeys(("tied_embeddings", "parallel_residual", "qkv_bias", "out_bias", "mlp_bias"), FLAG),
+    **dict.fromkeys(("tied_embeddings", "parallel_residual", "shared_norm"), FLAG),
+    **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), FLAG),
     **dict.fromkeys(("experts.num_experts", "experts.top_k", "experts.mlp_dim", "experts.shared_dim"), SIZE),
     **dict.fromkeys(("experts.groups", "experts.top_groups"), optional(SIZE)),
     "experts.renormalized": FLAG,
@@ -43,6 +57,7 @@ ROPE_VALUES = {
     "beta_slow": optional(number(0, 1e6)),
     "truncate": FLAG,
     "attention_factor": optional(POSITIVE),
+    **dict.fromkeys(("short_factor", "long_factor"), optional(NUMBERS)),
     "mscale": optional(number(0, 1e3)),
     "mscale_all_dim": optional(number(0, 1e3)),
     "partial_rotary_factor": optional(FRACTION),
@@ -68,8 +83,6 @@ ROTARY_KINDS = {
 IGNORED = ("dual_chunk_attention_config",)
 """Keys that change the function in other programs (vLLM, for Qwen2.5-1M), and that nothing in `transformers` reads."""
 
-NEOX_ROTARY_KINDS = {"rotary_pct": optional(FRACTION), "rotary_emb_base": optional(POSITIVE)}
-
 IRRELEVANT = {
     "what wrote the file, or what it is for": (
         "transformers_version name_or_path dtype torch_dtype tokenizer_class prefix finetuning_task "
@@ -79,7 +92,7 @@ IRRELEVANT = {
     "how the same function is computed": (
         "use_cache output_attentions output_hidden_states output_past return_dict torchscript use_bfloat16 "
         "attn_implementation use_flash_attention use_flash_attn chunk_size_feed_forward reorder_and_upcast_attn "
-        "pretraining_tp ep_size gradient_checkpointing is_decoder tf_legacy_loss"
+        "pretraining_tp ep_size cache_implementation gradient_checkpointing is_decoder tf_legacy_loss"
     ),
     "training: where it starts, and dropout, which we leave out as `transformers` does in evaluation": (
         "initializer_range attention_dropout hidden_dropout attention_probs_dropout_prob hidden_dropout_prob "
@@ -120,6 +133,11 @@ ONLY_AT: dict[str, Any] = {
     "residual_multiplier": 1,
     "logits_scaling": 1,
     "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "logit_scale": None,
+    "no_rope_layers": None,
 }
 """Keys that change the function of a family that reads them, except at this value (or null); of one that does not they
 say that the file is another's. One that is in no table here is refused unless it is null."""
@@ -134,8 +152,6 @@ def understood(family: Family) -> dict[str, Kind]:
     kinds |= {family.activation: TEXT, "layer_types": optional(TEXTS), **dict.fromkeys(family.sizes, SIZE)}
     if "rope" not in family.constants:
         kinds |= ROTARY_KINDS
-    if family.partial_rotary:
-        kinds |= NEOX_ROTARY_KINDS
     if family.window != "none":
         kinds["sliding_window"] = optional(SIZE)
     return {**kinds, **family.keys}
@@ -168,15 +184,18 @@ def relevant(family: Family, hf_config: dict[str, Any], file: str | Path) -> dic
         if key not in ONLY_AT and (key in elsewhere or key in IGNORED):
             ignored.append(key)
         elif key not in ONLY_AT or value != ONLY_AT[key]:
-            only = f"only {shown(ONLY_AT[key])} is supported" if key in ONLY_AT else "it is not understood"
+            right = ONLY_AT.get(key)
+            only = "it is not understood" if right is None else f"only {shown(right)} is supported"
             raise InputError(f"{file} has {shown(key)[1:-1]} {shown(value)}; {only} for {family.model_type}.")
     chosen = {key: value for key, value in hf_config.items() if key in kinds}
     unsaid = _check_sizes(family, chosen, file)
     check({key: value for key, value in chosen.items() if key not in unsaid}, kinds, file)
     for name in ("rope_scaling", "rope_parameters"):
         rope = chosen.get(name) or {}
-        check(rope, ROPE_VALUES, f"{name} in {file}")
-        ignored += [key for key in ROPE_IGNORED if key in rope]
+        by_layer = [value for value in rope.values() if isinstance(value, dict)]
+        for part in [rope, *by_layer]:
+            check(part, ROPE_VALUES, f"{name} in {file}")
+            ignored += [key for key in ROPE_IGNORED if key in part]
     if ignored:
         warnings.warn(
             f"{file} has {', '.join(sorted(ignored))}: ignored, as transformers ignores it in a {family.model_type}.",

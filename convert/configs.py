@@ -15,23 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from convert.config_keys import ROPE_VALUES, relevant
-from convert.families import ACTIVATIONS, FAMILIES, Family
+from convert.families import ACTIVATIONS, FAMILIES, UNCOVERED, Family
 from convert.json_files import check, one_line, shown
 from convert.quantized import quantization_method
 from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, ExpertsConfig, LatentConfig, RopeConfig
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def family_of(hf_config: dict[str, Any], file: str | Path = "config.json") -> Family:
     """The table of the model that a raw `config.json` describes; InputError names an unsupported one."""
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
+        known = f"supported are {', '.join(sorted(FAMILIES))}"
+        if isinstance(model_type, str) and model_type in UNCOVERED:
+            nearest, lacking = UNCOVERED[model_type]
+            known = f"the nearest that is supported is {nearest}, which lacks {lacking}"
         said = f"has model_type {shown(model_type)}, which is unsupported"
-        raise InputError(f"{file} {'names no model_type' if model_type is None else said}; supported are {known}.")
+        raise InputError(f"{file} {'names no model_type' if model_type is None else said}; {known}.")
     return FAMILIES[model_type]
 
 
@@ -89,7 +93,8 @@ def _fields(family: Family, full: Any) -> dict[str, Any]:
     fields.setdefault("activation", ACTIVATIONS[activation])
     fields["sliding_window"], fields["sliding_layers"] = _sliding(family, full)
     if "rope" not in fields:
-        fields["rope"] = dataclasses.replace(_rope(family, full, fields["head_dim"]), **inner.get("rope", {}))
+        fields |= _ropes(family, full, fields["head_dim"])
+        fields["rope"] = dataclasses.replace(fields["rope"], **inner.get("rope", {}))
     return fields
 
 
@@ -137,7 +142,7 @@ def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:
     window = getattr(full, "sliding_window", None)
     kinds: Any = getattr(full, "layer_types", None)
     if family.window == "layer types":
-        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+        unknown = sorted(set(kinds) - set(LAYER_TYPES))
         if unknown:
             raise InputError(
                 f"layer_types has {unknown[0]!r}; only full_attention and sliding_attention are supported."
@@ -145,7 +150,7 @@ def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:
         sliding = tuple(kind == "sliding_attention" for kind in kinds)
         if not any(sliding):
             return None, ()
-        if not window:
+        if not window or getattr(full, "use_sliding_window", True) is False:
             raise InputError("layer_types asks for sliding_attention but use_sliding_window or sliding_window is off.")
         return window, () if all(sliding) else sliding
     if family.window == "none":
@@ -156,9 +161,23 @@ def _sliding(family: Family, full: Any) -> tuple[int | None, tuple[bool, ...]]:
     return window, ()
 
 
-def _rope(family: Family, full: Any, head_dim: int) -> RopeConfig:
-    """Rotary positions from the standardised `rope_parameters`."""
-    rope = dict(full.rope_parameters)
+def _ropes(family: Family, full: Any, head_dim: int) -> dict[str, Any]:
+    """Rotary positions from the standardised `rope_parameters`, and which layers have others."""
+    parameters = full.rope_parameters
+    if not family.rope_by_layer:
+        return {"rope": _rope(family, full, parameters, head_dim)}
+    unknown = sorted(parameters.keys() - set(LAYER_TYPES))
+    if unknown:
+        raise InputError(f"rope_parameters has {shown(unknown[0])}, which is not understood beside layer types.")
+    main, local = (_rope(family, full, parameters[kind], head_dim) for kind in LAYER_TYPES)
+    if main == local:
+        return {"rope": main}
+    layers = tuple("local" if kind == "sliding_attention" else "main" for kind in full.layer_types)
+    return {"rope": main, "local_rope": local, "rope_layers": layers}
+
+
+def _rope(family: Family, full: Any, parameters: dict[str, Any], head_dim: int) -> RopeConfig:
+    rope = dict(parameters)
     kind = rope.get("rope_type", "default")
     if any(isinstance(value, dict) for value in rope.values()):
         raise InputError("rope_parameters differ by layer type, which is not supported.")
@@ -182,11 +201,13 @@ def _rope(family: Family, full: Any, head_dim: int) -> RopeConfig:
 
     trained = full.max_position_embeddings if kind == "dynamic" else rope.get("original_max_position_embeddings")
     factor = rope.get("factor")
-    if factor is None and kind == "yarn":
+    if factor is None and kind in ("yarn", "longrope"):
         factor = full.max_position_embeddings / trained
-    options["factor"] = _number(rope | {"factor": factor}, "factor", kind)
     if kind != "linear":
         options["original_max_positions"] = trained
+    if kind == "longrope":
+        return RopeConfig(**options, **_longrope(rope, factor, int(head_dim * part)))
+    options["factor"] = _number(rope | {"factor": factor}, "factor", kind)
     if kind == "llama3":
         options["low_freq_factor"] = _number(rope, "low_freq_factor", kind)
         options["high_freq_factor"] = _number(rope, "high_freq_factor", kind)
@@ -202,6 +223,22 @@ def _number(rope: dict[str, Any], name: str, kind: str) -> float:
     if rope.get(name) is None:
         raise InputError(f"RoPE scaling {kind!r} needs the number {name}.")
     return float(rope[name])
+
+
+def _longrope(rope: dict[str, Any], factor: Any, dims: int) -> dict[str, Any]:
+    """Factors on the frequencies, and sqrt(1 + ln(factor) / ln(trained length)) on cos and sin (arXiv 2402.13753)."""
+    fields: dict[str, Any] = {"attention_factor": rope.get("attention_factor")}
+    for name in ("short_factor", "long_factor"):
+        factors = rope.get(name) or ()
+        if len(factors) != dims // 2:
+            raise InputError(f"{name} has {len(factors)} numbers for {dims // 2} frequencies.")
+        fields[f"{name}s"] = tuple(map(float, factors))
+    if fields["attention_factor"] is None:
+        trained = rope["original_max_position_embeddings"]
+        if trained == 1:
+            raise InputError("original_max_position_embeddings is 1; longrope needs a trained context.")
+        fields["attention_factor"] = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+    return fields
 
 
 def yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
@@ -237,8 +274,12 @@ def _described_by(family: Family, config: DecoderConfig) -> dict[str, Any]:
         layers = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
         described["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in layers]
     if config.rope is not None and "rope" not in family.constants:
-        rope = _described_rope(config, config.rope, family.partial_rotary)
-        described["rope_parameters"] = {**rope, **described.get("rope_parameters", {})}
+        ropes = (config.rope, config.local_rope or config.rope)
+        main, local = (_described_rope(config, rope, family.partial_rotary) for rope in ropes)
+        if family.rope_by_layer:
+            described["rope_parameters"] = dict(zip(LAYER_TYPES, (main, local), strict=True))
+        else:
+            described["rope_parameters"] = {**main, **described.get("rope_parameters", {})}
     return described
 
 
@@ -253,14 +294,17 @@ def _described_rope(config: DecoderConfig, rope: RopeConfig, partial: bool) -> d
     described: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
     if partial:
         described["partial_rotary_factor"] = config.rotary_dims / config.head_dim
-    if rope.kind != "default":
+    if rope.kind not in ("default", "longrope"):
         described["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
+    if rope.kind in ("llama3", "yarn", "longrope"):
         described["original_max_position_embeddings"] = rope.original_max_positions
     if rope.kind == "llama3":
         described |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.kind == "yarn":
         described |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+    if rope.kind == "longrope":
+        described |= {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+    if rope.kind in ("yarn", "longrope"):
         described["attention_factor"] = rope.attention_factor
     return described
 
@@ -279,6 +323,7 @@ def comparable(config: DecoderConfig) -> DecoderConfig:
         config,
         rope=rope,
         rope_layers=() if set(config.rope_layers) <= {"main"} else config.rope_layers,
+        attention_scale=config.score_scale,
         experts=experts,
         sliding_window=window,
         sliding_layers=layers if window is not None else (),

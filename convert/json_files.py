@@ -40,10 +40,19 @@ def optional(kind: Kind) -> Kind:
     return Kind(f"{kind.says} or null", lambda value: value is None or kind.fits(value))
 
 
+def only(*values: Any) -> Kind:
+    """One of these values."""
+    return Kind(" or ".join(json.dumps(value) for value in values), lambda value: value in values)
+
+
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
 ANYTHING = Kind("anything", lambda value: True)
+NUMBERS = Kind(
+    "a list of positive numbers",
+    lambda v: isinstance(v, list) and all(type(x) in (int, float) and 0 < x <= 1e30 for x in v),
+)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 

@@ -110,10 +110,10 @@ def _quadrature(alphas: np.ndarray, betas: np.ndarray) -> Measure:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _activations(config: DecoderConfig, mesh: Mesh | None, params: Params, tokens: jax.Array) -> tuple[jax.Array, ...]:
-    """The residual stream [L + 1, B, T, D], the final states [B, T, D], and the logits [B, T, V]."""
+    """The residual stream [L + 1, B, T, D], the final states [B, T, D] without the factor on logits, and the logits."""
     decoder = nnx.merge(model_graph(config, mesh), params)
     with jax.default_matmul_precision("highest"):
-        return decoder.states(tokens), decoder.hidden(tokens), decoder(tokens)
+        return decoder.states(tokens), decoder.hidden(tokens) / config.logit_scale, decoder(tokens)
 
 
 @jax.jit

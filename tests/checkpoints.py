@@ -66,6 +66,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_LLAMA, "head_dim": 6, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": {**_DEEPSEEK, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+    "gemma": {**_LLAMA, "head_dim": 6},
+    "gemma2": {**_LLAMA, "head_dim": 6, "sliding_window": 5},
+    "gemma3_text": {**_LLAMA, "head_dim": 6, "sliding_window": 5},
+    "olmo2": _LLAMA,
+    "olmo3": {**_LLAMA, "sliding_window": 5},
+    "phi3": _LLAMA,
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
+    "stablelm": {**_LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1},  # a quarter of a head is rotated
+    "cohere2": {**_LLAMA, "sliding_window": 5},
     "gpt2": {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }
 """Options of a tiny model of each family."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from convert.families.llama import (
     GATED_RMS,
+    GRANITE,
     LLAMA,
     LLAMA_FIELDS,
     LLAMA_TENSORS,
@@ -222,18 +223,13 @@ GRANITE_MOE = dataclasses.replace(
         ),
     ),
     fields={
-        **LLAMA_FIELDS,
-        "qkv_bias": "attention_bias",
-        "out_bias": "attention_bias",
-        "embed_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "attention_scale": "attention_multiplier",
+        **{ours: theirs for ours, theirs in GRANITE.fields.items() if ours != "mlp_bias"},
         "experts.num_experts": "num_local_experts",
         "experts.top_k": "num_experts_per_tok",
         "experts.mlp_dim": "intermediate_size",
     },
     constants={**GATED_RMS, "mlp_bias": False, "qk_norm": False, "experts.scores": "softmax of chosen"},
-    derive=lambda full: {"logit_scale": 1 / full.logits_scaling},
-    describe=lambda config: {"logits_scaling": 1 / config.logit_scale},
-    keys={**UNUSED, "logits_scaling": number(1e-30, 1e30)},
+    derive=GRANITE.derive,
+    describe=GRANITE.describe,
+    keys={**UNUSED, **GRANITE.keys},
 )

@@ -34,6 +34,7 @@ class Family:
         activation: The attribute that names the activation.
         window: Which attributes say where the sliding window applies.
         partial_rotary: Only a part of each head may be rotated.
+        rope_by_layer: `rope_parameters` has those of full and of sliding attention.
         aliases: Other names in `config.json` of attributes in `fields` -> their own.
         refused: Keys of other families that this one's code in `transformers` reads too, and our decoder cannot.
         memory: Rows like those of `tensors`, and in place of them, for the names of `named_parameters()` in
@@ -58,6 +59,7 @@ class Family:
     activation: str = "hidden_act"
     window: Literal["none", "all layers", "layer types"] = "none"
     partial_rotary: bool = False
+    rope_by_layer: bool = False
     sizes: tuple[str, ...] = ()
     optional_sizes: tuple[str, ...] = ("num_kv_heads", "head_dim", "max_positions")
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from convert.families.family import Family
 from convert.families.llama import SIZES
+from convert.json_files import number, optional
 
 GPT_NEOX_TENSORS = (
     ("embed_in.weight", "embed/kernel", "vocab embed"),
@@ -80,6 +81,7 @@ GPT_NEOX = Family(
     head_alias="lm_head.weight",  # its name inside transformers 5, and in files that were saved without renaming
     partial_rotary=True,
     refused=("head_dim",),  # its rotary frequencies would follow it
+    keys={"rotary_pct": optional(number(1e-6, 1)), "rotary_emb_base": optional(number(1e-30, 1e30))},
 )
 
 GPT2 = Family(

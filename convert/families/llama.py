@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from convert.families.family import Family
-from convert.json_files import FLAG, Kind, integer
+from convert.json_files import FLAG, Kind, integer, number, optional
 from jaxhess.models import DecoderConfig
 
 SIZES = {
@@ -82,6 +82,8 @@ def described_window(config: DecoderConfig) -> dict[str, Any]:
     return {"use_sliding_window": config.sliding_window is not None}
 
 
+ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+
 QWEN2 = dataclasses.replace(
     LLAMA,
     model_type="qwen2",
@@ -102,4 +104,55 @@ QWEN3 = dataclasses.replace(
     window="layer types",
     describe=described_window,
     keys=WINDOW_KEYS,
+)
+
+
+ROTATED = Kind(
+    "a list of 0 and 1, the latter for layers with rotary positions",
+    lambda v: isinstance(v, list) and len(v) > 0 and all(type(x) is int and x in (0, 1) for x in v),
+)
+
+
+def _rotated_layers(full: Any) -> dict[str, Any]:
+    return {
+        "rope_layers": tuple("main" if rotated else "none" for rotated in full.no_rope_layers[: full.num_hidden_layers])
+    }
+
+
+def _described_layers(config: DecoderConfig) -> dict[str, Any]:
+    rotated = config.rope_layers or ("main",) * config.num_layers
+    return {**described_window(config), "no_rope_layers": [int(kind == "main") for kind in rotated]}
+
+
+SMOLLM3 = dataclasses.replace(
+    QWEN3,
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    fields={**LLAMA_FIELDS, **ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+    constants={**GATED_RMS, "qk_norm": False},
+    derive=_rotated_layers,
+    describe=_described_layers,
+    keys={
+        **WINDOW_KEYS,
+        "no_rope_layers": optional(ROTATED),
+        "no_rope_layer_interval": integer(1),
+    },
+)
+
+GRANITE = dataclasses.replace(
+    LLAMA,
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    fields={
+        **LLAMA.fields,
+        "embed_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "attention_scale": "attention_multiplier",
+    },
+    derive=lambda full: {"logit_scale": 1 / full.logits_scaling},
+    describe=lambda config: {
+        "logits_scaling": 1 / config.logit_scale,  # 1 / (1 / (1 / x)) is 1 / x
+        "attention_multiplier": config.score_scale,
+    },
+    keys={"logits_scaling": number(1e-30, 1e30)},
 )

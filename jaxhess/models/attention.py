@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.fused_attention import fused_attention, tile_table
-from jaxhess.models.layers import Norm, Projection
+from jaxhess.models.layers import Norm, Projection, scaled
 from jaxhess.models.rotary import rotary_tables, rotate
 from jaxhess.models.vocabulary import narrow_precision, softcapped
 
@@ -47,7 +47,7 @@ class Attention(nnx.Module):
         tiles = tile_table(self.config, self.mesh)
         if tiles is not None:
             if self.config.attention_scale is not None:  # the kernel has its own
-                query = query * jnp.asarray(self.config.attention_scale * self.config.head_dim**0.5, query.dtype)
+                query = scaled(query, self.config.attention_scale * self.config.head_dim**0.5)
             query = query.reshape(*query.shape[:2], *by_group, -1)
             attended = fused_attention(query, key, value, window, self.mesh, tiles, sinks)
             return self._out(attended.reshape(*x.shape[:2], self.config.num_heads, -1))

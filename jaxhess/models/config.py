@@ -215,7 +215,7 @@ class DecoderConfig:
         attention_softcap: c in c tanh(score / c); None: scores as they are.
         attention_sinks: Every head has one more score, learned, whose weight falls away (gpt-oss).
         experts: Mixture of experts; None: a feed-forward in every layer.
-        embed_scale, residual_scale, logit_scale: Factors on embeddings, on what a layer adds, and on logits.
+        embed_scale, residual_scale, logit_scale: Factors on embeddings (rounded to `dtype`), a layer's results, logits.
         logit_softcap: c in c tanh(logit / c); None: logits as they are.
         sliding_window: Tokens a query may look back on, itself included; None: all.
         sliding_layers: For each layer whether the window applies; empty: to all layers.

@@ -25,7 +25,7 @@ from jaxhess.models.attention import ATTENTION, Attention, LatentAttention
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.experts import Experts, Routing
 from jaxhess.models.fused_attention import attend_p
-from jaxhess.models.layers import FEED_FORWARD, FeedForward, Norm, Projection
+from jaxhess.models.layers import FEED_FORWARD, FeedForward, Norm, Projection, scaled
 from jaxhess.models.rotary import KINDS
 from jaxhess.models.vocabulary import matmul_transposed, softcapped
 from jaxhess.vectors import in_order
@@ -56,19 +56,16 @@ class Block(nnx.Module):
         attended = _applied(self.attention_out_norm, self.attention(read, facts.window, facts.rope))
         if self.parallel_residual:
             changed, routing = self._feed_forward(read if self.mlp_norm is None else self.mlp_norm(x), facts)
-            return x + self._scaled(attended + changed), routing
-        x = x + self._scaled(attended)
+            return x + scaled(attended + changed, self.residual_scale), routing
+        x = x + scaled(attended, self.residual_scale)
         changed, routing = self._feed_forward(_applied(self.mlp_norm, x), facts)
-        return x + self._scaled(_applied(self.mlp_out_norm, changed)), routing
+        return x + scaled(_applied(self.mlp_out_norm, changed), self.residual_scale), routing
 
     def _feed_forward(self, x: jax.Array, facts: LayerFacts) -> tuple[jax.Array, Routing | None]:
         if self.experts is not None:
             return self.experts(x, facts.chosen)
         assert self.mlp is not None
         return self.mlp(x), None
-
-    def _scaled(self, x: jax.Array) -> jax.Array:
-        return x if self.residual_scale == 1 else x * jnp.asarray(self.residual_scale, x.dtype)
 
 
 def _applied(norm: Norm | None, x: jax.Array) -> jax.Array:
@@ -129,8 +126,7 @@ class Decoder(nnx.Module):
         return jnp.concatenate([x[None], self._through_layers(x, keep="states")[1]])
 
     def _final(self, x: jax.Array) -> jax.Array:
-        x = self.final_norm(x)
-        return x if self.config.logit_scale == 1 else x * jnp.asarray(self.config.logit_scale, x.dtype)
+        return scaled(self.final_norm(x), self.config.logit_scale)
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:
         """What enters the first layer, [B, T, D]."""

@@ -81,6 +81,13 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a factor that is not rounded to the dtype of x, of which the error would be in every entry alike."""
+    if factor == 1:
+        return x
+    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)
+
+
 FEED_FORWARD = "feed_forward"
 """Name of the states inside the feed-forward that a checkpoint may keep."""
 

@@ -332,11 +332,10 @@ def in_float64(model: Any) -> Iterator[Any]:
     try:
         wide = copy.deepcopy(model).double()
         for module in wide.modules():
-            if hasattr(module, "inv_freq") and hasattr(module, "rope_type"):
-                module.inv_freq = _rotary_frequencies(module)
-                module.original_inv_freq = module.inv_freq
-                if hasattr(module, "original_max_seq_len"):  # dynamic RoPE: as before its first forward
-                    module.max_seq_len_cached = module.original_max_seq_len
+            if hasattr(module, "rope_type"):
+                _widen_rotary(module)
+            if hasattr(module, "scalar_embed_scale"):
+                module.embed_scale = torch.tensor(module.scalar_embed_scale)
         yield wide
     finally:
         torch.float32 = torch.float = narrow
@@ -344,12 +343,20 @@ def in_float64(model: Any) -> Iterator[Any]:
         torch.set_default_dtype(default)
 
 
-def _rotary_frequencies(module: Any) -> torch.Tensor:
+def _widen_rotary(module: Any) -> None:
+    """Frequencies again, as before the first forward of dynamic and long RoPE: some models have them by layer type."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    default = module.rope_type == "default"
-    compute = module.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[module.rope_type]
-    return compute(module.config)[0].double()
+    by_layer = isinstance(module.rope_type, dict)
+    for layer_type, kind in module.rope_type.items() if by_layer else [(None, module.rope_type)]:
+        compute = module.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
+        rates = compute(module.config, **({"layer_type": layer_type} if by_layer else {}))[0].double()
+        prefix = f"{layer_type}_" if by_layer else ""
+        setattr(module, f"{prefix}inv_freq", rates)
+        setattr(module, f"{prefix}original_inv_freq", rates.clone())
+        module.__dict__.pop(f"{prefix}long_inv_freq", None)
+    if hasattr(module, "original_max_seq_len"):
+        module.max_seq_len_cached = module.original_max_seq_len
 
 
 def _batches(blocks: TokenBlocks, microbatch: int) -> list[Batch]:

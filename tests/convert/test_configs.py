@@ -13,7 +13,7 @@ from checkpoints import DEFAULTS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from convert.configs import ROPE_KINDS, decoder_config, hugging_face_config
-from convert.families import FAMILIES
+from convert.families import FAMILIES, UNCOVERED
 from jaxhess.models import DecoderConfig, RopeConfig
 from jaxhess.models.rotary import frequencies
 
@@ -32,15 +32,20 @@ ROPES: list[dict[str, Any]] = [
      "truncate": False},
     # Contexts so short that the ramp ends before it begins.
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
+    # The factors have a number for each frequency: those of the heads' width in the test.
+    {"rope_type": "longrope", "original_max_position_embeddings": 2048},
+    {"rope_type": "longrope", "original_max_position_embeddings": 512, "factor": 2.0},
+    {"rope_type": "longrope", "original_max_position_embeddings": 4096, "attention_factor": 1.3},
     {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 1024},
 ]  # fmt: skip
 # How far two float32 evaluations of one formula lie apart, in eps = 2^-23: the powers of NumPy and torch each round by
 # up to eps (measured: 0.94 with AVX-512, 0.5 without), which makes 2, and every later operation by half an eps on each
-# side. `dynamic`: 1 / power. `linear`: divided once more. `yarn`: 1 / (factor power), times a weight, plus the other.
+# side. `dynamic`: 1 / power. `longrope`: times a factor first. `linear`: divided once more. `yarn`: 1 / (factor power),
+# times a weight, plus the other.
 # `llama3`: the ramp's position has 2 pi and the trained length divided in, 5, and moves the frequency by up to
 # (factor - 1) / (high_freq_factor - low_freq_factor) = 2.33 times as much where the ramp begins; 3 for the frequency,
 # and 7 operations of the ramp and the mean.
-ROUNDINGS = {"dynamic": 3, "linear": 4, "yarn": 6, "llama3": 22}
+ROUNDINGS = {"dynamic": 3, "longrope": 4, "linear": 4, "yarn": 6, "llama3": 22}
 
 
 def raw(model_type: str, **options: Any) -> dict[str, Any]:
@@ -48,9 +53,17 @@ def raw(model_type: str, **options: Any) -> dict[str, Any]:
     return {"model_type": model_type, **DEFAULTS[model_type], **options}
 
 
+def with_factors(rope: dict[str, Any], count: int) -> dict[str, Any]:
+    if rope["rope_type"] != "longrope":
+        return rope
+    factors = np.linspace(1, 3, count).tolist()
+    return {**rope, "short_factor": factors, "long_factor": [1.7 * x for x in factors]}
+
+
 @pytest.mark.parametrize("head_dim", [8, 128])
 @pytest.mark.parametrize("rope", ROPES, ids=str)
 def test_rotary_frequencies_are_those_of_transformers(rope: dict[str, Any], head_dim: int) -> None:
+    rope = with_factors(rope, head_dim // 2)
     hf_config = raw("llama", rope_theta=10000.0, rope_scaling=rope, head_dim=head_dim, max_position_embeddings=4096)
     full = transformers.LlamaConfig.from_dict(copy.deepcopy(hf_config))
     ours = decoder_config(hf_config).rope
@@ -110,7 +123,12 @@ def test_sliding_window_applies_where_transformers_applies_it(
     ("hf_config", "sentence"),
     [
         ({}, f"config.json names no model_type; supported are {', '.join(sorted(FAMILIES))}."),
-        ({"model_type": "mamba"}, "config.json has model_type 'mamba', which is unsupported; supported are "),
+        ({"model_type": "maba"}, "config.json has model_type 'maba', which is unsupported; supported are "),
+        (
+            {"model_type": "mamba"},
+            "unsupported; the nearest that is supported is llama, which lacks layers with a state",
+        ),
+        ({"model_type": "gemma3"}, "the nearest that is supported is gemma3_text, which lacks images (its text model"),
         (raw("llama", quantization_config={"quant_method": "gptq"}), "quantized (quantization_config: gptq)"),
         (raw("llama", hidden_act="quick_gelu"), "hidden_act='quick_gelu' is not supported; known are silu"),
         (raw("llama", partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported for llama"),
@@ -175,7 +193,7 @@ def test_sizes_with_a_default_may_be_left_out_and_general_names_are_understood()
 
 @pytest.mark.parametrize("rope", ROPES[:-1], ids=str)
 def test_a_config_made_from_a_decoder_with_scaled_rope_reads_back(rope: dict[str, Any]) -> None:
-    config = decoder_config(raw("qwen2", rope_scaling=rope))
+    config = decoder_config(raw("qwen2", rope_scaling=with_factors(rope, 2)))
     assert decoder_config(hugging_face_config(config)) == config
 
 
@@ -190,6 +208,23 @@ def test_a_config_made_from_a_decoder_with_scaled_rope_reads_back(rope: dict[str
         ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
         ("gpt2", {"n_inner": 24, "tie_word_embeddings": False}),
         ("granitemoe", {"logits_scaling": 8 / 3, "attention_multiplier": 0.1}),
+        ("gemma", {"hidden_act": "gelu"}),
+        ("gemma2", {"query_pre_attn_scalar": 144, "attn_logit_softcapping": None}),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 2, "final_logit_softcapping": 30.0}),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 2, "rope_theta": 10000.0}),
+        ("olmo3", {"rope_scaling": MSCALE, "attention_bias": True}),
+        (
+            "phi3",
+            {
+                "sliding_window": 7,
+                "original_max_position_embeddings": 32,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.0, 4.0]},
+            },
+        ),
+        ("smollm3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 7}),
+        ("granite", {"logits_scaling": 7.0, "attention_multiplier": 0.5}),  # a scale of 4^-0.5 like the others
+        ("stablelm", {"use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+        ("cohere2", {"layer_types": ["full_attention", "sliding_attention"]}),
         ("deepseek_v2", {"rope_scaling": MSCALE, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}),
         ("deepseek_v3", {"rope_scaling": MSCALE | {"mscale_all_dim": 0.707}, "rope_interleave": False}),
     ],
@@ -201,12 +236,19 @@ def test_a_config_made_from_a_decoder_names_its_family_and_reads_back(model_type
     assert decoder_config(made, "bfloat16") == config
 
 
+def test_what_is_nearest_to_an_uncovered_architecture_is_covered_and_both_exist() -> None:
+    assert {nearest for nearest, _ in UNCOVERED.values()} <= FAMILIES.keys()
+    assert not UNCOVERED.keys() & FAMILIES.keys()
+    code_of_their_own = {"internlm2", "phi3_v"}  # on the hub, not in transformers
+    assert UNCOVERED.keys() - code_of_their_own <= set(transformers.CONFIG_MAPPING)
+
+
 def test_how_a_model_is_computed_is_no_part_of_its_config() -> None:
     config = dataclasses.replace(decoder_config(raw("gpt_neox")), query_chunk=7, remat=False)
     assert hugging_face_config(config) == hugging_face_config(decoder_config(raw("gpt_neox")))
 
 
 def test_a_decoder_of_no_family_is_not_described() -> None:
-    mixed = DecoderConfig(8, 8, 1, 1, 1, 8, 8, 8, norm="layer", gated_mlp=True, rope=RopeConfig())
+    mixed = DecoderConfig(8, 8, 1, 1, 1, 8, 8, 8, norm="layer", norms="after", rope=RopeConfig())
     with pytest.raises(ValueError, match="No supported Hugging Face architecture describes"):
         hugging_face_config(mixed)

@@ -34,6 +34,23 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("deepseek_v2", "deepseek_v2", {"rms_norm_eps": 1e-4}),
     ("deepseek_v3, yarn", "deepseek_v3", {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}}),
 ]  # fmt: skip
+DENSE: list[tuple[str, str, dict[str, Any]]] = [
+    ("gemma", "gemma", {"num_hidden_layers": 1, "hidden_size": 12}),
+    ("gemma2", "gemma2", {"query_pre_attn_scalar": 5, "attn_logit_softcapping": 0.7, "final_logit_softcapping": 1.5}),
+    ("gemma3, old spelling, window on all but every second", "gemma3_text",
+     {"sliding_window_pattern": 2, "rope_local_base_freq": 300.0,
+      "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 5000.0, "query_pre_attn_scalar": 7}),
+    ("olmo2", "olmo2", {}),
+    ("olmo3, yarn", "olmo3", {"layer_types": ["sliding_attention", "full_attention"], "rope_scaling": YARN}),
+    ("phi3, longrope, partly rotated", "phi3",
+     {"partial_rotary_factor": 0.5, "head_dim": 8, "hidden_size": 32, "original_max_position_embeddings": 16,
+      "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.5, 3.0]}}),
+    ("smollm3", "smollm3", {"no_rope_layer_interval": 2}),
+    ("granite", "granite", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0,
+                            "attention_multiplier": 0.3}),
+    ("stablelm", "stablelm", {"use_qkv_bias": True}),
+    ("cohere2", "cohere2", {"sliding_window_pattern": 2, "logit_scale": 0.3}),
+]  # fmt: skip
 MORE: list[tuple[str, str, dict[str, Any]]] = [
     ("mixtral window, tied, one of three experts", "mixtral",
      {"sliding_window": 5, "tie_word_embeddings": True, "num_local_experts": 3, "num_experts_per_tok": 1}),
@@ -57,6 +74,37 @@ MORE: list[tuple[str, str, dict[str, Any]]] = [
      {"first_k_dense_replace": 0, "norm_topk_prob": False, "rope_interleave": False, "q_lora_rank": None,
       "tie_word_embeddings": True, "n_group": 1, "topk_group": 1, "attention_bias": True, "rms_norm_eps": 1e-5}),
 ]  # fmt: skip
+MORE += [
+    ("gemma, three layers, biases, untied", "gemma",
+     {"num_hidden_layers": 3, "attention_bias": True, "tie_word_embeddings": False, "rope_theta": 300.0}),
+    ("gemma2, no caps, biases, untied, one key head, the second layer slides", "gemma2",
+     {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True,
+      "tie_word_embeddings": False, "num_key_value_heads": 1, "layer_types": ["full_attention", "sliding_attention"]}),
+    ("gemma3, new spelling, three layers of which the second is local, capped logits, biases", "gemma3_text",
+     {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+      "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 900.0},
+                          "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+      "max_position_embeddings": 8, "final_logit_softcapping": 2.0, "attention_bias": True}),
+    ("olmo2, biases, tied, one key head", "olmo2",
+     {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1, "rope_scaling": YARN}),
+    ("olmo3, three layers of one kind of positions, biases", "olmo3",
+     {"num_hidden_layers": 3, "attention_bias": True, "num_key_value_heads": 4}),
+    ("phi3, window, tied, one key head", "phi3",
+     {"sliding_window": 5, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ("phi3, short sequences of longrope", "phi3",
+     {"original_max_position_embeddings": 32, "num_key_value_heads": 4,
+      "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [1.5, 3.0]}}),
+    ("smollm3, biases, untied, sliding where not rotated", "smollm3",
+     {"no_rope_layers": [0, 1, 1], "num_hidden_layers": 3, "attention_bias": True, "mlp_bias": True,
+      "tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 5}),
+    ("granite, biases, tied", "granite",
+     {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "residual_multiplier": 0.5}),
+    ("stablelm, side by side with one norm, tied", "stablelm",
+     {"use_parallel_residual": True, "tie_word_embeddings": True, "partial_rotary_factor": 0.5}),
+    ("cohere2, biases, untied, the second layer slides", "cohere2",
+     {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 4,
+      "layer_types": ["full_attention", "sliding_attention"]}),
+]  # fmt: skip
 """Further shapes of them: slow."""
 
 
@@ -69,7 +117,7 @@ def as_params(tensors: dict[str, torch.Tensor], reference: Any, directory: Path)
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=c[0], marks=pytest.mark.slow if c in MORE else ()) for c in CASES + MORE],
+    [pytest.param(c, id=c[0], marks=pytest.mark.slow if c in MORE else ()) for c in CASES + DENSE + MORE],
 )
 def test_float64_agrees_with_torch_and_is_written_back_bit_for_bit(case: Any, tmp_path: Path) -> None:
     _, family, options = case
@@ -100,4 +148,4 @@ def test_float64_agrees_with_torch_and_is_written_back_bit_for_bit(case: Any, tm
 
 def test_every_family_has_a_case() -> None:
     first = {"llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"}
-    assert {family for _, family, _ in CASES} == FAMILIES.keys() - first
+    assert {family for _, family, _ in CASES + DENSE} == FAMILIES.keys() - first

@@ -1,0 +1,63 @@
+"""Well-known architectures that are not covered: the family that is nearest, and what it lacks."""
+
+from __future__ import annotations
+
+IMAGES = "images (a text model that is saved by itself can be converted)"
+STATE_SPACE = "layers with a state in the place of attention"
+
+UNCOVERED: dict[str, tuple[str, str]] = {
+    "arcee": ("llama", "a squared ReLU"),
+    "bloom": ("gpt2", "ALiBi in the place of positions, and a norm of embeddings"),
+    "codegen": ("gpt_neox", "one norm for attention and feed-forward with interleaved rotary positions"),
+    "cohere": ("cohere2", "rotary positions in full attention, and a LayerNorm of each head's queries and keys"),
+    "dbrx": ("mixtral", "LayerNorms, and clipped queries, keys and values"),
+    "deepseek_v32": ("deepseek_v3", "attention to positions that an indexer chooses"),
+    "ernie4_5": ("llama", "interleaved rotary positions"),
+    "exaone4": ("olmo3", "norms of each head's queries and keys beside norms after, and full layers without positions"),
+    "falcon": ("gpt_neox", "key heads that several query heads share, and ALiBi"),
+    "falcon_h1": ("llama", f"{STATE_SPACE}, beside it"),
+    "gemma3": (
+        "gemma3_text",
+        "images (its text model can be converted once it is saved by itself: see docs/runs.md, 'Model and data')",
+    ),
+    "gemma3n": ("gemma3_text", "embeddings for each layer, several residual streams, and keys that layers share"),
+    "gemma3n_text": ("gemma3_text", "embeddings for each layer, several residual streams, and keys that layers share"),
+    "gemma4": ("gemma3_text", "images, embeddings for each layer, and keys that layers share"),
+    "gemma4_text": ("gemma3_text", "embeddings for each layer, and keys that layers share"),
+    "glm": ("phi3", "interleaved rotary positions, and biases of queries, keys and values"),
+    "glm4": ("phi3", "interleaved rotary positions, and norms after attention and feed-forward"),
+    "glm4_moe": ("deepseek_v3", "attention without latent states"),
+    "gpt_bigcode": ("gpt2", "one key head for all query heads"),
+    "gpt_neo": ("gpt2", "windows in every second layer, and scores without a scale"),
+    "gptj": ("gpt_neox", "one norm for attention and feed-forward, interleaved rotary positions, and a bias of logits"),
+    "granitemoehybrid": ("granitemoe", STATE_SPACE),
+    "granitemoeshared": ("granitemoe", "experts that every token goes to"),
+    "internlm2": ("llama", "queries, keys and values in one matrix, group by group"),
+    "jamba": ("mixtral", STATE_SPACE),
+    "lfm2": ("qwen3", "convolutions in the place of attention"),
+    "llama4": ("qwen3_moe", "images, attention in chunks, and a gate on what experts read"),
+    "llama4_text": ("qwen3_moe", "attention in chunks, and a gate on what experts read"),
+    "llava": ("llama", IMAGES),
+    "mamba": ("llama", STATE_SPACE),
+    "mamba2": ("llama", STATE_SPACE),
+    "minimax": ("mixtral", "linear attention"),
+    "mistral3": ("mistral", IMAGES),
+    "mllama": ("llama", "images, which layers of their own attend to"),
+    "mpt": ("gpt2", "ALiBi in the place of positions, and LayerNorms without bias"),
+    "nemotron": ("stablelm", "LayerNorms that multiply by 1 + gain, and a squared ReLU"),
+    "nemotron_h": ("llama", STATE_SPACE),
+    "olmo": ("llama", "LayerNorms without gain, and clipped queries, keys and values"),
+    "opt": ("gpt2", "positions that begin at 2, and embeddings of another width"),
+    "phi": ("gpt_neox", "one norm for attention and feed-forward, and a bias of logits"),
+    "phi3_v": ("phi3", IMAGES),
+    "phi4_multimodal": ("phi3", "images and sound"),
+    "phimoe": ("mixtral", "LayerNorms, its way of choosing experts, and a bias of logits"),
+    "qwen2_5_vl": ("qwen2", IMAGES),
+    "qwen2_vl": ("qwen2", IMAGES),
+    "qwen3_next": ("qwen3_moe", "linear attention (gated delta rule), and a gate on attention"),
+    "qwen3_vl": ("qwen3", IMAGES),
+    "recurrent_gemma": ("gemma", "recurrent layers"),
+    "rwkv": ("llama", STATE_SPACE),
+    "starcoder2": ("gpt_neox", "key heads that several query heads share, and a window"),
+}
+"""`model_type` -> (the nearest family, what that lacks)."""
