@@ -54,11 +54,11 @@ class Experts(nnx.Module):
         routes, wide = {"routes": self.experts.num_experts}, {"expert_mlp": self.experts.mlp_dim}
         projection = functools.partial(Projection, dtype=config.dtype, rngs=rngs)
         self.router = projection(width, routes, bias=self.experts.router_bias)
-        bias = jnp.zeros((self.experts.num_experts,), config.dtype)
+        # Published ones are large beside the gaps between scores: bfloat16 would choose other experts.
+        bias = jnp.zeros((self.experts.num_experts,), jnp.promote_types(config.dtype, jnp.float32))
         self.selection_bias = nnx.Param(bias, axes=("routes",)) if self.experts.selection_bias else None
         each = functools.partial(ExpertProjection, count, bias=self.experts.bias, dtype=config.dtype, rngs=rngs)
-        self.gate = each(width, wide) if config.gated_mlp else None
-        self.up, self.down = each(width, wide), each(wide, width)
+        self.gate, self.up, self.down = each(width, wide), each(width, wide), each(wide, width)
         shared = {"shared_mlp": self.experts.shared_dim}
         self.shared = FeedForward(config, rngs, shared) if self.experts.shared_dim else None
         self.shared_gate = projection(width, {"one": 1}, bias=False) if self.experts.shared_gate else None
@@ -66,7 +66,7 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> tuple[jax.Array, Routing]:
         """What the experts make of x [B, T, D], and where its tokens went: to `chosen` [B, T, k] where that is given."""
         routing, weights = self._routed(x, chosen)
-        kernels = {name: getattr(self, name) for name in ("gate", "up", "down") if getattr(self, name) is not None}
+        kernels = {"gate": self.gate, "up": self.up, "down": self.down}
         arrays = {name: _arrays(projection, self.config.dtype) for name, projection in kernels.items()}
         axes = {name: _axes(projection) for name, projection in kernels.items()}
         y = _on_shards(self.config.activation, self.mesh, axes, x, routing.chosen, weights.astype(x.dtype), arrays)
