@@ -64,7 +64,7 @@ class Experts(nnx.Module):
         self.shared_gate = projection(width, {"one": 1}, bias=False) if self.experts.shared_gate else None
 
     def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> tuple[jax.Array, Routing]:
-        """What the experts make of x [B, T, D], and where its tokens went: to `chosen` [B, T, k] where that is given."""
+        """What the experts make of x [B, T, D], and where its tokens went: to `chosen` [B, T, k] where it is given."""
         routing, weights = self._routed(x, chosen)
         kernels = {"gate": self.gate, "up": self.up, "down": self.down}
         arrays = {name: _arrays(projection, self.config.dtype) for name, projection in kernels.items()}
@@ -363,7 +363,7 @@ def _linear(name: str, run: Callable, shape: Callable) -> Primitive:
         x, tokens, slots = primals
         y = primitive.bind(x, tokens, slots)
         if isinstance(tangents[0], ad.Zero):
-            return y, ad.Zero.from_primal_value(y)
+            return y, ad.Zero(jax.typeof(y))
         return y, primitive.bind(tangents[0], tokens, slots)
 
     def batched(arrays: tuple, axes: tuple) -> tuple[jax.Array, int]:
