@@ -14,6 +14,7 @@ from jaxhess.krylov.state import LanczosState, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig
 from jaxhess.models.likelihood import SoftmaxCrossEntropy
+from jaxhess.models.module_function import module_function
 from jaxhess.operators import (
     EmpiricalFisher,
     FiniteDifferenceHessian,
@@ -74,6 +75,7 @@ __all__ = [
     "leading_eigenpairs",
     "linearize",
     "make_mesh",
+    "module_function",
     "plan",
     "random_probe",
     "residual_bytes",

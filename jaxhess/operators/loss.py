@@ -11,6 +11,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxhess import vectors
@@ -22,7 +23,7 @@ from jaxhess.operators.facts import checksum, describe, explain_non_finite, vali
 from jaxhess.operators.matmul import ALGORITHMS, MatmulPrecision, check_matmul_precision, with_matmul_precision
 from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
 from jaxhess.operators.precision import exact_operator, product_dtypes, product_eps
-from jaxhess.operators.restriction import Restriction, restriction
+from jaxhess.operators.restriction import Restriction, leaf_name, restriction
 from jaxhess.operators.routing import has_routing, margins
 from jaxhess.vectors import Vector, cast, check_accumulation_dtype, named_sharding, widen
 
@@ -83,6 +84,12 @@ class LossOperator(LinearOperator):
         named = jax.tree.flatten_with_path(self.params)[0]
         if not named:
             raise InputError(f"params is {self.params!r}: there are no parameters in it.")
+        for path, variable in jax.tree.flatten_with_path(self.params, is_leaf=_is_variable)[0]:
+            if _is_variable(variable) and not isinstance(variable, nnx.Param):
+                raise InputError(
+                    f"{leaf_name(path)} is a {type(variable).__name__}, which is no parameter: leave it out of params, "
+                    "as in nnx.split(model, nnx.Param, ...), or take jaxhess.module_function(model)."
+                )
         for path, leaf in named:
             if 0 in jnp.shape(leaf):
                 name, shape = jax.tree_util.keystr(path), jnp.shape(leaf)
@@ -212,6 +219,10 @@ def _(operator: LossOperator) -> float:
     eps = max(float(jnp.finfo(dtype).eps) for dtype in product_dtypes(operator))
     algorithm = ALGORITHMS.get(operator.matmul_precision)
     return eps if algorithm is None else max(eps, algorithm.error)
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
 
 
 def computed_in(operator: LossOperator) -> tuple[str, ...]:
