@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -74,26 +74,29 @@ def write_hugging_face(
         raise InputError("hf_config does not describe this model: read back, it gives another DecoderConfig.")
     if not all(array.is_fully_addressable for array in jax.tree.leaves(model.params)):
         raise InputError("Parts of the model are on other processes; export it from a single process.")
-    dtype = np.dtype(jax.tree.leaves(model.params)[0].dtype)
     key = "torch_dtype" if "torch_dtype" in hf_config and "dtype" not in hf_config else "dtype"
-    hf_config = {**unquantized(hf_config), key: dtype.name}
+    hf_config = {**unquantized(hf_config), key: model.param_dtype}
     (directory / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
 
     family = family_of(hf_config)
     sizes = axis_sizes(config)
     tensors = parts_of_tensors(mapping_rows(family, config, prefix=family.prefix, head=family.head))
+    shapes = {
+        name: jax.ShapeDtypeStruct(held[0][0].layout.shape(sizes), dtype_of(held, model.params))
+        for name, held in tensors.items()
+    }
     # In the order in which `safetensors` itself writes, so that one file comes back byte for byte.
-    shapes = {name: tensors[name][0][0].layout.shape(sizes) for name in sorted(tensors)}
-    files = _cut_into_files({name: math.prod(s) * dtype.itemsize for name, s in shapes.items()}, shard_bytes)
+    in_order = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))
+    files = _cut_into_files({name: _bytes(shapes[name]) for name in in_order}, shard_bytes)
     for file, names in files.items():
         with (directory / file).open("wb") as stream:
-            stream.write(_header({name: shapes[name] for name in names}, dtype))
+            stream.write(_header({name: shapes[name] for name in names}))
             for name in names:
-                tensor = file_tensor(model.params, config, tensors[name], shapes[name], dtype)
+                tensor = file_tensor(model.params, config, tensors[name], shapes[name].shape)
                 # bfloat16 has no buffer protocol
-                stream.write(tensor.view(f"uint{8 * dtype.itemsize}").data.cast("B"))
+                stream.write(tensor.view(f"uint{8 * tensor.dtype.itemsize}").data.cast("B"))
     if len(files) > 1:
-        total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
+        total = sum(_bytes(s) for s in shapes.values())
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -123,34 +126,43 @@ def _cut_into_files(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _header(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
+def _bytes(s: jax.ShapeDtypeStruct) -> int:
+    return s.size * s.dtype.itemsize
+
+
+def _header(shapes: dict[str, jax.ShapeDtypeStruct]) -> bytes:
     """The start of a safetensors file: length of the header, and a JSON object padded to 8 bytes.
 
     Written here because the library's writer wants all tensors of a file in memory at once.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in shapes.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _SAFETENSORS_NAMES[dtype.name], "shape": list(shape), "data_offsets": [offset, end]}
+    for name, s in shapes.items():
+        end = offset + _bytes(s)
+        dtype = _SAFETENSORS_NAMES[s.dtype.name]
+        entries[name] = {"dtype": dtype, "shape": list(s.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def file_tensor(
-    params: Any, config: DecoderConfig, parts: list[tuple[Row, int]], shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
+def file_tensor(params: Any, config: DecoderConfig, parts: list[tuple[Row, int]], shape: tuple[int, ...]) -> np.ndarray:
     """One tensor as the file has it, put together from the parameters (or what is like them) that it holds."""
-    tensor = np.empty(shape, dtype)
+    tensor = np.empty(shape, dtype_of(parts, params))
     for row, number in parts:
-        array: Any = params
-        for key in row.path:
-            array = array[key]
-        values = np.asarray(_entry(array, row.place(number)))
+        values = np.asarray(_entry(_leaf(params, row), row.place(number)))
         row.layout.write(tensor, values, row.tensor_axes, axis_sizes(config))
     return tensor
+
+
+def dtype_of(parts: list[tuple[Row, int]], params: Any) -> np.dtype:
+    """That of the parameters which a tensor holds."""
+    return np.dtype(_leaf(params, parts[0][0]).dtype)
+
+
+def _leaf(params: Any, row: Row) -> Any:
+    return functools.reduce(lambda tree, key: tree[key], row.path, params)
 
 
 @jax.jit

@@ -163,7 +163,7 @@ def _place(
         values = row.layout.read(lambda slices: source.read(name, slices), row.tensor_axes, index, sizes)
         with np.errstate(over="ignore"):  # what overflows is infinite, and refused by name below
             values = values.astype(leaf.dtype)
-        _check_finite(values, name, source, config.dtype)
+        _check_finite(values, name, source, leaf.dtype.name)
         return values
 
     def block(first: int, count: int) -> jax.Array:

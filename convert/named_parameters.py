@@ -27,14 +27,11 @@ def tensors_by_name(vector: Vector, config: DecoderConfig) -> dict[str, np.ndarr
     Order is that of the model: embedding, layer by layer, head. A tied head is the embedding and not listed.
 
     Args:
-        vector: Nested dictionaries like `LanguageModel.params`, in one dtype; fully addressable.
+        vector: Nested dictionaries like `LanguageModel.params`; fully addressable.
         config: The model's.
     """
-    dtype = np.dtype(jax.tree.leaves(vector)[0].dtype)
     parts, sizes = _parts(config), axis_sizes(config)
-    return {
-        name: file_tensor(vector, config, held, held[0][0].layout.shape(sizes), dtype) for name, held in parts.items()
-    }
+    return {name: file_tensor(vector, config, held, held[0][0].layout.shape(sizes)) for name, held in parts.items()}
 
 
 def layers_module(config: DecoderConfig) -> str:

@@ -13,7 +13,7 @@ from jaxhess.errors import InputError
 
 
 def reference_model(path: Path, dtype: str | None = None) -> Any:
-    """The causal language model of `transformers`, in evaluation mode, with attention written out.
+    """The causal language model of `transformers`, in evaluation mode, with attention and experts written out.
 
     Quantized weights are dequantized by `transformers` itself. Of a GGUF file the tensors are read by it and the
     configuration is ours: release 5.24 leaves out the size of heads (Qwen3) and RoPE scaling.
@@ -30,6 +30,7 @@ def reference_model(path: Path, dtype: str | None = None) -> Any:
 
     hf_config, _ = configuration(path)
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else getattr(torch, dtype)}
+    options |= dict.fromkeys(("attn_implementation", "experts_implementation"), "eager")
     gguf = gguf_file(path)
     if gguf is not None:
         options |= {"gguf_file": gguf.name, "config": _transformers_config(hf_config)}
@@ -38,7 +39,7 @@ def reference_model(path: Path, dtype: str | None = None) -> Any:
     try:
         if quantization_method(hf_config) is not None:
             options["quantization_config"] = _dequantizing(hf_config)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"transformers cannot read {gguf or path}: {one_line(error, 1000)}") from error
     if getattr(model, "hf_quantizer", None) is not None:  # the weights are plain now, and may change their dtype

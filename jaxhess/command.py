@@ -124,6 +124,7 @@ def compile_quickly() -> None:
     if "--xla_backend_optimization_level" in present:
         return
     flags = [present, "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")  # parts in parallel cost more than they save
     if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()

@@ -212,7 +212,7 @@ def show(console: Console, facts: dict[str, Any]) -> None:
     table.add_row(
         "TFLOPs",
         f"{facts['batch_size'] * formula['flops_per_product_per_device'] / 1e12:.4g}",
-        f"{compiled['flops'] / 1e12:.4g}" if compiled else "",
+        f"{facts.get('roofline', compiled)['flops'] / 1e12:.4g}" if compiled else "",
     )
     for kind, received in formula["traffic_per_product_per_device"].items():
         found = compiled["traffic"][kind] if "traffic" in compiled else None

@@ -373,7 +373,7 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
             f"noise floor     {noise.floor.random:.2g} in the bulk, {noise.floor.leading:.2g} among the outliers"
         )
     routing, shift = (result.run.inputs.details.get(name) for name in ("routing", "shift_of_a_random_vector"))
-    if isinstance(routing, dict) and (margin := routing.get("margin")):
+    if isinstance(routing, dict) and isinstance(margin := routing.get("margin"), dict) and margin:
         console.print(f"routing margin  {margin['0']:.2g} at least, {margin['0.5']:.2g} in the median")
     if isinstance(shift, dict) and "changed_experts" in shift:
         console.print(

@@ -1,5 +1,6 @@
 """Eight simulated devices for every test, set before JAX starts."""
 
+import gc
 from pathlib import Path
 
 import jax  # reads the flags when its first array is made
@@ -12,6 +13,14 @@ from jaxhess.command import compile_quickly
 compile_quickly()
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """A tenth of the time went into looking for garbage among modules, which live to the end, and in traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture

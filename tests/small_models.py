@@ -11,8 +11,7 @@ import numpy as np
 
 from jaxhess import DecoderConfig, Hessian, LinearOperator, MatrixOperator, Microbatches
 from jaxhess.data import TokenBatch
-from jaxhess.models import LanguageModel, initialize
-from jaxhess.vectors import norm
+from jaxhess.models import LanguageModel, abstract_params, model_shardings
 
 TINY = DecoderConfig(
     vocab_size=9,
@@ -44,8 +43,39 @@ def scaled_up(model: LanguageModel, factor: float = 10.0) -> LanguageModel:
     return dataclasses.replace(model, params=jax.tree.map(lambda x: factor * x if x.ndim > 2 else x, model.params))
 
 
+def random_model(config: DecoderConfig, mesh: jax.sharding.Mesh | None = None, factor: float = 10.0) -> LanguageModel:
+    """`scaled_up` of what `initialize` makes, the same on every mesh.
+
+    NumPy draws it, and vectors below: XLA would compile for a second at every new set of shapes.
+    """
+    numbers = np.random.default_rng(0)
+
+    def draw(path, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-1].key in ("scale", "bias"):
+            return jnp.asarray(np.full(like.shape, path[-1].key == "scale", like.dtype))
+        deviation = 0.02 * (factor if len(like.shape) > 2 else 1)
+        return jnp.asarray((deviation * numbers.normal(size=like.shape)).astype(like.dtype))
+
+    params = jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+    if mesh is not None:
+        params = jax.device_put(params, model_shardings(config, mesh))
+    return LanguageModel(config, params, mesh)
+
+
+def random_vector(like: Any, seed: int = 1) -> Any:
+    """Standard normal entries in the structure, dtypes and shardings of `like`; the same on every mesh."""
+    numbers = np.random.default_rng((1, seed))
+
+    def draw(leaf: Any) -> jax.Array:
+        return jax.device_put(numbers.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(draw, like)
+
+
 def relative(x, y) -> float:
-    return float(norm(jax.tree.map(lambda a, b: jnp.asarray(a) - jnp.asarray(b), x, y)) / norm(y))
+    """|x - y| / |y|, in float64."""
+    x, y = (np.concatenate([np.asarray(e, np.float64).ravel() for e in jax.tree.leaves(z)]) for z in (x, y))
+    return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
 @jax.tree_util.register_dataclass
@@ -65,10 +95,30 @@ class Diagonal(LinearOperator):
 
 def language_operator(dtype: str = "float32", logit_chunk: int = 4096, **change) -> Hessian:
     config = dataclasses.replace(SMALL, dtype=dtype, **change)
-    model = scaled_up(initialize(config, jax.random.key(0)))
+    model = random_model(config)
     ids = tokens(8, 12, 101)
     stacked = TokenBatch(jnp.asarray(ids.reshape(2, 4, 13)), jnp.ones((2, 4, 12)))
     return Hessian(model.loss(logit_chunk), model.params, Microbatches(stacked))
+
+
+def network_loss(params, batch):
+    """Squared error of two scanned layers and a linear one, in the parameters' dtype, and the number of samples."""
+    x, y = (e.astype(params["out"].dtype) for e in batch)
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["layers"])
+    return jnp.sum((h @ params["out"] - y) ** 2), len(x)
+
+
+def network(dtype: str = "float32", sizes: tuple[int, ...] = (4, 4), **options) -> Hessian:
+    """The Hessian of `network_loss` on batches of these sizes, for laws that hold for any loss: a decoder's product
+    takes several times as long to compile.
+    """
+    numbers = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray((numbers.normal(size=shape) / 4).astype(dtype))
+
+    params = {"layers": draw(2, 16, 16), "out": draw(16, 5)}
+    return Hessian(network_loss, params, [(4 * draw(n, 16), 4 * draw(n, 5)) for n in sizes], **options)
 
 
 def run_command(script: ModuleType, *arguments: str) -> None:

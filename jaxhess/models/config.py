@@ -117,7 +117,8 @@ class ExpertsConfig:
         renormalized: The chosen experts' scores are divided by their sum.
         scale: Factor on the scores after that.
         selection_bias: The experts are chosen by score plus a bias (arXiv 2408.15664), which has no other effect: the
-            loss does not depend on it where it is differentiable, and its rows of the Hessian are zero.
+            loss does not depend on it where it is differentiable, and its rows of the Hessian are zero. It is in
+            float32 at least, whatever the other parameters are in.
         groups: Experts lie in this many groups, and only those of the best `top_groups` are chosen from.
         top_groups: See `groups`.
         group_score: What ranks the groups: their best score, or the sum of their best two.
@@ -320,6 +321,8 @@ class DecoderConfig:
             self.local_rope is None or (self.local_rope.dims or self.head_dim) != self.rotary_dims
         ):
             raise InputError("Layers with local rotary positions need local_rope, of as many dimensions as rope.")
+        if not self.gated_mlp and (self.experts is not None or self.activation == "clamped_silu"):
+            raise InputError("Experts, and the activation clamped_silu, are for feed-forwards with a gate.")
         if self.shared_norm and not self.parallel_residual:
             raise InputError("shared_norm is for layers whose attention and feed-forward stand side by side.")
         if self.parallel_residual and self.norms != "before":

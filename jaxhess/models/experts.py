@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jaxhess.distributed.mesh import BATCH_AXES, partition_spec
 from jaxhess.errors import InputError
 from jaxhess.models.config import DecoderConfig, ExpertsConfig
 from jaxhess.models.grouped_matmul import grouped_matmul
-from jaxhess.models.layers import FEED_FORWARD, FeedForward, Projection, gated
+from jaxhess.models.layers import ACTIVATIONS, FEED_FORWARD, FeedForward, Projection, gated
 
 
 class Routing(NamedTuple):
@@ -53,19 +54,19 @@ class Experts(nnx.Module):
         routes, wide = {"routes": self.experts.num_experts}, {"expert_mlp": self.experts.mlp_dim}
         projection = functools.partial(Projection, dtype=config.dtype, rngs=rngs)
         self.router = projection(width, routes, bias=self.experts.router_bias)
-        bias = jnp.zeros((self.experts.num_experts,), config.dtype)
+        # Published ones are large beside the gaps between scores: bfloat16 would choose other experts.
+        bias = jnp.zeros((self.experts.num_experts,), jnp.promote_types(config.dtype, jnp.float32))
         self.selection_bias = nnx.Param(bias, axes=("routes",)) if self.experts.selection_bias else None
         each = functools.partial(ExpertProjection, count, bias=self.experts.bias, dtype=config.dtype, rngs=rngs)
-        self.gate = each(width, wide) if config.gated_mlp else None
-        self.up, self.down = each(width, wide), each(wide, width)
+        self.gate, self.up, self.down = each(width, wide), each(width, wide), each(wide, width)
         shared = {"shared_mlp": self.experts.shared_dim}
         self.shared = FeedForward(config, rngs, shared) if self.experts.shared_dim else None
         self.shared_gate = projection(width, {"one": 1}, bias=False) if self.experts.shared_gate else None
 
     def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> tuple[jax.Array, Routing]:
-        """What the experts make of x [B, T, D], and where its tokens went: to `chosen` [B, T, k] where that is given."""
+        """What the experts make of x [B, T, D], and where its tokens went: to `chosen` [B, T, k] where it is given."""
         routing, weights = self._routed(x, chosen)
-        kernels = {name: getattr(self, name) for name in ("gate", "up", "down") if getattr(self, name) is not None}
+        kernels = {"gate": self.gate, "up": self.up, "down": self.down}
         arrays = {name: _arrays(projection, self.config.dtype) for name, projection in kernels.items()}
         axes = {name: _axes(projection) for name, projection in kernels.items()}
         y = _on_shards(self.config.activation, self.mesh, axes, x, routing.chosen, weights.astype(x.dtype), arrays)
@@ -193,7 +194,7 @@ def _on_shards(
     Kernels are gathered along `fsdp` as in every layer; along `tensor` each device has its part of an expert's width.
     """
     if mesh is None or mesh.size == 1:
-        return _mixed(activation, x, chosen, weights, arrays, 0)
+        return _mixed(activation, mesh, x, chosen, weights, arrays, 0)
     cut = len(x) % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0
     tokens = PartitionSpec(BATCH_AXES if cut else None)
     specs = jax.tree.map(lambda a, names: partition_spec(a.shape, names, mesh), arrays, axes)
@@ -210,7 +211,7 @@ def _on_shards(
         if cut and expert > 1:
             gather = functools.partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
             x, chosen, weights = gather(x), gather(chosen), gather(weights)
-        y = _mixed(activation, x, chosen, weights, arrays, first)
+        y = _mixed(activation, mesh, x, chosen, weights, arrays, first, 1 / expert)
         if split:
             y = jax.lax.psum(y, "tensor")
         if expert == 1:
@@ -234,71 +235,150 @@ def _gathered(x: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.A
     return x
 
 
+class _Places(NamedTuple):
+    """Where the tokens of N positions lie among rows that are sorted by expert.
+
+    Attributes:
+        order: [rows] int32, which of the N k choices a row is; those of experts that are elsewhere come last.
+        slots: [N, k] int32, the row of every choice.
+        ends: [E] int32, where each expert's rows end.
+    """
+
+    order: jax.Array
+    slots: jax.Array
+    ends: jax.Array
+
+
+def _places(chosen: jax.Array, first: jax.Array | int, here: int) -> _Places:
+    """The places of choices [N, k] for the experts `first` ... `first + here - 1`."""
+    experts = chosen.reshape(-1) - first
+    experts = jnp.where((experts >= 0) & (experts < here), experts, here).astype(jnp.int32)
+    order = jnp.argsort(experts, stable=True).astype(jnp.int32)
+    slots = jnp.argsort(order, stable=True).astype(jnp.int32).reshape(chosen.shape)
+    ends = jnp.searchsorted(experts[order], jnp.arange(1, here + 1, dtype=jnp.int32), side="left").astype(jnp.int32)
+    return _Places(order, slots, ends)
+
+
+SPARE = 1.25
+"""Room for rows over an even share, where the tokens of several devices meet."""
+
+
 def _mixed(
     activation: str,
+    mesh: Mesh | None,
     x: jax.Array,
     chosen: jax.Array,
     weights: jax.Array,
     arrays: Arrays,
     first: jax.Array | int,
+    share: float = 1.0,
 ) -> jax.Array:
-    """The weighted sum [B, T, D] of what the experts `first` ... here make of x [B, T, D]."""
-    here = arrays["up"]["kernel"].shape[0]
-    top_k = chosen.shape[-1]
-    experts = chosen.reshape(-1) - first
-    experts = jnp.where((experts >= 0) & (experts < here), experts, here)  # others' tokens come last
-    order = jnp.argsort(experts, stable=True)
-    inverse = jnp.argsort(order, stable=True)
-    experts = experts[order]
-    edges = jnp.searchsorted(experts, jnp.arange(here + 1, dtype=experts.dtype), side="left")
-    sizes = jnp.diff(edges).astype(jnp.int32)
+    """The weighted sum [B, T, D] of what the experts `first` ... here make of x [B, T, D].
 
-    def apply(name: str, rows: jax.Array) -> jax.Array:
-        y = grouped_matmul(rows, arrays[name]["kernel"], sizes)
-        if "bias" in arrays[name]:
-            y = y + jnp.matmul(jax.nn.one_hot(experts, here, dtype=y.dtype), arrays[name]["bias"])
-        return y
-
-    rows = x.reshape(-1, x.shape[-1])
-    rows = permuted(jnp.repeat(rows, top_k, axis=0), order, inverse)
-    up = checkpoint_name(apply("up", rows), FEED_FORWARD)
-    hidden = gated(activation, checkpoint_name(apply("gate", rows), FEED_FORWARD), up)
-    y = permuted(apply("down", hidden), inverse, order).reshape(*chosen.shape, -1)
-    return jnp.sum(y * weights[..., None], axis=2)
-
-
-def permuted(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x[order] for a permutation of the first axis and its inverse.
-
-    Linear, with x[inverse] for its transpose: that of indexing would be a scatter with additions, whose order is not
-    fixed on a GPU.
+    With an even load these experts have the given share of all rows. There is room for a quarter more; rows beyond that
+    are computed in further passes, which are skipped where there are none. So memory is that of an even load, and no
+    row is dropped.
     """
-    return permute_p.bind(x, order, inverse)
+    here, top_k = arrays["up"]["kernel"].shape[0], chosen.shape[-1]
+    tokens, chosen, weights = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights))
+    places = _places(chosen, first, here)
+    rows = chosen.size if share == 1 else min(chosen.size, math.ceil(SPARE * share * chosen.size))
+    passes = math.ceil(chosen.size / rows)
+    order = jnp.pad(places.order, (0, passes * rows - chosen.size))
+
+    def one(start: jax.Array | int, tokens: jax.Array, weights: jax.Array, arrays: Arrays) -> jax.Array:
+        """The part of the rows from `start` on, [N, D]."""
+        choices = jax.lax.dynamic_slice_in_dim(order, start, rows)
+        slots = places.slots - start
+        ends = jnp.clip(places.ends - start, 0, rows)
+        sizes = jnp.diff(ends, prepend=0)
+        expert = jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right")
+
+        def apply(name: str, x: jax.Array) -> jax.Array:
+            y = grouped_matmul(x, arrays[name]["kernel"], sizes, mesh)
+            if "bias" in arrays[name]:
+                y = y + jnp.matmul(jax.nn.one_hot(expert, here, dtype=y.dtype), arrays[name]["bias"])
+            return y
+
+        x = spread(tokens, choices // top_k, slots)
+        hidden = checkpoint_name(apply("up", x), FEED_FORWARD)
+        if "gate" in arrays:
+            hidden = gated(activation, checkpoint_name(apply("gate", x), FEED_FORWARD), hidden)
+        else:
+            hidden = ACTIVATIONS[activation](hidden)
+        weight = spread(weights.reshape(-1, 1), choices, slots.reshape(-1, 1))
+        return collect(apply("down", hidden) * weight, choices // top_k, slots)
+
+    total = one(0, tokens, weights, arrays)
+    if passes > 1:
+
+        def rest(*given: Any) -> jax.Array:
+            starts = rows * jnp.arange(1, passes, dtype=jnp.int32)
+            again = jax.checkpoint(one, prevent_cse=False)
+            return jax.lax.scan(lambda sum, start: (sum + again(start, *given), None), jnp.zeros_like(total), starts)[0]
+
+        none = lambda *given: jnp.zeros_like(total)  # noqa: E731
+        total = total + jax.lax.cond(places.ends[-1] > rows, rest, none, tokens, weights, arrays)
+    return total.reshape(x.shape)
 
 
-def _permute_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, Any]:
-    x, order, inverse = primals
-    change = tangents[0]
-    if not isinstance(change, ad.Zero):
-        change = permute_p.bind(change, order, inverse)
-    return permute_p.bind(x, order, inverse), change
+def spread(x: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+    """Rows x[tokens], [rows, ...] of x [N, ...].
+
+    Linear, with `collect` for its transpose, which knows where the rows of a token are: that of indexing would be a
+    scatter with additions, whose order is not fixed on a GPU.
+
+    Args:
+        x: [N, ...].
+        tokens: [rows] int32.
+        slots: [N, k] int32, the rows that a token went to; those that are none of 0 ... rows - 1 are elsewhere.
+    """
+    return spread_p.bind(x, tokens, slots)
 
 
-def _permute_batched(arrays: tuple, axes: tuple) -> tuple[jax.Array, int]:
-    x, order, inverse = arrays
-    if axes[1] is not None or axes[2] is not None:
-        raise NotImplementedError("The permutation of a mixture of experts is the same for all vectors of a batch.")
-    return permute_p.bind(jnp.moveaxis(x, axes[0], 1), order, inverse), 1
+def collect(y: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+    """The sum [N, ...] of every token's rows y [rows, ...]; the transpose of `spread`."""
+    return collect_p.bind(y, tokens, slots)
 
 
-def _take(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
+def _spread(x: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+    return x.at[tokens].get(mode="promise_in_bounds")
 
 
-permute_p = Primitive("permute")
-permute_p.def_impl(_take)
-permute_p.def_abstract_eval(lambda x, order, inverse: x)
-ad.primitive_jvps[permute_p] = _permute_jvp
-ad.primitive_transposes[permute_p] = lambda ct, x, order, inverse: (permute_p.bind(ct, inverse, order), None, None)
-batching.primitive_batchers[permute_p] = _permute_batched
-mlir.register_lowering(permute_p, mlir.lower_fun(_take, multiple_results=False))
+def _collect(y: jax.Array, tokens: jax.Array, slots: jax.Array) -> jax.Array:
+    inside = (slots >= 0) & (slots < y.shape[0])
+    rows = y.at[jnp.where(inside, slots, y.shape[0])].get(mode="fill", fill_value=0)
+    return jnp.sum(rows, axis=1)
+
+
+def _linear(name: str, run: Callable, shape: Callable) -> Primitive:
+    """`run(x, tokens, slots)`, linear in x, as a primitive; `shape` is that of its result's first axis."""
+    primitive = Primitive(name)
+    primitive.def_impl(jax.jit(run))
+    primitive.def_abstract_eval(
+        lambda x, tokens, slots: x.update(shape=(shape(tokens, slots), *x.shape[1:]), weak_type=False)
+    )
+
+    def jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, Any]:
+        x, tokens, slots = primals
+        y = primitive.bind(x, tokens, slots)
+        if isinstance(tangents[0], ad.Zero):
+            return y, ad.Zero(jax.typeof(y))
+        return y, primitive.bind(tangents[0], tokens, slots)
+
+    def batched(arrays: tuple, axes: tuple) -> tuple[jax.Array, int]:
+        x, tokens, slots = arrays
+        if axes[1] is not None or axes[2] is not None:
+            return jax.vmap(run, in_axes=axes)(*arrays), 0
+        return primitive.bind(jnp.moveaxis(x, axes[0], 1), tokens, slots), 1
+
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+    return primitive
+
+
+spread_p = _linear("spread", _spread, lambda tokens, slots: tokens.shape[0])
+collect_p = _linear("collect", _collect, lambda tokens, slots: slots.shape[0])
+ad.primitive_transposes[spread_p] = lambda ct, x, tokens, slots: (collect_p.bind(ct, tokens, slots), None, None)
+ad.primitive_transposes[collect_p] = lambda ct, x, tokens, slots: (spread_p.bind(ct, tokens, slots), None, None)

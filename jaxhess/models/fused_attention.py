@@ -135,14 +135,14 @@ def _primitive(name: str, kernel: Callable, inputs: str, outputs: str) -> Primit
     lower = mlir.lower_fun(run, multiple_results=True)
 
     def lowered(context: Any, *arrays: Any, setting: Setting) -> Any:
-        with _compiled_for(setting.mesh):
+        with compiled_for(setting.mesh):
             return lower(context, *arrays, setting=setting)
 
     mlir.register_lowering(primitive, lowered)
     return primitive
 
 
-def _compiled_for(mesh: Mesh | None) -> Any:
+def compiled_for(mesh: Mesh | None) -> Any:
     """For compiling for a GPU where there is none: since 0.12 JAX asks the default device what it is."""
     if mesh is None or mesh.devices.flat[0].platform == jax.devices()[0].platform:
         return contextlib.nullcontext()

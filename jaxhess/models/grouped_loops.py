@@ -22,7 +22,7 @@ def product(rows: jax.Array, kernels: jax.Array, sizes: jax.Array, *, transposed
             many = jax.lax.map(lambda k: product(rows, k, sizes, transposed=transposed), kernels)
         else:
             pairs = jnp.moveaxis(rows, 1, 0), kernels
-            many = jax.lax.map(lambda x: product(*x, sizes, transposed=transposed), pairs)
+            many = jax.lax.map(lambda x: product(x[0], x[1], sizes, transposed=transposed), pairs)
         return jnp.moveaxis(many, 0, 1)
     size = min(tile_rows(len(rows), len(sizes), SMALLEST, LARGEST), len(rows))
     count, tiles = tiles_of(sizes, len(rows), size)
@@ -50,7 +50,8 @@ def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array) -> jax.Array:
             return outer(rows if x[0] is None else x[0], others if x[1] is None else x[1], sizes)
 
         return jax.lax.map(one, pair)
-    size = min(tile_rows(len(rows), len(sizes), SMALLEST, LARGEST), len(rows))
+    # Every tile adds to a block as large as a kernel: they are twice as high as for products.
+    size = min(tile_rows(2 * len(rows), len(sizes), SMALLEST, LARGEST), len(rows))
     count, tiles = tiles_of(sizes, len(rows), size)
 
     def step(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

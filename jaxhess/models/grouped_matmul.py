@@ -8,8 +8,8 @@ differentiation to any order, with the transpose of a kernel taken as it is read
     product(x, W) = x_r W_g(r)                                 transposed: product(c, W') and outer(x, c)
     outer(x, c)   = sum over the rows r of g of x_r c_r'       transposed: product(c, C') and product(x, C)
 
-Several vectors at once (`jax.vmap`): rows are put beside the rows of their group, so that the tiles grow fuller; kernels
-are multiplied one after the other. Sizes of groups that differ between the vectors are computed one vector at a time.
+Several vectors at once (`jax.vmap`): rows are put beside the rows of their group, so that tiles are fuller; kernels are
+multiplied one after the other. Where the sizes of groups differ between the vectors, they are computed one at a time.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import Mesh
 
 from jaxhess.errors import InputError
 from jaxhess.models import grouped_kernels
+from jaxhess.models.fused_attention import compiled_for
 
 
-def grouped_matmul(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped_matmul(rows: jax.Array, kernels: jax.Array, sizes: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """`rows[r] @ kernels[g]`, [R, F], where g is the group of row r.
 
     Sums are accumulated in at least float32, and rounded to the dtype of the arrays. Float32 products on NVIDIA GPUs
@@ -45,6 +47,7 @@ def grouped_matmul(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax
         kernels: [E, D, F], of the same dtype.
         sizes: [E] int32, rows of each group, together at most R. Rows after those of all groups give zeros, whatever
             they are, and have no gradient.
+        mesh: That of the `jax.shard_map` around the call, where programs are compiled for GPUs that are not there.
 
     Raises:
         InputError: The shapes do not fit together, or the dtypes differ.
@@ -60,26 +63,32 @@ def grouped_matmul(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax
             "dtype, and sizes integers."
         )
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    return product_p.bind(rows, kernels, sizes.astype(jnp.int32), transposed=False, precision=precision)
+    return product_p.bind(rows, kernels, sizes.astype(jnp.int32), transposed=False, precision=precision, mesh=mesh)
 
 
 def _primitive(name: str, run: Callable[..., jax.Array], shape: Callable[..., tuple[int, ...]]) -> Primitive:
     """`run` as a primitive of two arrays and sizes; `shape` is that of its result."""
     primitive = Primitive(name)
-    primitive.def_impl(lambda *arrays, **how: jax.jit(functools.partial(run, **how))(*arrays))
+    primitive.def_impl(lambda *arrays, mesh, **how: jax.jit(functools.partial(run, **how))(*arrays))
     primitive.def_abstract_eval(
         lambda a, b, sizes, **how: a.update(shape=shape(a.shape, b.shape, sizes.shape, **how), weak_type=False)
     )
     ad.primitive_jvps[primitive] = functools.partial(_jvp, primitive)
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
+    lower = mlir.lower_fun(run, multiple_results=False)
+
+    def lowered(context: Any, *arrays: Any, mesh: Mesh | None, **how: Any) -> Any:
+        with compiled_for(mesh):
+            return lower(context, *arrays, **how)
+
+    mlir.register_lowering(primitive, lowered)
     return primitive
 
 
-def _product_shape(rows: Any, kernels: Any, sizes: Any, transposed: bool, precision: Any) -> tuple[int, ...]:
+def _product_shape(rows: Any, kernels: Any, sizes: Any, transposed: bool, **how: Any) -> tuple[int, ...]:
     return rows[0], *kernels[:-3], kernels[-2 if transposed else -1]
 
 
-def _outer_shape(rows: Any, others: Any, sizes: Any, precision: Any) -> tuple[int, ...]:
+def _outer_shape(rows: Any, others: Any, sizes: Any, **how: Any) -> tuple[int, ...]:
     vectors = max(rows[1:-1], others[1:-1])
     return *vectors, *sizes, rows[-1], others[-1]
 
@@ -96,8 +105,9 @@ def _jvp(primitive: Primitive, arrays: Sequence[Any], tangents: Sequence[Any], *
 
 
 product_p = _primitive("grouped_product", grouped_kernels.product, _product_shape)
-"""Rows [R, D] and kernels [E, D, F] to [R, F]; `transposed`, rows [R, F] to [R, D]. For P vectors: kernels [P, E, D, F],
-rows [R, D] or [R, P, D], to [R, P, F]."""
+"""Rows [R, D] and kernels [E, D, F] to [R, F]; `transposed`, rows [R, F] to [R, D].
+
+For P vectors: kernels [P, E, D, F] and rows [R, D] or [R, P, D] to [R, P, F]."""
 
 outer_p = _primitive("grouped_outer", grouped_kernels.outer, _outer_shape)
 """Rows [R, D] and [R, F] to [E, D, F]. For P vectors: either or both [R, P, .], to [P, E, D, F]."""
@@ -108,19 +118,19 @@ def _summed_like(x: jax.Array, dims: int) -> jax.Array:
     return x if x.ndim == dims else jnp.sum(x, axis=1)
 
 
-def _product_transpose(cotangent: Any, rows: Any, kernels: Any, sizes: Any, *, transposed: bool, precision: Any) -> Any:
+def _product_transpose(cotangent: Any, rows: Any, kernels: Any, sizes: Any, *, transposed: bool, **how: Any) -> Any:
     if ad.is_undefined_primal(rows):
         if isinstance(cotangent, ad.Zero):
             return ad.Zero(rows.aval), None, None
-        pulled = product_p.bind(cotangent, kernels, sizes, transposed=not transposed, precision=precision)
+        pulled = product_p.bind(cotangent, kernels, sizes, transposed=not transposed, **how)
         return _summed_like(pulled, rows.aval.ndim), None, None
     if isinstance(cotangent, ad.Zero):
         return None, ad.Zero(kernels.aval), None
     pair = (cotangent, rows) if transposed else (rows, cotangent)
-    return None, outer_p.bind(*pair, sizes, precision=precision), None
+    return None, outer_p.bind(*pair, sizes, **how), None
 
 
-def _outer_transpose(cotangent: Any, rows: Any, others: Any, sizes: Any, *, precision: Any) -> Any:
+def _outer_transpose(cotangent: Any, rows: Any, others: Any, sizes: Any, **how: Any) -> Any:
     """The cotangent is one kernel for each group: rows are pulled through it one way, and the others the other way."""
     first = ad.is_undefined_primal(rows)
     aval = (rows if first else others).aval
@@ -128,7 +138,7 @@ def _outer_transpose(cotangent: Any, rows: Any, others: Any, sizes: Any, *, prec
         pulled: Any = ad.Zero(aval)
     else:
         given = others if first else rows
-        pulled = product_p.bind(given, cotangent, sizes, transposed=first, precision=precision)
+        pulled = product_p.bind(given, cotangent, sizes, transposed=first, **how)
         pulled = _summed_like(pulled, aval.ndim)
     return (pulled, None, None) if first else (None, pulled, None)
 

@@ -68,10 +68,12 @@ def tile_rows(rows: int, groups: int, smallest: int, largest: int) -> int:
 
 def tiles_of(sizes: jax.Array, rows: int, size: int) -> tuple[jax.Array, Tile]:
     """(How many tiles there are, the tiles). Tiles that there are not are of the last group and have no row."""
-    ends = jnp.cumsum(sizes)
+    groups = len(sizes)
     counts = (sizes + (size - 1)) // size
-    after = jnp.cumsum(counts)
-    number = jnp.arange(most_tiles(rows, len(sizes), size), dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(number[:, None] >= after, axis=1), len(sizes) - 1)
+    # Sums of few small numbers: all at once they are one kernel on a GPU, where `cumsum` is several.
+    before = jnp.tri(groups, dtype=bool)
+    ends, after = (jnp.sum(jnp.where(before, x, 0), axis=1, dtype=jnp.int32) for x in (sizes, counts))
+    number = jnp.arange(most_tiles(rows, groups, size), dtype=jnp.int32)
+    group = jnp.minimum(jnp.sum(number[:, None] >= after, axis=1, dtype=jnp.int32), groups - 1)
     first = (ends - sizes)[group] + (number - (after - counts)[group]) * size
     return after[-1], Tile(*(x.astype(jnp.int32) for x in (group, first, ends[group])))

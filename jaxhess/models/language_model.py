@@ -16,7 +16,7 @@ from jaxhess.distributed.mesh import data_shards, param_shardings
 from jaxhess.errors import InputError
 from jaxhess.models.config import DecoderConfig
 from jaxhess.models.decoder import Decoder
-from jaxhess.models.experts import Routing, balancing_loss
+from jaxhess.models.experts import Routing, balancing_loss, check_mesh
 from jaxhess.models.likelihood import draw_tokens, head_curvature
 from jaxhess.models.losses import cross_entropy_sum
 from jaxhess.models.vocabulary import Slices, vocabulary_slices
@@ -180,7 +180,7 @@ class LanguageModel:
     @property
     def param_dtype(self) -> str:
         """What the weights are stored in; `config.dtype` is what they are computed in."""
-        return str(jnp.result_type(*jax.tree.leaves(self.params)))
+        return str(self.params["embed"]["kernel"].dtype)
 
     @property
     def num_params(self) -> int:
@@ -220,7 +220,13 @@ def logical_axes(config: DecoderConfig) -> Params:
 
 
 def model_shardings(config: DecoderConfig, mesh: Mesh) -> Params:
-    """`NamedSharding` of every parameter on `mesh`."""
+    """`NamedSharding` of every parameter on `mesh`.
+
+    Raises:
+        InputError: The mesh's axis `expert` does not divide the experts.
+    """
+    if config.experts is not None:
+        check_mesh(config.experts, mesh)
     return param_shardings(abstract_params(config), logical_axes(config), mesh)
 
 

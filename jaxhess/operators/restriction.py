@@ -102,9 +102,9 @@ def restriction(
     wanted = [not patterns or any(_matches(name, pattern) for pattern in patterns) for name, _ in named]
     if layers is None:
         return Restriction(tuple(wanted), Selection(patterns))
-    names = tuple(stacks or (STACKED,))
+    stack_names = tuple(stacks or (STACKED,))
     listed = {name: number for name, _ in named if (number := _layer_number(name)) is not None}
-    stacked = {name: leaf.shape[0] for name, leaf in named if name not in listed and _stack(name, names) is not None}
+    stacked = {name: leaf.shape[0] for name, leaf in named if name not in listed and _stack(name, stack_names)}
     for pattern in patterns or ("*",):
         if not any(_matches(name, pattern) for name in (*listed, *stacked)):
             raise InputError(f"{pattern!r} matches no parameter inside a layer, so layers cannot be chosen with it.")
@@ -112,7 +112,7 @@ def restriction(
         count = max([number + 1 for number in listed.values()] + list(stacked.values()))
         stacks = {STACKED: range(count)}
     count = sum(map(len, stacks.values()))
-    places = {name: stacks[_stack(name, names) or STACKED] for name in stacked}
+    places = {name: stacks[_stack(name, stack_names) or STACKED] for name in stacked}
     odd = next((name for name in stacked if stacked[name] != len(places[name])), None)
     if odd is not None:
         raise InputError(

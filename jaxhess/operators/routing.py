@@ -37,7 +37,8 @@ def margins(loss: Any, params: Any, groups: Any) -> dict[str, Any]:
         `choices`, how many there are; `margin`, quantiles by name; and `load`, the largest and the smallest share of
         the choices that an expert of any layer gets, times the number of experts.
     """
-    found, loads = [], np.zeros(())
+    found: list[np.ndarray] = []
+    loads: Any = 0.0
     for group in groups:
         for k in range(len(group)):
             margin, weights, load = _margins(loss, params, jax.tree.map(lambda x, k=k: x[k], group.stacked))

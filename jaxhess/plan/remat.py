@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxhess.models import DecoderConfig
+from jaxhess.models.experts import SPARE
 from jaxhess.plan.job import Job
 from jaxhess.plan.layers import Layers, layers_of
 
@@ -40,10 +41,9 @@ def stored_states(job: Job) -> float:
     return stored
 
 
-def copies(job: Job, layers: Layers) -> int:
-    """Over the tokens of a device, those it has room for in its experts: of all devices along `expert`, each of which
-    any one may be asked for."""
-    return job.axes.get("expert", 1) if layers.experts else 1
+def copies(job: Job, layers: Layers) -> float:
+    """Rows of experts that a device has room for, over those of its own tokens."""
+    return min(SPARE, job.axes["expert"]) if layers.experts and job.axes.get("expert", 1) > 1 else 1.0
 
 
 def again(config: DecoderConfig, chunks: int) -> tuple[float, float]:

@@ -55,9 +55,11 @@ class Tridiagonal(NamedTuple):
 
 
 def load(directory: str | Path, dtype: str | None = None) -> Any:
-    """The causal language model in a checkpoint, with attention written out (double backward needs it).
+    """The causal language model in a checkpoint, with attention and experts written out (double backward needs it).
 
     Embeddings have no `padding_idx`; what they had is in `model.cleared_padding`, token ids by name of the module.
+    Buffers that checkpoints hold are parameters, as on our side: the bias by which DeepSeek-V3 chooses experts, whose
+    gradient is zero.
 
     Args:
         directory: A Hugging Face directory, or a GGUF file.
@@ -70,7 +72,12 @@ def load(directory: str | Path, dtype: str | None = None) -> Any:
     model = reference_model(Path(directory), dtype)
     model.config.use_cache = False
     model.cleared_padding = {}
+    saved = model.state_dict().keys()
     for name, module in model.named_modules():
+        for own, buffer in list(module.named_buffers(recurse=False)):
+            if f"{name}.{own}" in saved:
+                delattr(module, own)
+                module.register_parameter(own, torch.nn.Parameter(buffer))
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             model.cleared_padding[name] = module.padding_idx
             module.padding_idx = None
@@ -98,10 +105,15 @@ def gradient(model: Any, batches: list[Batch]) -> tuple[float, Vector]:
     for batch in batches:
         loss = loss_sum(model, batch)
         total += loss.item()
-        for name, part in zip(names, torch.autograd.grad(loss, parameters), strict=True):
+        for name, part in zip(names, _gradients(loss, parameters), strict=True):
             sums[name] += part
     count = _count(batches)
     return total / count, {name: x / count for name, x in sums.items()}
+
+
+def _gradients(loss: torch.Tensor, parameters: Sequence[torch.Tensor], create_graph: bool = False) -> Any:
+    """Zero for what the loss does not depend on."""
+    return torch.autograd.grad(loss, parameters, create_graph=create_graph, materialize_grads=True)
 
 
 def double_backward(model: Any, batches: list[Batch]) -> Product:
@@ -111,10 +123,10 @@ def double_backward(model: Any, batches: list[Batch]) -> Product:
     def product(v: Vector) -> Vector:
         sums = _zeros(model)
         for batch in batches:
-            gradients = torch.autograd.grad(loss_sum(model, batch), parameters, create_graph=True)
+            gradients = _gradients(loss_sum(model, batch), parameters, create_graph=True)
             parts = [(g * v[name].to(g.dtype)).sum() for name, g in zip(names, gradients, strict=True)]
             slope = torch.stack(parts).sum()
-            for name, part in zip(names, torch.autograd.grad(slope, parameters), strict=True):
+            for name, part in zip(names, _gradients(slope, parameters), strict=True):
                 sums[name] += part
         count = _count(batches)
         return {name: x / count for name, x in sums.items()}

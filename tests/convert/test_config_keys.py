@@ -122,7 +122,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"architectures": "LlamaForCausalLM"}, "has architectures 'LlamaForCausalLM'; it must be a list"),
     ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "has auto_map {"),
     ("llama", {"embedding_multiplier": 12.0}, "has embedding_multiplier 12.0; only 1 is supported"),
-    ("llama", {"attention_multiplier": 0.015625}, "has attention_multiplier 0.015625; it is not understood for llama."),
+    ("llama", {"attention_multiplier": 0.015625}, "has attention_multiplier 0.015625"),
     ("llama", {"residual_multiplier": 0.22}, "has residual_multiplier 0.22"),
     ("llama", {"logits_scaling": 8.0}, "has logits_scaling 8.0"),
     ("llama", {"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping 50.0; it is not understood"),

@@ -64,6 +64,7 @@ def exported(tmp_path_factory):
     return reference, ids, pairs, run, model
 
 
+@pytest.mark.slow
 def test_the_loss_along_an_exported_eigenvector_bends_by_its_eigenvalue(exported):
     """(L(theta + e v) + L(theta - e v) - 2 L(theta)) / e^2 is v'Hv up to e^2 and rounding: in float64, 1e-5."""
     reference, ids, pairs, run, _ = exported

@@ -57,7 +57,6 @@ GRANITE = {
     "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000, "router_aux_loss_coef": 0.0,
     "tie_word_embeddings": True, "transformers_version": "4.46.0.dev0", "vocab_size": 49155,
 }  # fmt: skip
-# Without quantization_config, which is about the tensors alone.
 GPT_OSS = {
     **SILU, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True,
     "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_size": 2880,
@@ -68,7 +67,7 @@ GPT_OSS = {
     "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
                      "rope_type": "yarn", "truncate": False},
     "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0",
-    "vocab_size": 201088,
+    "vocab_size": 201088, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
 }  # fmt: skip
 GPT_OSS_120B = GPT_OSS | {
     "layer_types": ["sliding_attention", "full_attention"] * 18, "num_hidden_layers": 36, "num_local_experts": 128,
@@ -97,6 +96,8 @@ DEEPSEEK_V3 = {
     "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
     "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "routed_scaling_factor": 2.5,
     "scoring_func": "sigmoid", "topk_group": 4, "topk_method": "noaux_tc", "vocab_size": 129280,
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]},
 }  # fmt: skip
 DEEPSEEK_R1 = {key: value for key, value in DEEPSEEK_V3.items() if key not in ("aux_loss_alpha", "seq_aux")}
 
@@ -136,7 +137,6 @@ def test_softmax_of_deepseek_is_sharpened_as_its_context_is_stretched() -> None:
 @pytest.mark.parametrize(
     ("config", "options", "sentence"),
     [
-        (GPT_OSS, {"quantization_config": {"quant_method": "mxfp4"}}, "is quantized (quantization_config: mxfp4)"),
         (GPT_OSS, {"swiglu_limit": 5.0}, "gpt_oss with swiglu_limit=5.0 is not supported; only 7.0 is."),
         (GPT_OSS, {"hidden_act": "gelu"}, "gpt_oss with hidden_act=gelu is not supported; only silu is."),
         (GPT_OSS, {"experts_per_token": 2}, "experts_per_token=2 and num_experts_per_tok=4 must be the same."),

@@ -135,21 +135,35 @@ def test_fp8_scales_may_be_of_other_kinds(kind: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(bits(whole(view(tmp_path, tensors, fp8(8, 16)), WEIGHT)), bits(expected))
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    """A Llama whose matrices inside the layers are FP8 in blocks of 8 x 4, the others bfloat16."""
-    write_checkpoint(tmp_path, "llama")
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+def write_fp8(folder: Path, family: str, **options: Any) -> None:
+    """A checkpoint whose matrices inside the layers are FP8 in blocks of 8 x 4, the others bfloat16."""
+    write_checkpoint(folder, family, **options)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     for name in [name for name in tensors if name.endswith("proj.weight")]:
         rows, columns = tensors[name].shape
         blocks = tensors[name].float().reshape(rows // 8, 8, columns // 4, 4)
         scale = blocks.abs().amax((1, 3)) / 448
         tensors[name] = (blocks / scale[:, None, :, None]).reshape(rows, columns).to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = scale
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    file = tmp_path / "config.json"
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fp8(8, 4), "dtype": "bfloat16"}))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    write_fp8(tmp_path, "llama")
     return tmp_path
+
+
+def test_experts_in_fp8_load_to_the_bits_of_transformers(tmp_path: Path) -> None:
+    """Each in matrices of its own in the file, all in one in the memory of transformers."""
+    pytest.importorskip("accelerate")
+    write_fp8(tmp_path, "qwen3_moe", head_dim=8, moe_intermediate_size=16)
+    model = convert.load(tmp_path)
+    ours = tensors_by_name(model.params, model.config)
+    for name, parameter in reference_model(tmp_path, "bfloat16").named_parameters():
+        np.testing.assert_array_equal(bits(ours[name]), bits(parameter.detach()), err_msg=name)
 
 
 def test_an_fp8_checkpoint_loads_to_the_bits_of_transformers_on_any_mesh_and_is_exported_plain(

@@ -130,14 +130,6 @@ def test_two_processes_give_the_spectrum_of_one_and_write_it_once(run, model, si
     assert not [line for line in ended.output[1].splitlines() if "Gloo" not in line and "peer ranks" not in line]
 
 
-def test_what_all_refuse_is_printed_once(run, model, tmp_path):
-    ended = spectrum_of(run, model, 2, tmp_path / "out", "--mesh", "fsdp=3")
-    assert ended.statuses == [2, 2]
-    assert len(ended.errors()) == 1
-    assert "fsdp=3 needs 3 devices, but 2 are available" in ended.errors()[0]
-    assert not (tmp_path / "out").exists()
-
-
 def listeners(port: int) -> set[str]:
     """Local addresses, as the kernel writes them, on which anything on this machine listens at the port."""
     found = set()
@@ -150,14 +142,18 @@ def listeners(port: int) -> set[str]:
     return found
 
 
-def test_the_store_listens_at_the_coordinators_address_only(run, model, tmp_path):
+def test_what_all_refuse_is_printed_once_and_the_store_listens_at_its_address_only(run, model, tmp_path):
     arguments = ["--model", model, *SMALL_RUN, "--out", str(tmp_path / "out"), "--mesh", "fsdp=3"]
     life = run(2, "command", arguments=arguments, more={})
     found: set[str] = set()
     deadline = time.monotonic() + 60
     while not found and time.monotonic() < deadline:
         found = listeners(life.port)
-    life.ended()
+    ended = life.ended()
+    assert ended.statuses == [2, 2]
+    assert len(ended.errors()) == 1
+    assert "fsdp=3 needs 3 devices, but 2 are available" in ended.errors()[0]
+    assert not (tmp_path / "out").exists()
     assert len(found) == 1
     assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, and the same on a socket of IPv6
 
@@ -334,10 +330,10 @@ def check_eigenvectors(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_of_which_one_is_killed_end_and_go_on_in_the_same_bits(run, tmp_path):
+def test_three_processes_of_which_one_is_killed_end_and_go_on_in_the_same_bits(run, tmp_path):
     """Killed twice (process 0 has JAX's coordination service), then asked to stop by SIGTERM to one of them."""
     whole, rest, saves = (str(tmp_path / name) for name in ("whole.npz", "rest.npz", "saves"))
-    assert run(4, "diagonal", out=whole, checkpoint=None, pairs=str(tmp_path / "pairs")).ended().statuses == [0] * 4
+    assert run(3, "diagonal", out=whole, checkpoint=None, pairs=str(tmp_path / "pairs")).ended().statuses == [0] * 3
     check_eigenvectors(tmp_path / "pairs")
 
     def signalled(process: int, number: signal.Signals) -> Run:
@@ -348,7 +344,7 @@ def test_four_processes_of_which_one_is_killed_end_and_go_on_in_the_same_bits(ru
 
         seen = before = saved()
         leaving = 60 if number == signal.SIGTERM else processes.SHUTDOWN_SECONDS
-        life = run(4, "diagonal", out=rest, checkpoint=saves, slow=0.2, leaving=leaving)
+        life = run(3, "diagonal", out=rest, checkpoint=saves, slow=0.2, leaving=leaving)
         deadline = time.monotonic() + 60
         while len(seen - before) < 2 and time.monotonic() < deadline:
             seen = seen | saved()
@@ -367,11 +363,11 @@ def test_four_processes_of_which_one_is_killed_end_and_go_on_in_the_same_bits(ru
         assert 0 not in life.statuses
 
     life = signalled(1, signal.SIGTERM)
-    assert life.statuses == [75] * 4
+    assert life.statuses == [75] * 3
     assert len(life.errors()) == 1
     assert life.errors()[0].startswith("stopped by SIGTERM after step")
 
-    assert run(4, "diagonal", out=rest, checkpoint=saves).ended().statuses == [0] * 4
+    assert run(3, "diagonal", out=rest, checkpoint=saves).ended().statuses == [0] * 3
     with np.load(whole) as a, np.load(rest) as b:
         np.testing.assert_array_equal(a["alphas"], b["alphas"])
         np.testing.assert_array_equal(a["betas"], b["betas"])

@@ -196,10 +196,13 @@ def test_vectors_stored_in_bfloat16_keep_the_extremes():
 def test_vectors_in_16_bits_do_not_lose_a_norm_whose_squares_vanish_or_overflow(power):
     dense = jnp.asarray(matrix(np.linspace(-3, 5, 60)), jnp.float32)
     found = []
-    for factor in (1.0, 2.0**power):  # nothing else is rounded otherwise
+    for factor in (1.0, 2.0**power):  # exact
         probe = random_probe(jax.random.key(0), jax.ShapeDtypeStruct((60,), jnp.bfloat16))
         state = start_lanczos([probe, probe], 8, Storage("none"))
         state = lanczos_segment(MatrixOperator(factor * dense), state, 8)
         found.append(np.float64(state.betas) / factor)
-    np.testing.assert_array_equal(found[0], found[1])
-    assert found[0].min() > 0.1
+    # Sums of 60 terms, none above the matrix norm of 5, in another order. From then on an entry of a stored vector may
+    # be rounded the other way, by at most 2^-8: A q and alpha q move by 5 times that each.
+    np.testing.assert_allclose(found[0][:, 0], found[1][:, 0], rtol=0, atol=60 * 5 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(found[0][:, 1], found[1][:, 1], rtol=0, atol=2 * 5 * 2.0**-8)
+    assert (np.min(found) > 0.1) & (np.max(found) < 5)  # later ones: neither vanished nor overflowed

@@ -8,10 +8,9 @@ import pytest
 
 from jaxhess import Hessian, Storage, make_mesh, start_lanczos
 from jaxhess.krylov import compile_segment
-from jaxhess.models import decoder, initialize
+from jaxhess.models import decoder
 from jaxhess.plan.hlo import matmul_flops, read_program
-from jaxhess.vectors import random_probe
-from tests.small_models import SMALL, batch_of, language_operator, relative, tokens
+from tests.small_models import SMALL, batch_of, language_operator, random_model, random_vector, relative, tokens
 
 
 def product(operator, v):
@@ -22,7 +21,7 @@ def product(operator, v):
 @pytest.mark.parametrize("change", [{}, {"sliding_window": 3, "sliding_layers": (True, False)}])
 def test_written_out_layers_give_the_product_of_scanned_ones(change, monkeypatch):
     operator = language_operator("float64", remat=False, **change)
-    v = random_probe(jax.random.key(1), operator.shape_dtype)
+    v = random_vector(operator.shape_dtype, 1)
     written_out = product(operator, v)
     monkeypatch.setattr(decoder, "WRITTEN_OUT", 0)
     assert relative(written_out, product(operator, v)) < 1e-13
@@ -51,7 +50,7 @@ def test_states_of_written_out_layers_are_those_of_scanned_ones(monkeypatch):
 )
 def test_few_layers_on_one_cpu_are_written_out(change, devices, scans):
     mesh = make_mesh({"fsdp": devices}, jax.devices()[:devices])
-    model = initialize(dataclasses.replace(SMALL, **change), jax.random.key(0), mesh)
+    model = random_model(dataclasses.replace(SMALL, **change), mesh, factor=1)
     program = jax.make_jaxpr(model.loss())(model.params, batch_of(tokens(8, 12, 101)))
     assert str(program).count("scan[") == scans
 
@@ -60,9 +59,9 @@ def test_few_layers_on_one_cpu_are_written_out(change, devices, scans):
 def test_a_lanczos_run_over_written_out_layers_makes_the_primal_pass_once():
     """8 products of matrices in a step, in units of a forward pass, are then 6, and 2 of them once."""
     config = dataclasses.replace(SMALL, remat=False)
-    model = initialize(config, jax.random.key(0))
+    model = random_model(config, factor=1)
     operator = Hessian(model.loss(), model.params, [batch_of(tokens(8, 12, 101))])
-    v = random_probe(jax.random.key(1), operator.shape_dtype)
+    v = random_vector(operator.shape_dtype, 1)
     one = matmul_flops(read_program(jax.jit(lambda op, v: op.mv(v)).lower(operator, v).compile()))
     run = compile_segment(operator, start_lanczos([v], 20, Storage("none")))
     assert matmul_flops(read_program(run), unknown_trips=20) <= (6 + 2 / 20 + 0.2) / 8 * 20 * one

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import language_operator, relative
+from small_models import language_operator, random_vector, relative
 
-from jaxhess import GaussNewton, Hessian, MatrixOperator, random_probe, spectrum
+from jaxhess import GaussNewton, Hessian, MatrixOperator, spectrum
 from jaxhess.errors import InputError
 from jaxhess.operators.facts import describe
 
@@ -47,7 +47,7 @@ def test_the_hessian_splits_into_gauss_newton_and_the_rest():
     operator = language_operator(num_layers=1)
     batch = [jax.tree.map(lambda x: x[0], operator.batches[0].stacked)]
     hessian, gauss_newton = (kind(operator.loss, operator.params, batch) for kind in (Hessian, GaussNewton))
-    v = random_probe(jax.random.key(0), hessian.shape_dtype)
+    v = random_vector(hessian.shape_dtype, 0)
     rest = (hessian - gauss_newton) @ v
     assert relative(rest, jax.tree.map(jnp.subtract, hessian @ v, gauss_newton @ v)) < 1e-5
     described = describe(hessian - gauss_newton)

@@ -8,14 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import SMALL, TINY, batch_of, language_operator, relative, scaled_up, tokens
+from small_models import (
+    SMALL,
+    TINY,
+    batch_of,
+    language_operator,
+    network,
+    random_model,
+    random_vector,
+    relative,
+    tokens,
+)
 
-from jaxhess import Hessian, MatrixOperator, Microbatches, Storage, make_mesh, random_probe, spectrum, start_lanczos
+from jaxhess import Hessian, MatrixOperator, Microbatches, Storage, make_mesh, spectrum, start_lanczos
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.errors import InputError
 from jaxhess.krylov import compile_segment
-from jaxhess.models import initialize
 from jaxhess.operators.facts import validate
 from jaxhess.operators.microbatches import as_groups
 from jaxhess.plan.hlo import read_program
@@ -37,57 +46,46 @@ def dense(operator: Hessian) -> np.ndarray:
     return np.asarray(jax.jit(jax.jacrev(jax.jacrev(mean_loss)))(flat))
 
 
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"sliding_window": 5},
-        {
-            "tied_embeddings": True,
-            "num_layers": 1,
-            "norm": "layer",
-            "parallel_residual": True,
-            "gated_mlp": False,
-            "activation": "gelu",
-            "qk_norm": False,
-            "mlp_bias": True,
-            "rope": None,
-        },
-    ],
-    ids=["rms-gqa-window", "layernorm-tied-one-layer"],
-)
-def test_spectrum_matches_the_dense_hessian(change):
+def tiny_operator(**change) -> Hessian:
     config = dataclasses.replace(TINY, dtype="float64", **change)
-    model = scaled_up(initialize(config, jax.random.key(0)))
+    model = random_model(config)
     ids = tokens(3, 7, config.vocab_size)
-    operator = Hessian(model.loss(logit_chunk=40), model.params, [batch_of(ids[:2]), batch_of(ids[2:])])
+    return Hessian(model.loss(logit_chunk=40), model.params, [batch_of(ids[:2]), batch_of(ids[2:])])
+
+
+def check_against_dense(operator: Hessian) -> np.ndarray:
+    """Entry by entry; returns the eigenvalues."""
     matrix = dense(operator)
-    eigenvalues = np.linalg.eigvalsh(matrix)
+    np.testing.assert_allclose(operator.to_matrix(), matrix, rtol=0, atol=1e-12 * np.abs(matrix).max())
+    return np.linalg.eigvalsh(matrix)
 
-    # Every distinct eigenvalue is found, and nothing else.
-    full = spectrum(operator, steps=operator.dim, probes=1)
-    found = full.ritz_values[0][: full.sizes[0]]
-    distance = np.abs(eigenvalues[:, None] - found[None, :])
-    assert distance.min(axis=1).max() < 1e-8 * np.abs(eigenvalues).max()
-    assert distance.min(axis=0).max() < 1e-8 * np.abs(eigenvalues).max()
 
-    # Few steps of many probes: moments and density within their own standard errors.
-    result = spectrum(operator, steps=12, probes=24, seed=5)
-    trace, frobenius = result.trace(), result.frobenius_norm()
-    assert abs(trace.value - eigenvalues.sum()) < 3 * trace.standard_error
-    assert abs(frobenius.value - np.sqrt((eigenvalues**2).sum())) < 3 * frobenius.standard_error
-    assert trace.standard_error < np.sqrt((eigenvalues**2).sum())
-    density = result.density(points=40)
-    middle = np.searchsorted(density.edges, 0.5 * eigenvalues[-1])  # between outliers, where the kernel does not matter
-    tail = density.mass[:, middle:].sum(axis=1)
-    true_tail = np.mean(eigenvalues > density.edges[middle])
-    assert abs(tail.mean() - true_tail) < 3 * tail.std(ddof=1) / np.sqrt(24)
+@pytest.mark.usefixtures("float64")
+def test_products_are_those_of_the_dense_hessian():
+    operator = tiny_operator(
+        tied_embeddings=True, num_layers=1, norm="layer", parallel_residual=True, gated_mlp=False, activation="gelu",
+        qk_norm=False, mlp_bias=True, rope=None,
+    )  # fmt: skip
+    check_against_dense(operator)
+
+
+@pytest.mark.usefixtures("float64")
+def test_spectrum_is_that_of_the_dense_hessian():
+    operator = tiny_operator(sliding_window=5)
+    eigenvalues = check_against_dense(operator)
+    result = spectrum(operator, steps=100, probes=1)
+    np.testing.assert_allclose(
+        result.ritz_values[0, [0, -1]], eigenvalues[[0, -1]], rtol=0, atol=1e-8 * np.abs(eigenvalues).max()
+    )
+    # Every Ritz value has an eigenvalue within its bound; rounding is 1e-16 of the norm, a hundred times over.
+    distance = np.abs(eigenvalues[:, None] - result.ritz_values[0]).min(axis=0)
+    assert (distance <= result.residual_bounds[0] + 1e-13 * np.abs(eigenvalues).max()).all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_operator_is_linear_and_symmetric(dtype, tolerance):
     operator = language_operator(dtype)
-    u, v = (random_probe(jax.random.key(k), operator.shape_dtype) for k in (1, 2))
+    u, v = (random_vector(operator.shape_dtype, k) for k in (1, 2))
     hu, hv = operator @ u, operator @ v
     combined = operator @ jax.tree.map(lambda a, b: (2 * a - 3 * b).astype(a.dtype), u, v)
     expected = jax.tree.map(lambda a, b: 2 * a.astype("float32") - 3 * b.astype("float32"), hu, hv)
@@ -97,7 +95,7 @@ def test_operator_is_linear_and_symmetric(dtype, tolerance):
 
 def test_float32_agrees_with_float64():
     narrow = language_operator("float32")
-    v = random_probe(jax.random.key(1), narrow.shape_dtype)
+    v = random_vector(narrow.shape_dtype, 1)
     product = narrow @ v
     with jax.enable_x64(True):
         wide = language_operator("float64")
@@ -110,15 +108,14 @@ def test_float32_agrees_with_float64():
 # few thousand terms here rounds by at most 1e-12 in any order; float32 would leave a factor of two to what each
 # processor's vector width makes of it.
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("microbatch", [1, 3])
-def test_hessian_does_not_depend_on_microbatches_or_padding(microbatch):
+def test_hessian_does_not_depend_on_microbatches_or_padding():
     operator = language_operator("float64")
     ids = tokens(8, 12, 101)
     weights = (np.random.default_rng(0).random((8, 12)) < 0.7).astype(np.float32)  # ragged labels
     weights[3] = 0  # a sequence that is all padding
-    v = random_probe(jax.random.key(1), operator.shape_dtype)
+    v = random_vector(operator.shape_dtype, 1)
     whole = dataclasses.replace(operator, batches=as_groups([batch_of(ids, weights)])) @ v
-    cut = [batch_of(ids[i : i + microbatch], weights[i : i + microbatch]) for i in range(0, 8, microbatch)]
+    cut = [batch_of(ids[i : i + 3], weights[i : i + 3]) for i in range(0, 8, 3)]
     assert relative(dataclasses.replace(operator, batches=as_groups(cut)) @ v, whole) < 1e-12
 
     scrambled = np.where(np.pad(weights, ((0, 0), (1, 0)), constant_values=1) == 0, 7, ids)
@@ -132,15 +129,13 @@ def test_hessian_does_not_depend_on_microbatches_or_padding(microbatch):
     "change",
     [
         {"remat": False},
-        {"remat": "attention", "query_chunk": 5},
-        {"remat": "feed-forward"},
-        {"query_chunk": 5, "logit_chunk": 1000},
-        {"query_chunk": 1},
+        {"remat": "attention", "query_chunk": 5, "logit_chunk": 1000},
+        {"remat": "feed-forward", "query_chunk": 1},
     ],
 )
 def test_hessian_does_not_depend_on_chunks_or_rematerialisation(change):
     operator = language_operator("float64")
-    v = random_probe(jax.random.key(1), operator.shape_dtype)
+    v = random_vector(operator.shape_dtype, 1)
     assert relative(language_operator("float64", **change) @ v, operator @ v) < 1e-12
 
 
@@ -148,26 +143,21 @@ def spectrum_on(axes):
     """Eight steps of two probes of a small model, on a mesh or on one device."""
     mesh = None if axes is None else make_mesh(axes)
     ids = tokens(16, 12, 101).reshape(2, 8, 13)
-    model = scaled_up(initialize(SMALL, jax.random.key(0), mesh))
+    model = random_model(SMALL, mesh)
     batch = TokenBatch(jnp.asarray(ids), jnp.ones((2, 8, 12)))
     if mesh is not None:
         batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
     return spectrum(Hessian(model.loss(4096), model.params, Microbatches(batch)), steps=8, probes=2, batch_size=1)
 
 
-@pytest.fixture(scope="module")
-def spectrum_on_one_device():
-    return spectrum_on(None)
-
-
-@pytest.mark.parametrize("axes", [pytest.param("fsdp=8", marks=pytest.mark.study), "fsdp=4,tensor=2", "data=2,fsdp=4"])
-def test_spectrum_does_not_depend_on_the_mesh(axes, spectrum_on_one_device):
-    sharded, alone = (result.ritz_values[:, [0, -1]] for result in (spectrum_on(axes), spectrum_on_one_device))
+@pytest.mark.parametrize("axes", [pytest.param("fsdp=8", marks=pytest.mark.study), "data=2,fsdp=2,tensor=2"])
+def test_spectrum_does_not_depend_on_the_mesh(axes):
+    sharded, alone = (spectrum_on(a).ritz_values[:, [0, -1]] for a in (axes, None))
     np.testing.assert_allclose(sharded, alone, rtol=1e-4)
 
 
 def test_a_loss_scaled_by_1e_minus_7_gives_the_scaled_spectrum():
-    operator = language_operator()
+    operator = network()
     scaled = dataclasses.replace(operator, loss=lambda p, b: (1e-7 * operator.loss(p, b)[0], operator.loss(p, b)[1]))
     plain, small = (spectrum(op, steps=10, probes=2, batch_size=1) for op in (operator, scaled))
     assert (plain.sizes == small.sizes).all()
@@ -177,7 +167,7 @@ def test_a_loss_scaled_by_1e_minus_7_gives_the_scaled_spectrum():
 @pytest.mark.usefixtures("float64")
 def test_batched_products_equal_single_ones():
     operator = language_operator("float64")
-    probes = [random_probe(jax.random.key(k), operator.shape_dtype) for k in range(3)]
+    probes = [random_vector(operator.shape_dtype, k) for k in range(3)]
     batched = jax.jit(jax.vmap(operator.mv))(jax.tree.map(lambda *x: jnp.stack(x), *probes))
     for k, probe in enumerate(probes):
         assert relative(jax.tree.map(lambda x, k=k: x[k], batched), operator @ probe) < 1e-12
@@ -267,13 +257,6 @@ def test_a_non_finite_product_names_the_microbatch():
         spectrum(operator, steps=2, probes=1)
 
 
-def test_all_padding_is_refused():
-    operator = language_operator()
-    empty = dataclasses.replace(operator, batches=as_groups([batch_of(tokens(2, 12, 101), np.zeros((2, 12)))]))
-    with pytest.raises(ValueError, match="count of the loss is 0"):
-        spectrum(empty, steps=2, probes=1)
-
-
 @pytest.mark.parametrize(
     ("count", "sentence"),
     [
@@ -311,7 +294,7 @@ def test_operators_are_equal_to_themselves_and_hash():
 
 def test_parameters_are_arguments_of_the_program_not_constants():
     operator = language_operator()
-    v = random_probe(jax.random.key(1), operator.shape_dtype)
+    v = random_vector(operator.shape_dtype, 1)
     text = jax.jit(lambda op, x: op.mv(x)).lower(operator, v).as_text()
     constants = re.findall(r"stablehlo.constant dense<[^>]*> : tensor<((?:\d+x)+)", text)
     largest = max(np.prod([int(n) for n in c.split("x") if n]) for c in constants if "dense" not in c)
@@ -320,18 +303,18 @@ def test_parameters_are_arguments_of_the_program_not_constants():
 
 @pytest.mark.parametrize(
     ("axes", "shards"),
-    [pytest.param("fsdp=8", 8, marks=pytest.mark.study), ("fsdp=4,tensor=2", 8), ("data=2,fsdp=4", 4)],
+    [pytest.param("fsdp=8", 8, marks=pytest.mark.study), ("data=2,fsdp=2,tensor=2", 4)],
 )
 def test_compiled_program_holds_its_share_and_gathers_a_layer_at_a_time(axes, shards):
     config = dataclasses.replace(
         SMALL, num_layers=8, vocab_size=1001, embed_dim=64, num_heads=4, num_kv_heads=2, mlp_dim=192
     )
     mesh = make_mesh(axes)
-    model = initialize(config, jax.random.key(0), mesh)
+    model = random_model(config, mesh, factor=1)
     batch = TokenBatch(jnp.asarray(tokens(16, 8, 1001).reshape(2, 8, 9)), jnp.ones((2, 8, 8)))
     batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
     operator = Hessian(model.loss(4096), model.params, Microbatches(batch))
-    state = start_lanczos([random_probe(jax.random.key(0), operator.shape_dtype)], 6)
+    state = start_lanczos([random_vector(operator.shape_dtype, 0)], 6)
     compiled = compile_segment(operator, state)
     memory = compiled.memory_analysis()
     inputs, outputs = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in ((operator, state), state))
@@ -350,19 +333,21 @@ def test_compiled_program_holds_its_share_and_gathers_a_layer_at_a_time(axes, sh
     assert 64 * 192 / mesh.shape["tensor"] <= max(gathered) <= 64 * 512
 
 
-@pytest.mark.parametrize(("axes", "reorthogonalize"), [(None, "none"), ("fsdp=8", "full")])
+@pytest.mark.parametrize(
+    ("axes", "reorthogonalize"), [(None, "none"), pytest.param("fsdp=8", "full", marks=pytest.mark.slow)]
+)
 def test_temporaries_are_the_product_and_one_accumulator(axes, reorthogonalize):
     # With several microbatches. The difference between two depths leaves out activations and the head.
     mesh = None if axes is None else make_mesh(axes)
     sizes = []
     for layers in (8, 24):
         config = dataclasses.replace(SMALL, num_layers=layers, embed_dim=128, mlp_dim=512, head_dim=64)
-        model = initialize(config, jax.random.key(0), mesh)
+        model = random_model(config, mesh, factor=1)
         batch = TokenBatch(jnp.asarray(tokens(16, 2, 101).reshape(2, 8, 3)), jnp.ones((2, 8, 2)))
         if mesh is not None:
             batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
         operator = Hessian(model.loss(4096), model.params, Microbatches(batch))
-        state = start_lanczos([random_probe(jax.random.key(0), operator.shape_dtype)], 4, Storage(reorthogonalize))
+        state = start_lanczos([random_vector(operator.shape_dtype, 0)], 4, Storage(reorthogonalize))
         held = sum(x.nbytes for x in jax.tree.leaves(model.params)) / (1 if mesh is None else mesh.size)
         sizes.append((held, compile_segment(operator, state).memory_analysis().temp_size_in_bytes))
     (held, temporary), (held_deep, temporary_deep) = sizes

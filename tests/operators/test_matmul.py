@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import language_operator, relative
+from small_models import language_operator, network, random_vector, relative
 
 from jaxhess import (
     EmpiricalFisher,
@@ -17,7 +17,6 @@ from jaxhess import (
     Hessian,
     audit,
     linearize,
-    random_probe,
 )
 from jaxhess.operators.facts import describe
 from jaxhess.operators.matmul import ALGORITHMS, MatmulPrecision, with_matmul_precision
@@ -108,7 +107,7 @@ def test_every_product_of_an_operator_has_the_algorithm(kind):
     step = {"step": 1e-3} if kind is FiniteDifferenceHessian else {}
     operator = kind(base.loss, base.params, base.batches, matmul_precision=name, **step)
     plain = dataclasses.replace(operator, matmul_precision="float32")
-    v = random_probe(jax.random.key(0), operator.shape_dtype)
+    v = random_vector(operator.shape_dtype, 0)
     mv = jax.jit(lambda op, x: op.mv(x))
     native = products_in(mv.trace(operator, v).lower(lowering_platforms=("cuda",)))
     assert len(native) == len(products_in(mv.trace(plain, v).lower(lowering_platforms=("cuda",)))) > 10
@@ -125,9 +124,9 @@ def test_every_product_of_an_operator_has_the_algorithm(kind):
 @pytest.mark.parametrize("name", ["bf16x6", "tf32"])
 def test_products_of_the_hessian_are_off_by_the_algorithms_error(name):
     """Linear, symmetric and near the exact product: no derivative of the cutting is taken."""
-    base = language_operator(num_layers=1)
+    base = network()
     operator = dataclasses.replace(base, matmul_precision=name)
-    v = random_probe(jax.random.key(0), operator.shape_dtype)
+    v = random_vector(operator.shape_dtype, 0)
     product = operator @ v
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype("float64"), v)
@@ -142,11 +141,11 @@ def test_products_of_the_hessian_are_off_by_the_algorithms_error(name):
 
 
 def test_the_operator_says_its_precision_and_the_audit_measures_it():
-    operator = dataclasses.replace(language_operator(num_layers=1), matmul_precision="tf32")
+    operator = network(matmul_precision="tf32")
     assert describe(operator)["matmul_precision"] == "tf32"
     assert describe(operator)["matmul_emulated"] is True
     assert describe(linearize(operator))["matmul_precision"] == "tf32"
-    assert "matmul_precision" not in describe(language_operator("bfloat16", num_layers=1))
+    assert "matmul_precision" not in describe(network("bfloat16"))
     assert unit_roundoff(operator, operator.shape_dtype) == product_eps(2 * operator) == 2.0**-9
     assert operator.in_dtype("float32").matmul_precision == "float32"
     noise = audit(operator)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import Diagonal, language_operator, relative
+from small_models import Diagonal, language_operator, random_vector, relative
 
 import convert
 from jaxhess import (
@@ -16,7 +16,6 @@ from jaxhess import (
     GaussNewton,
     Hessian,
     Storage,
-    random_probe,
     start_lanczos,
 )
 from jaxhess.krylov import lanczos_segment
@@ -33,7 +32,7 @@ def test_every_matrix_product_in_float32_asks_for_float32(kind):
     """TF32 is the default on recent GPUs; a product that asks for the highest precision does without."""
     base = language_operator(num_layers=1)
     operator = kind(base.loss, base.params, first(base))
-    v = random_probe(jax.random.key(0), operator.shape_dtype)
+    v = random_vector(operator.shape_dtype, 0)
     text = jax.jit(lambda op, x: op.mv(x)).lower(operator, v).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) > 10
@@ -47,7 +46,7 @@ def test_products_in_float32_on_a_gpu_are_float32(kind):
         pytest.skip("no GPU here")
     base = language_operator()
     operator = kind(base.loss, base.params, base.batches)
-    v = random_probe(jax.random.key(0), operator.shape_dtype)
+    v = random_vector(operator.shape_dtype, 0)
     product = operator @ v
     with jax.enable_x64(True):
         wide = operator.in_dtype("float64") @ jax.tree.map(lambda x: x.astype("float64"), v)
@@ -58,7 +57,7 @@ def test_weights_stored_narrow_and_computed_wide_give_the_wide_product():
     stored = language_operator("bfloat16", num_layers=1)
     mixed = dataclasses.replace(stored, loss=stored.loss.in_dtype("float32"))
     assert product_dtypes(mixed) == ("bfloat16", "float32")
-    v = jax.tree.map(lambda x: x.astype("float32"), random_probe(jax.random.key(1), stored.shape_dtype))
+    v = jax.tree.map(lambda x: x.astype("float32"), random_vector(stored.shape_dtype, 1))
     wide = stored.in_dtype("float32") @ v
     # Each microbatch's product leaves in the parameters' dtype: rounded once, to 8 bits.
     assert relative(mixed @ v, wide) < 2**-8

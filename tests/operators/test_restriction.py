@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import SMALL, TINY, batch_of, language_operator, relative, scaled_up, tokens
+from small_models import (
+    SMALL,
+    TINY,
+    batch_of,
+    language_operator,
+    random_model,
+    random_vector,
+    relative,
+    tokens,
+)
 
 from jaxhess import (
     EmpiricalFisher,
@@ -18,12 +27,11 @@ from jaxhess import (
     Microbatches,
     linearize,
     make_mesh,
-    random_probe,
     spectrum,
 )
 from jaxhess.data import TokenBatch
 from jaxhess.distributed.mesh import batch_sharding
-from jaxhess.models import abstract_params, initialize
+from jaxhess.models import abstract_params
 from jaxhess.operators.restriction import Selection, restriction
 
 
@@ -75,7 +83,7 @@ def test_a_restriction_to_nothing_is_refused_in_a_sentence(patterns, layers, sen
 def test_a_restricted_operator_is_the_diagonal_block(kind, blocks):
     with jax.enable_x64(True):
         config = dataclasses.replace(TINY, dtype="float64")
-        model = scaled_up(initialize(config, jax.random.key(0)))
+        model = random_model(config)
         operator = kind(model.loss(50), model.params, [batch_of(tokens(2, 7, config.vocab_size))])
         whole = np.asarray(operator.to_matrix())
         numbers = jax.flatten_util.ravel_pytree(model.params)[1](jnp.arange(whole.shape[0], dtype=jnp.float64))
@@ -107,7 +115,7 @@ def test_other_operators_restrict_alike():
     exact = Hessian(exact.loss, exact.params, batch).restrict("attention", layers=[0])
     with jax.enable_x64(True):  # where the step's error is below everything, and the order of sums too
         wide = exact.in_dtype("float64")
-        v = random_probe(jax.random.key(1), wide.shape_dtype)
+        v = random_vector(wide.shape_dtype, 1)
         product = wide @ v
         assert relative(linearize(wide) @ v, product) < 1e-12
         difference = FiniteDifferenceHessian(exact.loss, exact.params, batch, step=1e-5, per="coordinate")
@@ -122,11 +130,12 @@ def test_other_operators_restrict_alike():
         block.restrict("mlp")
 
 
+@pytest.mark.slow
 def test_a_restricted_spectrum_does_not_depend_on_the_mesh():
     ids = tokens(8, 12, 101)[None]
     results = []
     for mesh in (None, make_mesh("fsdp=4,tensor=2")):
-        model = scaled_up(initialize(SMALL, jax.random.key(0), mesh))
+        model = random_model(SMALL, mesh)
         batch = TokenBatch(jnp.asarray(ids), jnp.ones((1, 8, 12)))
         if mesh is not None:
             batch = jax.device_put(batch, batch_sharding(mesh, axis=1))
@@ -143,7 +152,7 @@ def test_what_is_fixed_is_not_differentiated():
     """The block of the output matrix needs no backward pass through the layers."""
 
     def flops(operator):
-        v = random_probe(jax.random.key(0), operator.shape_dtype)
+        v = random_vector(operator.shape_dtype, 0)
         return jax.jit(lambda op, x: op.mv(x)).lower(operator, v).compile().cost_analysis()["flops"]
 
     exact = language_operator(remat=False, num_layers=1)

@@ -69,7 +69,7 @@ def check_formula(planned: Job, found: dict) -> None:
     assert sum(traffic(planned).values()) == pytest.approx(sum(found["traffic"].values()), rel=0.1)
 
 
-@pytest.mark.parametrize("hvp", ["exact", "finite-difference"])
+@pytest.mark.parametrize("hvp", ["exact", pytest.param("finite-difference", marks=pytest.mark.slow)])
 def test_the_formula_agrees_with_the_compiled_program(hvp):
     planned = job("pythia-160m", {"fsdp": 4, "tensor": 2}, hvp=hvp)
     check_formula(planned, compiled(planned).facts())

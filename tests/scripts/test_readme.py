@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import jaxhess
 
@@ -19,6 +20,7 @@ def run(page: Path, space: dict) -> dict:
     return space
 
 
+@pytest.mark.slow
 def test_the_examples_run(tmp_path, monkeypatch):
     """Those of a page go on from the README's. One test, because the README's takes half of the time."""
     monkeypatch.chdir(tmp_path)

@@ -17,6 +17,7 @@ def test_a_device_that_is_not_a_known_card_is_refused(capsys):
     assert "The device 'cpu' is not in the table of cards; it has A100-80GB" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_measured_here_is_the_program_that_is_planned(monkeypatch):
     """On CPUs, which have no rates: the roofline, and the verdict on memory, are those of a card."""
 

@@ -27,7 +27,8 @@ def test_every_study_is_found():
 )
 def test_the_index_has_every_claim_with_its_verdict(tmp_path, names):
     command = [sys.executable, "-m", script.__name__, "--out", str(tmp_path / "out"), "--only", *names]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, **({} if names == ("scaling",) else {"XLA_FLAGS": ""})}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     index = (tmp_path / "out" / "index.html").read_text()
     for name in names:
         assert f'href="{name}/study.html"' in index
