@@ -13,10 +13,12 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import VOCAB, torch, torch_model
+from flax import nnx
 from validation.torch_reference import in_float64
 
 import convert
 from convert.families import FAMILIES
+from jaxhess.models.language_model import model_graph
 from tests.convert.test_families import assert_close, derivatives, tokens_for, torch_derivatives, torch_loss
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -144,6 +146,31 @@ def test_float64_agrees_with_torch_and_is_written_back_bit_for_bit(case: Any, tm
         assert written.read_bytes() == read.read_bytes()
         described = json.loads((tmp_path / "back" / "config.json").read_text())
         assert described["model_type"] == family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DENSE, ids=[case[0] for case in DENSE])
+def test_bfloat16_is_as_near_to_float64_as_that_of_torch(case: Any, tmp_path: Path) -> None:
+    """Both round after every operation, by independent errors of one size: their norms are alike, and 2 is ample."""
+    _, family, options = case
+    narrow = torch_model(family, **options).bfloat16()
+    narrow.save_pretrained(tmp_path)
+    model, tokens = convert.load(tmp_path), tokens_for(VOCAB)
+    inputs = torch.from_numpy(tokens).long()[:, :-1]
+    with torch.no_grad():
+        theirs = narrow(inputs).logits.double().numpy()
+        embedded = narrow.get_input_embeddings()(inputs)
+        with in_float64(narrow) as wide:
+            if hasattr(wide.get_input_embeddings(), "embed_scale"):  # Gemma's is rounded to the dtype
+                wide.get_input_embeddings().embed_scale = narrow.get_input_embeddings().embed_scale.bfloat16()
+            exact = wide(inputs).logits.numpy()
+    ours = np.asarray(model.logits(tokens[:, :-1]), np.float64)
+    assert np.linalg.norm(ours - exact) <= 2 * np.linalg.norm(theirs - exact) <= 0.2 * np.linalg.norm(exact)
+    if "gemma" in family:
+        decoder = nnx.merge(model_graph(model.config, None), model.params)
+        np.testing.assert_array_equal(
+            np.asarray(decoder.states(tokens[:, :-1])[0], np.float32), embedded.float().numpy()
+        )
 
 
 def test_every_family_has_a_case() -> None:
