@@ -34,14 +34,15 @@ def module_function(module: nnx.Module) -> tuple[Callable[..., Any], nnx.State]:
     """
     copy = nnx.clone(module)
     copy.eval()
-    graph, params, rest = nnx.split(copy, nnx.Param, ...)
+    graph, *states = nnx.split(copy, nnx.Param, ...)
+    params, rest = states
     if not jax.tree.leaves(params):
         raise InputError(f"This {type(module).__name__} has no nnx.Param: there is nothing to differentiate by.")
 
     def function(params: Any, *args: Any, **kwargs: Any) -> Any:
         called = nnx.merge(graph, params, jax.tree.map(lambda x: x, rest))  # variables of its own, which it may update
         result = called(*args, **kwargs)
-        _check_unchanged(rest, nnx.split(called, nnx.Param, ...)[2])
+        _check_unchanged(rest, nnx.state(called, nnx.Not(nnx.Param)))
         return result
 
     return function, params

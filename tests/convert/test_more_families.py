@@ -5,6 +5,7 @@ Logits, loss, gradient and exact Hessian-vector product; torch's by double backw
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from flax import nnx
 from validation.torch_reference import in_float64
 
 import convert
+import jaxhess
 from convert.families import FAMILIES
 from jaxhess.models.language_model import model_graph
-from tests.convert.test_families import assert_close, derivatives, tokens_for, torch_derivatives, torch_loss
+from tests.convert.test_families import assert_close, batch_of, derivatives, tokens_for, torch_derivatives, torch_loss
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -171,6 +173,35 @@ def test_bfloat16_is_as_near_to_float64_as_that_of_torch(case: Any, tmp_path: Pa
         np.testing.assert_array_equal(
             np.asarray(decoder.states(tokens[:, :-1])[0], np.float32), embedded.float().numpy()
         )
+
+
+@pytest.mark.slow
+def test_the_balancing_loss_on_top_is_that_of_transformers(tmp_path: Path) -> None:
+    """Over all layers and tokens of a batch; value, gradient and exact product."""
+
+    def total(model: Any, tokens: np.ndarray) -> torch.Tensor:
+        out = model(torch.from_numpy(tokens).long()[:, :-1], output_router_logits=True)
+        targets = torch.from_numpy(tokens).long()[:, 1:].reshape(-1)
+        loss = torch.nn.functional.cross_entropy(out.logits.reshape(-1, VOCAB), targets)
+        return loss + 0.5 * out.aux_loss
+
+    with in_float64(torch_model("mixtral")) as reference, jax.enable_x64(True):
+        reference.save_pretrained(tmp_path / "checkpoint")
+        model = convert.load(tmp_path / "checkpoint")
+        tokens = tokens_for(VOCAB)
+        parameters = dict(reference.named_parameters())
+        direction = {name: torch.randn(p.shape, dtype=p.dtype) for name, p in parameters.items()}
+        loss = total(reference, tokens)
+        gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+        slope = sum((g * direction[name]).sum() for name, g in zip(parameters, gradient, strict=True))
+        product = torch.autograd.grad(slope, list(parameters.values()))
+        found = [direction, *(dict(zip(parameters, x, strict=True)) for x in (gradient, product))]
+        v, *expected = (as_params(t, reference, tmp_path / str(i)) for i, t in enumerate(found))
+        ours = jaxhess.Hessian(dataclasses.replace(model.loss(), balance=0.5), model.params, [batch_of(tokens)])
+        value, slopes = ours.value_and_gradient()
+        assert abs(float(value) - loss.item()) <= 1e-12 * float(value)
+        assert_close(slopes, expected[0], 1e-9)
+        assert_close(ours @ v, expected[1], 1e-9)
 
 
 def test_every_family_has_a_case() -> None:

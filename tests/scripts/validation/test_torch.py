@@ -270,10 +270,23 @@ IN_CI = (("gpt2", "bfloat16"),)
 )
 def test_every_family_agrees(family, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "MODES", ("none",))  # the harder one; both are in the test of everything
-    write_checkpoint(tmp_path / "model", family, **SHAPES[family])
+    write_checkpoint(tmp_path / "model", family, **SHAPES.get(family, {}))
     agrees, record = validated(tmp_path / "model", tmp_path / dtype, dtype=dtype, microbatch=3)
     assert agrees, record["first_difference"]
     assert record["lanczos"]["none"]["compared"] == 4
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow if f == "deepseek_v3" else pytest.mark.study)
+     for f in ("deepseek_v3", "gpt_oss", "mixtral")],
+)  # fmt: skip
+def test_mixtures_of_experts_agree_in_float32(family, tmp_path, monkeypatch):
+    """Also the bias by which experts are chosen, which in torch is no parameter."""
+    monkeypatch.setattr(script, "MODES", ("none",))
+    write_checkpoint(tmp_path / "model", family)
+    agrees, record = validated(tmp_path / "model", tmp_path / "out", microbatch=3, steps=2)
+    assert agrees, record["first_difference"]
 
 
 @pytest.mark.parametrize(
