@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,8 +30,11 @@ CONFIGS = {
     "llama-3.1-8b": "Llama-3.1-8B",
     "deepseek-r1-distill-llama-70b": "DeepSeek-R1-Distill-Llama-70B",
     "llama-shaped-109b": "109B, Llama-shaped (our own sizes)",
+    "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "gpt-oss-120b": "gpt-oss-120b",
 }
-"""Published `config.json` values in `configs/`, the last one made up; by file name, with what the table calls them."""
+"""Published `config.json` values in `configs/`, those of 109B made up; by file name, with what the table calls them."""
+SPARSE = ("qwen3-30b-a3b", "gpt-oss-120b")
 LARGE = ("deepseek-r1-distill-llama-70b", "llama-shaped-109b")
 PRODUCTS = ("exact", "finite-difference")
 DEVICES = (1, 8, 64, 512)
@@ -52,7 +56,9 @@ class Options:
 
 def mesh(name: str, devices: int) -> dict[str, int]:
     """The mesh for a model on so many devices: `fsdp` up to 64; beyond, `tensor` in a server for large models, `data`
-    for small ones."""
+    for small ones. With experts `expert` in a server, and `fsdp` between them."""
+    if name in SPARSE:
+        return {"expert": devices} if devices <= 8 else {"fsdp": devices // 8, "expert": 8}
     if devices <= 8:
         return {"fsdp": devices}
     if name in LARGE:
@@ -63,7 +69,7 @@ def mesh(name: str, devices: int) -> dict[str, int]:
 def arguments(name: str, devices: int, hvp: str) -> list[str]:
     """Options of `scripts/plan.py` for one plan."""
     axes = mesh(name, devices)
-    shards = axes["fsdp"] * axes.get("data", 1)
+    shards = math.prod(size for axis, size in axes.items() if axis != "tensor")
     return [
         *(
             "--model",

@@ -133,7 +133,7 @@ def test_what_is_random_or_moves_is_refused_in_a_sentence():
     function, params = jaxhess.module_function(Noisy())
     with pytest.raises(jaxhess.InputError, match=r"draws random numbers \(dropout.*deterministic=True"):
         jaxhess.Hessian(jaxhess.SoftmaxCrossEntropy(function), params, [(images, labels)]) @ params
-    with pytest.raises(jaxhess.InputError, match="has no nnx.Param"):
+    with pytest.raises(jaxhess.InputError, match=r"has no nnx\.Param"):
         jaxhess.module_function(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
 
 
