@@ -1,4 +1,4 @@
-"""A layer of experts is the weighted sum over all of them with the others' weights at zero, for every kind of router."""
+"""A layer of experts is a weighted sum over all of them, with zero for those not chosen, for every kind of router."""
 
 import dataclasses
 import itertools
