@@ -312,9 +312,7 @@ class DecoderConfig:
 
     def _check_variants(self) -> None:
         if self.rope_layers and (self.rope is None or not set(self.rope_layers) <= {"main", "local", "none"}):
-            raise InputError(
-                "rope_layers must be main, local or none for each layer, in a model with rotary positions."
-            )
+            raise InputError("rope_layers must be main, local or none for each layer; not without rotary positions.")
         if "local" in self.rope_layers and (
             self.local_rope is None or (self.local_rope.dims or self.head_dim) != self.rotary_dims
         ):
