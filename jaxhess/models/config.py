@@ -168,10 +168,8 @@ class ExpertsConfig:
         if self.groups > 1 and self.group_score == "best two" and self.groups == self.num_experts:
             raise InputError(f"{self.groups} groups of one expert each have no best two.")
         if self.top_k > self.num_experts // self.groups * self.top_groups:
-            raise InputError(
-                f"top_k={self.top_k} experts cannot be chosen from "
-                f"{self.num_experts // self.groups * self.top_groups} of {self.num_experts}."
-            )
+            among = self.num_experts // self.groups * self.top_groups
+            raise InputError(f"top_k={self.top_k} experts cannot be chosen from {among} of {self.num_experts}.")
         if self.shared_dim < 0 or (self.shared_gate and not self.shared_dim):
             raise InputError(f"shared_dim is {self.shared_dim}; it must be 0 or more, and positive with a shared gate.")
 
@@ -314,9 +312,7 @@ class DecoderConfig:
 
     def _check_variants(self) -> None:
         if self.rope_layers and (self.rope is None or not set(self.rope_layers) <= {"main", "local", "none"}):
-            raise InputError(
-                "rope_layers must be main, local or none for each layer, in a model with rotary positions."
-            )
+            raise InputError("rope_layers must be main, local or none for each layer; not without rotary positions.")
         if "local" in self.rope_layers and (
             self.local_rope is None or (self.local_rope.dims or self.head_dim) != self.rotary_dims
         ):

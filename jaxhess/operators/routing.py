@@ -54,9 +54,9 @@ def margins(loss: Any, params: Any, groups: Any) -> dict[str, Any]:
     }
 
 
-def changed_share(chosen: jax.Array, other: jax.Array) -> float:
-    """The share of choices, of sets [..., k], that differ."""
-    return float(_changed(chosen, other))
+def changed_share(chosen: jax.Array, other: jax.Array, weights: jax.Array) -> float:
+    """The share of choices, sets [layers, ..., k], that differ, over the tokens that count; weights [...]."""
+    return float(_changed(chosen, other, weights))
 
 
 @jax.jit(static_argnums=0)
@@ -77,9 +77,10 @@ def _margins(loss: Any, params: Any, batch: Any) -> tuple[jax.Array, jax.Array, 
 
 
 @jax.jit
-def _changed(chosen: jax.Array, other: jax.Array) -> jax.Array:
-    same = jnp.all(jnp.sort(chosen, axis=-1) == jnp.sort(other, axis=-1), axis=-1)
-    return jnp.mean(jnp.where(same, 0.0, 1.0))
+def _changed(chosen: jax.Array, other: jax.Array, weights: jax.Array) -> jax.Array:
+    differ = jnp.any(jnp.sort(chosen, axis=-1) != jnp.sort(other, axis=-1), axis=-1)
+    counts = jnp.broadcast_to(weights > 0, differ.shape)
+    return jnp.sum(differ & counts) / jnp.sum(counts)
 
 
 def _on_host(x: jax.Array) -> Any:

@@ -16,7 +16,7 @@ class Layers:
         >>> from jaxhess.plan.layers import layers_of
         >>> (layers,) = layers_of(convert.read_config("scripts/tiny/config.json"))
         >>> layers.count, layers.experts, layers.active == layers.feed_forward
-        (6, 0, True)
+        (4, 0, True)
 
     Attributes:
         count: How many there are.
