@@ -12,7 +12,15 @@ from jaxhess.models import ExpertsConfig, initialize
 from jaxhess.operators.facts import validate
 from jaxhess.vectors import norm
 
-SIZES = dict(vocab_size=20, max_positions=8, embed_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=12)
+SIZES = {
+    "vocab_size": 20,
+    "max_positions": 8,
+    "embed_dim": 8,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 4,
+    "mlp_dim": 12,
+}
 
 
 @pytest.fixture(scope="module")
