@@ -286,8 +286,11 @@ def _mixed(
     passes = math.ceil(chosen.size / rows)
     order = jnp.pad(places.order, (0, passes * rows - chosen.size))
 
-    def one(start: jax.Array | int, tokens: jax.Array, weights: jax.Array, arrays: Arrays) -> jax.Array:
-        """The part of the rows from `start` on, [N, D]."""
+    def one(
+        start: jax.Array | int, tokens: jax.Array, weights: jax.Array, arrays: Arrays, stored: bool = False
+    ) -> jax.Array:
+        """The part of the rows from `start` on, [N, D]; whether a checkpoint may store states of it."""
+        named = functools.partial(checkpoint_name, name=FEED_FORWARD) if stored else lambda y: y
         choices = jax.lax.dynamic_slice_in_dim(order, start, rows)
         slots = places.slots - start
         ends = jnp.clip(places.ends - start, 0, rows)
@@ -301,15 +304,15 @@ def _mixed(
             return y
 
         x = spread(tokens, choices // top_k, slots)
-        hidden = checkpoint_name(apply("up", x), FEED_FORWARD)
+        hidden = named(apply("up", x))
         if "gate" in arrays:
-            hidden = gated(activation, checkpoint_name(apply("gate", x), FEED_FORWARD), hidden)
+            hidden = gated(activation, named(apply("gate", x)), hidden)
         else:
             hidden = ACTIVATIONS[activation](hidden)
         weight = spread(weights.reshape(-1, 1), choices, slots.reshape(-1, 1))
         return collect(apply("down", hidden) * weight, choices // top_k, slots)
 
-    total = one(0, tokens, weights, arrays)
+    total = one(0, tokens, weights, arrays, stored=True)
     if passes > 1:
 
         def rest(*given: Any) -> jax.Array:
