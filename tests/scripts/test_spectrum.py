@@ -70,7 +70,7 @@ def test_record_tells_how_the_numbers_were_made(finished):
     assert record["info"] == {}
     run, job = record["run"], record["run"]["job"]
     assert job["options"]["steps"] == run["lanczos"]["steps"] == 3
-    assert job["mesh"]["axes"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert job["mesh"]["axes"] == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
     assert len(job["data"]["fingerprint"]) == 64
     assert 2 < run["inputs"]["loss"] < 7.6  # nats per token; log(2000) = 7.6 is no knowledge at all
     assert run["inputs"]["count"] == 4 * 16
@@ -142,7 +142,7 @@ def poison(model: Path) -> None:
     ("change", "words"),
     [
         (truncate, ["model.safetensors"]),
-        (rename_architecture, ["mamba", "gpt_neox", "llama"]),
+        (rename_architecture, ["mamba", "the nearest that is supported is llama"]),
         (poison, ["NaN"]),
         (lambda model: (model / "model.safetensors").unlink(), ["safetensors"]),
         (lambda model: (model / "config.json").unlink(), ["config.json"]),
