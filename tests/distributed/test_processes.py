@@ -242,6 +242,7 @@ def test_a_command_for_one_process_refuses_several(monkeypatch, capsys):
     assert "runs in one process, but 2 were started" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_is_one_sentence(run, model, tmp_path):
     ended = spectrum_of(run, model, 2, tmp_path / "out", launcher="mpirun alone")
     assert ended.statuses == [2, 2]
@@ -294,8 +295,8 @@ def spoil_a_weight(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (shutil.rmtree, "Process 1 cannot see"),
-        (truncate, "error: In process 1: .* is truncated or damaged"),
+        pytest.param(shutil.rmtree, "Process 1 cannot see", marks=pytest.mark.slow),
+        pytest.param(truncate, "error: In process 1: .* is truncated or damaged", marks=pytest.mark.slow),
         (spoil_a_weight, "error: In process 1: .* holds NaN or infinite values"),
     ],
     ids=["missing", "truncated", "nan"],

@@ -18,9 +18,8 @@ def product(operator, v):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("change", [{}, {"sliding_window": 3, "sliding_layers": (True, False)}])
-def test_written_out_layers_give_the_product_of_scanned_ones(change, monkeypatch):
-    operator = language_operator("float64", remat=False, **change)
+def test_written_out_layers_give_the_product_of_scanned_ones(monkeypatch):
+    operator = language_operator("float64", remat=False, sliding_window=3, sliding_layers=(True, False))
     v = random_vector(operator.shape_dtype, 1)
     written_out = product(operator, v)
     monkeypatch.setattr(decoder, "WRITTEN_OUT", 0)

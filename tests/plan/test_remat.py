@@ -35,7 +35,6 @@ CHUNKS, PARALLEL = {"query_chunk": 16}, {"gated_mlp": False, "parallel_residual"
     [
         ("exact", "feed-forward", CHUNKS),
         ("exact", "attention", PARALLEL),
-        ("exact", "attention", CHUNKS),
         ("exact", False, CHUNKS),
         ("finite-difference", True, CHUNKS),
         ("finite-difference", "attention", PARALLEL),

@@ -198,6 +198,7 @@ def test_text_shorter_than_one_block_is_refused_in_one_sentence(tmp_path, capsys
     refused(capsys, tmp_path, words, "--data", str(tmp_path / "text.txt"))
 
 
+@pytest.mark.slow
 def test_a_block_by_linearised_products(tmp_path):
     block = ["--restrict", "attention", "--layers", "0,-1", "--no-audit"]
     run_command(script, *QUICK, *block, "--hvp", "linearized", "--out", str(tmp_path / "linearized"))
@@ -221,6 +222,7 @@ def test_eigenpairs_come_from_the_basis_of_the_spectrum(tmp_path, monkeypatch):
     assert not (out / script.UNFINISHED).exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_among_its_eigenpairs_is_ended_by_resume(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     options = [*QUICK, "--no-audit", "--out", str(out), "--eigenpairs", "1", "--eigenpair-steps", "3"]

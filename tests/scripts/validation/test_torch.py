@@ -221,6 +221,7 @@ def test_what_torch_cannot_compute_ends_in_one_sentence(checkpoint, tmp_path, mo
         validated(checkpoint, tmp_path / "out", steps=0, wider="none")
 
 
+@pytest.mark.slow
 def test_float64_is_float64_on_both_sides(checkpoint, tmp_path):
     agrees, record = validated(checkpoint, tmp_path / "out", dtype="float64")
     assert agrees
