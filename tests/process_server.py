@@ -66,7 +66,8 @@ def diagonal(
             raise ZeroDivisionError("nobody expected this")
 
     with one_sentence(several=True):
-        values = np.concatenate([np.linspace(-1, 1, 4093), [3, 7, 30]]).astype(np.float32)
+        # As many entries as two, three and four processes divide.
+        values = np.concatenate([np.linspace(-1, 1, 4089), [3, 7, 30]]).astype(np.float32)
         sharding = NamedSharding(jaxhess.make_mesh(), PartitionSpec("fsdp"))
         entries = jax.make_array_from_callback(values.shape, sharding, lambda i: values[i])
         operator = Diagonal(entries)
