@@ -103,6 +103,14 @@ class LatentConfig:
     query_rank: int | None = None
     norm_eps: float = 1e-6
 
+    def __post_init__(self) -> None:
+        for name in ("kv_rank", "value_dim", "query_rank"):
+            size = getattr(self, name)
+            if not (size is None and name == "query_rank") and not 1 <= size < 2**31:
+                raise InputError(f"latent {name} is {size}; it must be at least 1 and below 2^31.")
+        if not 0 <= self.norm_eps <= 1:
+            raise InputError(f"latent norm_eps is {self.norm_eps}; it must be 0 to 1.")
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
@@ -170,6 +178,8 @@ class ExpertsConfig:
         if self.top_k > self.num_experts // self.groups * self.top_groups:
             among = self.num_experts // self.groups * self.top_groups
             raise InputError(f"top_k={self.top_k} experts cannot be chosen from {among} of {self.num_experts}.")
+        if not 0 < abs(self.scale) <= LARGEST:
+            raise InputError(f"experts scale is {self.scale}; it must be a number other than 0.")
         if self.shared_dim < 0 or (self.shared_gate and not self.shared_dim):
             raise InputError(f"shared_dim is {self.shared_dim}; it must be 0 or more, and positive with a shared gate.")
 
@@ -311,6 +321,16 @@ class DecoderConfig:
         self._check_variants()
 
     def _check_variants(self) -> None:
+        if self.norms not in ("before", "after", "both"):
+            raise InputError(f"norms is {self.norms!r}; it must be before, after or both.")
+        if self.qk_norm not in (True, False, "projection") or (self.qk_norm and self.latent is not None):
+            raise InputError(
+                f"qk_norm is {self.qk_norm!r}; it must be True, False or 'projection', and False with latent attention."
+            )
+        if self.attention == "fused" and (self.attention_softcap is not None or self.value_dim > self.head_dim):
+            raise InputError(
+                "There is no fused attention with a softcap, or with values wider than queries: use plain."
+            )
         if self.rope_layers and (self.rope is None or not set(self.rope_layers) <= {"main", "local", "none"}):
             raise InputError("rope_layers must be main, local or none for each layer; not without rotary positions.")
         if "local" in self.rope_layers and (

@@ -149,7 +149,10 @@ class FiniteDifferenceHessian(LossOperator):
         found, expected = (dataclasses.replace(base, batches=each) @ cast(v, "float32") for each in batches)
         size = float(norm(expected))
         apart = float(norm(jax.tree.map(lambda x, y: x - y, found, expected)))
-        return {"changed_experts": changed_share(*sides, batch.weights), "jumped": apart / size if size else 0.0}
+        return {
+            "changed_experts": changed_share(sides[0], sides[1], batch.weights),
+            "jumped": apart / size if size > 0 else 0.0,
+        }
 
     def _mean_product(self, v: Vector, like: Vector) -> Vector:
         summed = with_matmul_precision(lambda v: self._product(v, self.groups), self.matmul_precision)

@@ -245,6 +245,8 @@ def describe_loss(operator: LossOperator) -> dict[str, Any]:
         "dtypes": list(product_dtypes(operator)),
         "accumulation_dtype": operator.accumulation_dtype,
     }
+    if getattr(operator.loss, "balance", 0):
+        facts["balance"] = operator.loss.balance  # type: ignore[attr-defined]
     if "float32" in computed_in(operator):
         facts["matmul_precision"] = operator.matmul_precision
     if operator.matmul_precision != "float32":

@@ -4,9 +4,9 @@ A router's choice is piecewise constant in the parameters. An exact product is t
 difference may cross to another choice between its two shifts, and then adds a jump of the gradient, divided by the
 step, to the curvature.
 
-A loss with experts says so by two methods, as `jaxhess.models.NextTokenLoss` does: `routing(params, batch)`, with
-`margin` [layers, ...] and `chosen` [layers, ..., k], or None for a model without experts; and `held(batch, chosen)`, a
-batch with which the loss sends every token where `chosen` says.
+A loss with experts says so by an attribute `has_experts` and has two methods, as `jaxhess.models.NextTokenLoss` does:
+`routing(params, batch)`, with `logits` [layers, B, T, E], `margin` [layers, B, T] and `chosen` [layers, B, T, k]; and
+`held(batch, chosen)`, a batch with which it sends every token where `chosen` says. A batch has `weights` [B, T].
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _margins(loss: Any, params: Any, batch: Any) -> tuple[jax.Array, jax.Array, 
 def _changed(chosen: jax.Array, other: jax.Array, weights: jax.Array) -> jax.Array:
     differ = jnp.any(jnp.sort(chosen, axis=-1) != jnp.sort(other, axis=-1), axis=-1)
     counts = jnp.broadcast_to(weights > 0, differ.shape)
-    return jnp.sum(differ & counts) / jnp.sum(counts)
+    return jnp.sum(differ & counts) / jnp.maximum(jnp.sum(counts), 1)
 
 
 def _on_host(x: jax.Array) -> Any:

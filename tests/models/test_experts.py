@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from small_models import TINY, relative
 
-from jaxhess import make_mesh
-from jaxhess.models import ExpertsConfig, initialize
+from jaxhess import DecoderConfig, InputError, make_mesh
+from jaxhess.models import ExpertsConfig, LatentConfig, initialize
 from jaxhess.models.experts import Experts, Routing, balancing_loss, choose
 from jaxhess.models.layers import gated
 
@@ -189,3 +189,27 @@ def test_experts_without_a_gate_are_refused():
     for change in ({"experts": ExpertsConfig(**SIZES)}, {"activation": "clamped_silu"}):
         with pytest.raises(ValueError, match="are for feed-forwards with a gate"):
             dataclasses.replace(TINY, gated_mlp=False, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"norms": "post"}, "norms is 'post'; it must be before, after or both"),
+        ({"qk_norm": "head"}, "qk_norm is 'head'"),
+        ({"attention": "fused", "attention_softcap": 30.0}, "no fused attention with a softcap"),
+        ({"rope_layers": ("main", "sideways")}, "rope_layers must be main, local or none"),
+        ({"shared_norm": True}, "side by side"),
+        ({"logit_scale": 0.0}, "logit_scale is 0.0"),
+    ],
+)
+def test_variants_that_do_not_exist_are_refused_in_a_sentence(change, sentence):
+    sizes = {"embed_dim": 8, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "head_dim": 4, "mlp_dim": 8}
+    with pytest.raises(InputError, match=sentence):
+        DecoderConfig(vocab_size=10, max_positions=8, **sizes, **change)
+
+
+def test_numbers_out_of_range_are_refused_in_a_sentence():
+    with pytest.raises(InputError, match="latent kv_rank is 0"):
+        LatentConfig(kv_rank=0, value_dim=8)
+    with pytest.raises(InputError, match="experts scale is nan"):
+        ExpertsConfig(num_experts=4, top_k=2, mlp_dim=8, scale=float("nan"))

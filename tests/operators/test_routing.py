@@ -9,7 +9,8 @@ import pytest
 
 import jaxhess
 from jaxhess.models import ExpertsConfig, initialize
-from jaxhess.operators.facts import validate
+from jaxhess.operators.facts import describe, validate
+from jaxhess.slq.run import _identity
 from jaxhess.vectors import norm
 
 SIZES = {
@@ -105,6 +106,15 @@ def test_a_balancing_loss_needs_experts():
         dataclasses.replace(initialize(config, jax.random.key(0)).loss(), balance=0.01)
 
 
+def test_a_balancing_loss_is_recorded_and_has_no_gauss_newton_matrix(routed):
+    loss, params, batches = routed
+    balanced = dataclasses.replace(loss, balance=0.01)
+    assert describe(jaxhess.Hessian(balanced, params, batches))["balance"] == 0.01
+    for kind in (jaxhess.GaussNewton, jaxhess.EmpiricalFisher):
+        with pytest.raises(ValueError, match="Take balance=0"):
+            kind(balanced, params, batches) @ params
+
+
 def test_margins_are_infinite_where_all_experts_are_chosen():
     experts = ExpertsConfig(num_experts=2, top_k=2, mlp_dim=6)
     config = jaxhess.DecoderConfig(**SIZES, num_layers=1, experts=experts)
@@ -114,3 +124,9 @@ def test_margins_are_infinite_where_all_experts_are_chosen():
     assert found["margin"] == {}
     assert found["load"] == {"largest": 1.0, "smallest": 1.0}
     assert jnp.isinf(model.loss().routing(model.params, jax.tree.map(lambda x: x[0], batch)).margin).all()
+
+
+def test_what_is_measured_of_a_choice_does_not_keep_a_run_from_another_mesh():
+    """Margins are rounded otherwise there, and one next to zero has no digit in common."""
+    facts = {"loss": 2.0, "routing": {"margin": {"0": 1e-9}}, "shift_of_a_random_vector": {"jumped": 0.1}}
+    assert _identity({"inputs": facts}) == {"inputs": {"loss": 2.0}}
