@@ -65,12 +65,14 @@ def lanczos_segment(operator: LinearOperator, state: LanczosState, end: int) -> 
     return _segment_program(state)(operator, state, jnp.int32(end))
 
 
-def compile_segment(operator: LinearOperator, state: LanczosState) -> jax.stages.Compiled:
+def compile_segment(
+    operator: LinearOperator, state: LanczosState, options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
     """The compiled program that `lanczos_segment` runs, with its memory and cost analyses; compiled at most once.
 
-    Both arguments may be abstract (`jax.ShapeDtypeStruct` leaves with shardings).
+    Operator and state may be abstract (`jax.ShapeDtypeStruct` leaves with shardings); `options` are XLA's.
     """
-    return _segment_program(state).lower(operator, state, jnp.int32(0)).compile()
+    return _segment_program(state).lower(operator, state, jnp.int32(0)).compile(compiler_options=options)
 
 
 def orthogonality_loss(state: LanczosState) -> np.ndarray:
