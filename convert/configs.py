@@ -7,7 +7,6 @@ are. What our decoder cannot compute is refused by name.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -55,7 +54,7 @@ def decoder_config(
     quantization_method(hf_config, file)  # refuses what is not read
     full = _filled_in(family, relevant(family, hf_config, file), file)
     try:
-        return DecoderConfig(**_fields(family, full), dtype=dtype, model_type=family.model_type)
+        return DecoderConfig(**_fields(family, full), dtype=dtype, family=family.model_type)
     except ValueError as error:
         raise InputError(f"{file} describes no model that is supported: {one_line(error)}.") from error
 
@@ -116,7 +115,7 @@ def hugging_face_config(config: DecoderConfig) -> dict[str, Any]:
     Raises:
         InputError: No supported family has this combination of options.
     """
-    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != config.model_type):
+    for family in sorted(FAMILIES.values(), key=lambda family: family.model_type != config.family):
         hf_config = _described_by(family, config)
         try:
             if comparable(decoder_config(hf_config, config.dtype)) == comparable(config):
@@ -263,9 +262,9 @@ def _described_by(family: Family, config: DecoderConfig) -> dict[str, Any]:
     described: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     described |= {theirs: _field(config, ours) for ours, theirs in family.fields.items()}
     described |= family.required
-    if family.describe is not None:
-        with contextlib.suppress(AttributeError, TypeError):  # it has no experts, or no latent attention
-            described |= family.describe(config)
+    inner = {name.partition(".")[0] for name in family.fields if "." in name}
+    if family.describe is not None and all(getattr(config, name) is not None for name in inner):
+        described |= family.describe(config)
     described.setdefault(family.activation, spelling.get(config.activation))
     described |= {"bos_token_id": None, "eos_token_id": None, "dtype": config.dtype}
     if family.window != "none":

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from convert.families.experts import EXPERT_TENSORS, IN_MEMORY, ROUTER, UNUSED, shared_experts
-from convert.families.llama import GATED_RMS, LLAMA, LLAMA_TENSORS, SIZES
+from convert.families.llama import ATTENTION_BIAS, GATED_RMS, LLAMA, LLAMA_TENSORS, SIZES
 from convert.json_files import FLAG, OBJECT, TEXT, Kind, integer, number, optional, shown
 from jaxhess.errors import InputError
 
@@ -54,8 +54,7 @@ FIELDS = {
     **SIZES,
     "num_kv_heads": "num_key_value_heads",
     "norm_eps": "rms_norm_eps",
-    "qkv_bias": "attention_bias",
-    "out_bias": "attention_bias",
+    **ATTENTION_BIAS,
     "latent.query_rank": "q_lora_rank",
     "latent.kv_rank": "kv_lora_rank",
     "latent.value_dim": "v_head_dim",
@@ -196,4 +195,4 @@ DEEPSEEK_V3 = dataclasses.replace(
     describe=_described_v3,
     keys={**KEYS, "rope_interleave": FLAG, **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), integer(0))},
 )
-"""Its choice of groups is by their best two experts (arXiv 2412.19437, section 2.1.2)."""
+"""V3 ranks the groups of experts by the sum of their best two scores (arXiv 2412.19437, section 2.1.2)."""

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from convert.families.llama import (
+    ATTENTION_BIAS,
     GATED_RMS,
     GRANITE,
     LLAMA,
@@ -13,6 +14,7 @@ from convert.families.llama import (
     LLAMA_TENSORS,
     MISTRAL,
     NO_BIAS,
+    PROJECTION_NORMS,
     WINDOW_KEYS,
     described_window,
 )
@@ -62,6 +64,12 @@ UNUSED: dict[str, Kind] = {
 }
 """Keys of training: an auxiliary loss, and noise. Ours is an option of the loss (`NextTokenLoss.balance`)."""
 
+MIXTRAL_ROUTING = {
+    "experts.num_experts": "num_local_experts",
+    "experts.top_k": "num_experts_per_tok",
+    "experts.mlp_dim": "intermediate_size",
+}
+
 MIXTRAL = dataclasses.replace(
     MISTRAL,
     model_type="mixtral",
@@ -84,9 +92,7 @@ MIXTRAL = dataclasses.replace(
     memory=(ROUTER, *IN_MEMORY),
     fields={
         **LLAMA_FIELDS,
-        "experts.num_experts": "num_local_experts",
-        "experts.top_k": "num_experts_per_tok",
-        "experts.mlp_dim": "intermediate_size",
+        **MIXTRAL_ROUTING,
     },
     constants={**GATED_RMS, **NO_BIAS, "qk_norm": False, "experts.renormalized": True},
     keys=UNUSED,
@@ -117,6 +123,13 @@ SPARSE_KEYS: dict[str, Kind] = {
     **WINDOW_KEYS,
 }
 
+QWEN_ROUTING = {
+    "experts.num_experts": "num_experts",
+    "experts.top_k": "num_experts_per_tok",
+    "experts.mlp_dim": "moe_intermediate_size",
+    "experts.renormalized": "norm_topk_prob",
+}
+
 QWEN3_MOE = dataclasses.replace(
     LLAMA,
     model_type="qwen3_moe",
@@ -125,22 +138,15 @@ QWEN3_MOE = dataclasses.replace(
     memory=IN_MEMORY,
     fields={
         **LLAMA_FIELDS,
-        "qkv_bias": "attention_bias",
-        "out_bias": "attention_bias",
-        "experts.num_experts": "num_experts",
-        "experts.top_k": "num_experts_per_tok",
-        "experts.mlp_dim": "moe_intermediate_size",
-        "experts.renormalized": "norm_topk_prob",
+        **ATTENTION_BIAS,
+        **QWEN_ROUTING,
     },
     constants={**GATED_RMS, "mlp_bias": False, "qk_norm": True},
     window="all layers",
     aliases={"num_local_experts": "num_experts"},
     derive=sparse_layers,
     describe=described_sparse_layers,
-    keys={
-        **UNUSED,
-        **SPARSE_KEYS,
-    },
+    keys={**UNUSED, **SPARSE_KEYS},
 )
 
 QWEN2_MOE = dataclasses.replace(
@@ -158,10 +164,7 @@ QWEN2_MOE = dataclasses.replace(
     fields={
         **LLAMA_FIELDS,
         "qkv_bias": "qkv_bias",
-        "experts.num_experts": "num_experts",
-        "experts.top_k": "num_experts_per_tok",
-        "experts.mlp_dim": "moe_intermediate_size",
-        "experts.renormalized": "norm_topk_prob",
+        **QWEN_ROUTING,
         "experts.shared_dim": "shared_expert_intermediate_size",
     },
     constants={**GATED_RMS, "out_bias": False, "mlp_bias": False, "qk_norm": False, "experts.shared_gate": True},
@@ -177,20 +180,16 @@ OLMOE = dataclasses.replace(
     architecture="OlmoeForCausalLM",
     tensors=(
         *(row for row in LLAMA_TENSORS if not row[1].endswith(("query_norm/scale", "key_norm/scale"))),
-        ("layers.{layer}.self_attn.q_norm.weight", "layers/attention/query_norm/scale", "(heads head_dim)"),
-        ("layers.{layer}.self_attn.k_norm.weight", "layers/attention/key_norm/scale", "(kv_heads head_dim)"),
+        *PROJECTION_NORMS,
         ROUTER,
         *EXPERT_TENSORS,
     ),
     memory=IN_MEMORY,
     fields={
         **LLAMA_FIELDS,
-        "qkv_bias": "attention_bias",
-        "out_bias": "attention_bias",
-        "experts.num_experts": "num_experts",
-        "experts.top_k": "num_experts_per_tok",
+        **ATTENTION_BIAS,
+        **QWEN_ROUTING,
         "experts.mlp_dim": "intermediate_size",
-        "experts.renormalized": "norm_topk_prob",
     },
     constants={**GATED_RMS, "mlp_bias": False, "qk_norm": "projection"},
     required={"clip_qkv": None},
@@ -224,9 +223,7 @@ GRANITE_MOE = dataclasses.replace(
     ),
     fields={
         **{ours: theirs for ours, theirs in GRANITE.fields.items() if ours != "mlp_bias"},
-        "experts.num_experts": "num_local_experts",
-        "experts.top_k": "num_experts_per_tok",
-        "experts.mlp_dim": "intermediate_size",
+        **MIXTRAL_ROUTING,
     },
     constants={**GATED_RMS, "mlp_bias": False, "qk_norm": False, "experts.scores": "softmax of chosen"},
     derive=GRANITE.derive,

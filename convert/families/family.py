@@ -42,7 +42,8 @@ class Family:
         later_layer: Files may hold layers beyond `num_hidden_layers`, for the prediction of several tokens, which are
             left out as `transformers` leaves them out. Such a layer is known by this tensor of its own.
         derive: Further fields of `DecoderConfig` from the `transformers` configuration.
-        describe: The reverse: keys of `config.json` for what `derive` reads, of a model that the family can describe.
+        describe: The reverse: keys of `config.json` for what `derive` reads. Called where the model has all that
+            `fields` has: experts, latent attention.
         keys: Keys that `derive` reads, and what their values must be.
     """
 

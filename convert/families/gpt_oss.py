@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from convert.families.experts import UNUSED
-from convert.families.llama import GATED_RMS, LLAMA, LLAMA_FIELDS, LLAMA_TENSORS
+from convert.families.experts import MIXTRAL_ROUTING, UNUSED
+from convert.families.llama import ATTENTION_BIAS, GATED_RMS, LLAMA, LLAMA_FIELDS, LLAMA_TENSORS
 from convert.json_files import integer, optional
 from jaxhess.errors import InputError
 
@@ -47,11 +47,8 @@ GPT_OSS = dataclasses.replace(
     ),
     fields={
         **LLAMA_FIELDS,
-        "qkv_bias": "attention_bias",
-        "out_bias": "attention_bias",
-        "experts.num_experts": "num_local_experts",
-        "experts.top_k": "num_experts_per_tok",
-        "experts.mlp_dim": "intermediate_size",
+        **ATTENTION_BIAS,
+        **MIXTRAL_ROUTING,
     },
     constants={
         **GATED_RMS,

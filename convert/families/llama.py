@@ -26,6 +26,8 @@ LLAMA_FIELDS = {
     "norm_eps": "rms_norm_eps",
 }
 
+ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+
 LLAMA_TENSORS = (
     ("embed_tokens.weight", "embed/kernel", "vocab embed"),
     ("layers.{layer}.input_layernorm.weight", "layers/attention_norm/scale", "embed"),
@@ -50,6 +52,12 @@ LLAMA_TENSORS = (
     ("lm_head.weight", "head/kernel", "vocab embed"),
 )
 
+PROJECTION_NORMS = (
+    ("layers.{layer}.self_attn.q_norm.weight", "layers/attention/query_norm/scale", "(heads head_dim)"),
+    ("layers.{layer}.self_attn.k_norm.weight", "layers/attention/key_norm/scale", "(kv_heads head_dim)"),
+)
+"""Of all heads together, where `LLAMA_TENSORS` has norms of every head."""
+
 GATED_RMS = {"norm": "rms", "gated_mlp": True, "parallel_residual": False}
 ROTARY_BUFFER = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
 
@@ -59,7 +67,7 @@ LLAMA = Family(
     tensors=LLAMA_TENSORS,
     prefix="model.",
     buffers=ROTARY_BUFFER,
-    fields={**LLAMA_FIELDS, "qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    fields={**LLAMA_FIELDS, **ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
     constants={**GATED_RMS, "qk_norm": False},
 )
 
@@ -82,8 +90,6 @@ def described_window(config: DecoderConfig) -> dict[str, Any]:
     return {"use_sliding_window": config.sliding_window is not None}
 
 
-ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
-
 QWEN2 = dataclasses.replace(
     LLAMA,
     model_type="qwen2",
@@ -99,7 +105,7 @@ QWEN3 = dataclasses.replace(
     LLAMA,
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
-    fields={**LLAMA_FIELDS, "qkv_bias": "attention_bias", "out_bias": "attention_bias"},
+    fields={**LLAMA_FIELDS, **ATTENTION_BIAS},
     constants={**GATED_RMS, "mlp_bias": False, "qk_norm": True},
     window="layer types",
     describe=described_window,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from convert.families.llama import ATTENTION_BIAS, GATED_RMS, LLAMA, LLAMA_FIELDS, LLAMA_TENSORS
+from convert.families.llama import ATTENTION_BIAS, GATED_RMS, LLAMA, LLAMA_FIELDS, LLAMA_TENSORS, PROJECTION_NORMS
 
 NORMS = (
-    ("layers.{layer}.self_attn.q_norm.weight", "layers/attention/query_norm/scale", "(heads head_dim)"),
-    ("layers.{layer}.self_attn.k_norm.weight", "layers/attention/key_norm/scale", "(kv_heads head_dim)"),
+    *PROJECTION_NORMS,
     ("layers.{layer}.post_attention_layernorm.weight", "layers/attention_out_norm/scale", "embed"),
     ("layers.{layer}.post_feedforward_layernorm.weight", "layers/mlp_out_norm/scale", "embed"),
 )

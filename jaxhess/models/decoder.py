@@ -44,7 +44,7 @@ class Block(nnx.Module):
         self.attention = (LatentAttention if config.latent else Attention)(config, rngs, mesh)
         self.attention_out_norm = norm() if after else None
         self.mlp_norm = norm() if before and not config.shared_norm else None
-        # Called what they are: `mlp` is in every published name of a parameter.
+        # Under two names, so that a parameter's path says which kind of layer it is in.
         self.mlp = None if sparse else FeedForward(config, rngs)
         self.experts = Experts(config, rngs, mesh) if sparse else None
         self.mlp_out_norm = norm() if after else None

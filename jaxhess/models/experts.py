@@ -25,7 +25,7 @@ from jaxhess.distributed.mesh import BATCH_AXES, partition_spec
 from jaxhess.errors import InputError
 from jaxhess.models.config import DecoderConfig, ExpertsConfig
 from jaxhess.models.grouped_matmul import grouped_matmul
-from jaxhess.models.layers import ACTIVATIONS, FEED_FORWARD, FeedForward, Projection, gated
+from jaxhess.models.layers import FEED_FORWARD, FeedForward, Projection, gated
 
 
 class Routing(NamedTuple):
@@ -54,7 +54,7 @@ class Experts(nnx.Module):
         routes, wide = {"routes": self.experts.num_experts}, {"expert_mlp": self.experts.mlp_dim}
         projection = functools.partial(Projection, dtype=config.dtype, rngs=rngs)
         self.router = projection(width, routes, bias=self.experts.router_bias)
-        # Published ones are large beside the gaps between scores: bfloat16 would choose other experts.
+        # Not in 16 bits, whose rounding could choose other experts: `transformers` keeps it in float32 too.
         bias = jnp.zeros((self.experts.num_experts,), jnp.promote_types(config.dtype, jnp.float32))
         self.selection_bias = nnx.Param(bias, axes=("routes",)) if self.experts.selection_bias else None
         each = functools.partial(ExpertProjection, count, bias=self.experts.bias, dtype=config.dtype, rngs=rngs)
@@ -295,20 +295,17 @@ def _mixed(
         slots = places.slots - start
         ends = jnp.clip(places.ends - start, 0, rows)
         sizes = jnp.diff(ends, prepend=0)
-        expert = jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right")
 
         def apply(name: str, x: jax.Array) -> jax.Array:
             y = grouped_matmul(x, arrays[name]["kernel"], sizes, mesh)
-            if "bias" in arrays[name]:
+            if "bias" in arrays[name]:  # as a product with zeros and ones, whose transpose is no scatter
+                expert = jnp.searchsorted(ends, jnp.arange(rows, dtype=jnp.int32), side="right")
                 y = y + jnp.matmul(jax.nn.one_hot(expert, here, dtype=y.dtype), arrays[name]["bias"])
             return y
 
         x = spread(tokens, choices // top_k, slots)
         hidden = named(apply("up", x))
-        if "gate" in arrays:
-            hidden = gated(activation, named(apply("gate", x)), hidden)
-        else:
-            hidden = ACTIVATIONS[activation](hidden)
+        hidden = gated(activation, named(apply("gate", x)), hidden)
         weight = spread(weights.reshape(-1, 1), choices, slots.reshape(-1, 1))
         return collect(apply("down", hidden) * weight, choices // top_k, slots)
 
@@ -320,8 +317,10 @@ def _mixed(
             again = jax.checkpoint(one, prevent_cse=False)
             return jax.lax.scan(lambda sum, start: (sum + again(start, *given), None), jnp.zeros_like(total), starts)[0]
 
-        none = lambda *given: jnp.zeros_like(total)  # noqa: E731
-        total = total + jax.lax.cond(places.ends[-1] > rows, rest, none, tokens, weights, arrays)
+        def nothing(*given: Any) -> jax.Array:
+            return jnp.zeros_like(total)
+
+        total = total + jax.lax.cond(places.ends[-1] > rows, rest, nothing, tokens, weights, arrays)
     return total.reshape(x.shape)
 
 

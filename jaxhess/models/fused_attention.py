@@ -30,7 +30,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxhess.distributed.mesh import BATCH_AXES
 from jaxhess.models import attention_kernels as kernels
 from jaxhess.models.attention_tiles import Tiles
-from jaxhess.models.config import WIDEST_FUSED, DecoderConfig
+from jaxhess.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +54,13 @@ def tile_table(config: DecoderConfig, mesh: Mesh | None) -> str | None:
     By itself (`auto`) it is fused on NVIDIA GPUs since the A100, in 16 bits, where `tensor` divides the key heads. In
     float32 the products of a kernel do not run on tensor cores, and are left to the library.
     """
-    if config.attention == "plain" or config.attention_softcap is not None or config.value_dim > config.head_dim:
+    if config.attention == "plain" or not config.can_fuse:
         return None
     capability = _compute_capability(mesh)
     table = "sm100" if 10 <= capability < 11 else "sm90" if 9 <= capability < 10 else "sm80"
     if config.attention == "fused":
         return table
-    narrow = jnp.dtype(config.dtype).itemsize == 2 and config.head_dim <= WIDEST_FUSED
+    narrow = jnp.dtype(config.dtype).itemsize == 2
     divided = mesh is None or config.num_kv_heads % mesh.shape["tensor"] == 0
     return table if capability >= 8 and narrow and divided else None
 

@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxhess.models import grouped_loops
+from jaxhess.models.grouped_loops import dot, wide
 from jaxhess.models.grouped_tiles import Cut, most_tiles, outer_cut, product_cut, tiles_of
-from jaxhess.models.vocabulary import narrow_precision
 
 
 def product(rows: jax.Array, kernels: jax.Array, sizes: jax.Array, *, transposed: bool, precision: Any) -> jax.Array:
@@ -153,9 +153,9 @@ def _product(
             kernel = _load(kernels_ref.at[group, at[1], at[0]], inside, summed)
         else:
             kernel = _load(kernels_ref.at[group, at[0], at[1]], summed, inside)
-        return total + _dot(rows, kernel, 1, 1 if transposed else 0)
+        return total + dot(rows, kernel, 1, 1 if transposed else 0)
 
-    total = jnp.zeros((cut.rows, cut.columns), _wide(rows_ref.dtype))
+    total = jnp.zeros((cut.rows, cut.columns), wide(rows_ref.dtype))
     steps = jnp.where(group < groups, np.int32(pl.cdiv(depth, cut.depth)), np.int32(0))
     total = jax.lax.fori_loop(np.int32(0), steps, step, total)
     _store(out_ref.at[pl.ds(first, cut.rows), pl.ds(column, cut.columns)], total, own, inside)
@@ -175,9 +175,9 @@ def _outer(
         own = _iota(start, cut.depth) < end
         rows = _load(rows_ref.at[pl.ds(start, cut.depth), pl.ds(row, cut.rows)], own, across)
         others = _load(others_ref.at[pl.ds(start, cut.depth), pl.ds(column, cut.columns)], own, inside)
-        return total + _dot(rows, others, 0, 0)
+        return total + dot(rows, others, 0, 0)
 
-    total = jnp.zeros((cut.rows, cut.columns), _wide(rows_ref.dtype))
+    total = jnp.zeros((cut.rows, cut.columns), wide(rows_ref.dtype))
     total = jax.lax.fori_loop(np.int32(0), _div(end - first + (cut.depth - 1), cut.depth), step, total)
     _store(out_ref.at[:, :], total, across, inside)
 
@@ -237,18 +237,3 @@ def _rem(a: jax.Array, b: int) -> jax.Array:
 
 def _padded(size: int, step: int) -> int:
     return pl.cdiv(size, step) * step
-
-
-def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
-    """The sum over these axes, accumulated in at least float32."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((of_a,), (of_b,)), ((), ())),
-        precision=narrow_precision(a.dtype),
-        preferred_element_type=_wide(a.dtype),
-    )
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)

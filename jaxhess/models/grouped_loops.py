@@ -33,7 +33,7 @@ def product(rows: jax.Array, kernels: jax.Array, sizes: jax.Array, *, transposed
         new = (number == 0) | (tile.group != tiles.group[jnp.maximum(number - 1, 0)])
         kernel = jax.lax.cond(new, lambda _: kernels[tile.group], lambda kept: kept, kernel)
         start, own = _rows_of(tile, len(rows), size)
-        found = _dot(_slice(rows, start, size), kernel, 1, 1 if transposed else 0).astype(out.dtype)
+        found = dot(_slice(rows, start, size), kernel, 1, 1 if transposed else 0).astype(out.dtype)
         found = jnp.where(own, found, _slice(out, start, size))
         return jax.lax.dynamic_update_slice_in_dim(out, found, start, 0), kernel
 
@@ -60,7 +60,7 @@ def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array) -> jax.Array:
         new = (number == 0) | (tile.group != tiles.group[jnp.maximum(number - 1, 0)])
         start, own = _rows_of(tile, len(rows), size)
         x, y = (jnp.where(own, _slice(array, start, size), 0) for array in (rows, others))
-        found = _dot(x, y, 0, 0)
+        found = dot(x, y, 0, 0)
         total = jnp.where(new, found, total + found)
 
         def write(out: jax.Array) -> jax.Array:
@@ -69,7 +69,7 @@ def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array) -> jax.Array:
         return jax.lax.cond(tile.first + size >= tile.end, write, lambda out: out, out), total
 
     shape = rows.shape[1], others.shape[1]
-    carry = jnp.zeros((len(sizes), *shape), rows.dtype), jnp.zeros(shape, _wide(rows.dtype))
+    carry = jnp.zeros((len(sizes), *shape), rows.dtype), jnp.zeros(shape, wide(rows.dtype))
     return _existing(count, len(tiles.group), step, carry)[0]
 
 
@@ -93,16 +93,17 @@ def _slice(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size)
 
 
-def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
     """The sum over these axes, accumulated in at least float32."""
     return jax.lax.dot_general(
         a,
         b,
         (((of_a,), (of_b,)), ((), ())),
         precision=narrow_precision(a.dtype),
-        preferred_element_type=_wide(a.dtype),
+        preferred_element_type=wide(a.dtype),
     )
 
 
-def _wide(dtype: Any) -> Any:
+def wide(dtype: Any) -> Any:
+    """What sums of this dtype are accumulated in."""
     return jnp.promote_types(dtype, jnp.float32)

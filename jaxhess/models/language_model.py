@@ -99,7 +99,7 @@ class NextTokenLoss:
 
     def curvature(self, outputs: Any, tangents: Any, batch: TokenBatch, labels: Any = None) -> Any:
         """`head_curvature` of a batch: softmax cross-entropy's in the logits, pulled back to the outputs."""
-        self._check_alone()
+        self._refuse_balance()
         (hidden, table), (hidden_tangent, table_tangent) = outputs, tangents
         slices, changes = (self._slices(x, batch) for x in (table, table_tangent))
         pulled, kernels = head_curvature(hidden, slices, hidden_tangent, changes.kernels, batch.weights, labels)
@@ -107,7 +107,7 @@ class NextTokenLoss:
 
     def labels(self, batch: TokenBatch) -> jax.Array:
         """The next tokens, [B, T, 1]."""
-        self._check_alone()
+        self._refuse_balance()
         return batch.tokens[:, 1:, None]
 
     def draw(self, outputs: Any, batch: TokenBatch, keys: jax.Array, samples: int) -> jax.Array:
@@ -132,7 +132,7 @@ class NextTokenLoss:
         """The same loss without the kernels that are written by hand, for comparison."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, attention="plain"))
 
-    def _check_alone(self) -> None:
+    def _refuse_balance(self) -> None:
         if self.balance:
             raise InputError(
                 "Gauss-Newton and Fisher matrices are those of cross-entropy: a load-balancing loss has none. Take "

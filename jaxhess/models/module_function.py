@@ -26,7 +26,8 @@ def module_function(module: nnx.Module) -> tuple[Callable[..., Any], nnx.State]:
         15
 
     Args:
-        module: Variables of other kinds than `nnx.Param` are constants of the function.
+        module: Variables of other kinds than `nnx.Param` are constants of the function, and of the programs that are
+            compiled from it: they should be small, as statistics are.
 
     Raises:
         InputError: There is no `nnx.Param`; or, when the function is called, the module draws random numbers or updates

@@ -55,6 +55,10 @@ def _described(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else None
 
 
+MEASURED = ("routing", "shift_of_a_random_vector")
+"""Facts of `validate` that are rounded otherwise on another mesh, and so do not tell one run from another."""
+
+
 @functools.singledispatch
 def validate(operator: LinearOperator) -> dict[str, Any]:
     """Facts about the operator's inputs, as JSON for a record; raises if products would be meaningless.

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess.distributed.memory import bytes_per_device
-from jaxhess.models.config import WIDEST_FUSED
 from jaxhess.models.vocabulary import vocabulary_slices
 from jaxhess.plan.collectives import KINDS
 from jaxhess.plan.job import Job
@@ -189,9 +188,8 @@ def fused(job: Job) -> bool:
     config = job.config
     if config.attention != "auto":
         return config.attention == "fused"
-    narrow = jnp.dtype(job.dtype).itemsize == 2 and config.head_dim <= WIDEST_FUSED
-    narrow = narrow and config.attention_softcap is None and config.value_dim <= config.head_dim
-    return narrow and config.num_kv_heads % job.axes.get("tensor", 1) == 0
+    narrow = jnp.dtype(job.dtype).itemsize == 2
+    return narrow and config.can_fuse and config.num_kv_heads % job.axes.get("tensor", 1) == 0
 
 
 def traffic(job: Job) -> dict[str, float]:

@@ -21,7 +21,7 @@ from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonali
 from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator
-from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validated
+from jaxhess.operators.facts import MEASURED, checksum, describe, non_finite, shares_work, validated
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
 from jaxhess.slq.record import (
@@ -387,12 +387,8 @@ def _operator_record(description: dict[str, Any]) -> OperatorRecord:
         return OperatorRecord(str(description["kind"]), details=details)
 
 
-MEASURED = ("routing", "shift_of_a_random_vector")
-"""Facts that were measured, and on another mesh are rounded otherwise; the loss and the weights tell runs apart."""
-
-
 def _identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """What of a record does not depend on the mesh."""
+    """What of a record is the same on any mesh."""
     if not isinstance(facts, dict):
         return facts
     return {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device") and k not in MEASURED}

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from checkpoints import VOCAB, torch, torch_model
 from flax import nnx
-from validation.torch_reference import in_float64
 
 import convert
 import jaxhess
 from convert.families import FAMILIES
 from jaxhess.models.language_model import model_graph
+from scripts.validation.float64 import in_float64
 from tests.convert.test_families import assert_close, batch_of, derivatives, tokens_for, torch_derivatives, torch_loss
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

@@ -20,6 +20,7 @@ from jaxhess.slq.job import CommandRecord, Model
 from jaxhess.slq.record import EigenpairRecord, OperatorRecord, RunRecord
 from scripts import export as script
 from scripts.validation import torch_reference
+from scripts.validation.float64 import in_float64
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -75,7 +76,7 @@ def test_the_loss_along_an_exported_eigenvector_bends_by_its_eigenvalue(exported
         assert np.isclose(float(sum((vectors[n][k] ** 2).sum() for n, _ in reference.named_parameters())), 1, atol=1e-5)
         losses = []
         for step in (e, 0, -e):
-            with torch_reference.in_float64(reference) as moved, torch.no_grad():
+            with in_float64(reference) as moved, torch.no_grad():
                 for name, p in moved.named_parameters():
                     p += step * vectors[name][k].double()
                 losses.append(torch_reference.loss_sum(moved, batches[0]).item() / 48)
