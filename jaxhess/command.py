@@ -86,6 +86,8 @@ def one_sentence(several: bool = False) -> Iterator[None]:
         several: The block is written for several processes: where there are some they are joined, and they end
             together, also if only one of them fails. Otherwise they are refused.
     """
+    # Without PyTorch, which jaxhess does not need, transformers warns that it has no models.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         if several:
             processes.initialize()

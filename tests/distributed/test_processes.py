@@ -252,14 +252,6 @@ def test_a_start_that_fails_is_one_sentence(run, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_give_the_spectrum_of_one(run, model, single, tmp_path):
-    """Started as `mpirun` does, whose local ranks number no devices here."""
-    ended = spectrum_of(run, model, 4, tmp_path / "out", launcher="mpirun")
-    assert ended.statuses == [0] * 4, ended.output
-    same_spectrum(Spectrum.load(tmp_path / "out"), single)
-
-
-@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(run, tmp_path):
     ended = run(2, "diagonal", out=str(tmp_path / "out"), checkpoint=None, fails=1, leaving=5).ended()
     assert 0 not in ended.statuses
@@ -332,9 +324,13 @@ def check_eigenvectors(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_three_processes_of_which_one_is_killed_end_and_go_on_in_the_same_bits(run, tmp_path):
-    """Killed twice (process 0 has JAX's coordination service), then asked to stop by SIGTERM to one of them."""
+    """Killed twice (process 0 has JAX's coordination service), then asked to stop by SIGTERM to one of them.
+
+    The whole run is started as `mpirun` does, whose local ranks number no devices here.
+    """
     whole, rest, saves = (str(tmp_path / name) for name in ("whole.npz", "rest.npz", "saves"))
-    assert run(3, "diagonal", out=whole, checkpoint=None, pairs=str(tmp_path / "pairs")).ended().statuses == [0] * 3
+    ended = run(3, "diagonal", out=whole, checkpoint=None, pairs=str(tmp_path / "pairs"), launcher="mpirun").ended()
+    assert ended.statuses == [0] * 3, ended.output
     check_eigenvectors(tmp_path / "pairs")
 
     def signalled(process: int, number: signal.Signals) -> Run:

@@ -141,7 +141,6 @@ def test_the_programs_of_an_8b_model_stay_as_good_as_they_are():
 
 
 FAMILIES = {
-    "mistral": {"qk_norm": False, "sliding_window": 24},
     "qwen2": {"qk_norm": False, "qkv_bias": True, "tied_embeddings": True},
     "qwen3": {},
     "gpt_neox": {
@@ -162,12 +161,12 @@ SIZES = {
 
 COMPILED: dict[str, dict[str, Any]] = {
     "sharded": {"axes": {"data": 2, "fsdp": 2, "tensor": 2}},
-    "as many key heads as heads, partial rotary, layers in parallel": {"family": "gpt_neox"},
     "plain attention, a window of vectors, microbatches": {
-        "family": "qwen2", "config": {"attention": "plain"}, "dtype": "float16", "storage": Storage(2), "sequences": 16,
+        "family": "gpt_neox", "config": {"attention": "plain"}, "dtype": "float16", "storage": Storage(2),
+        "sequences": 16,
     },
     "a sliding window, linearized, three probes, all vectors": {
-        "family": "mistral", "hvp": "linearized", "config": {"remat": False}, "batch_size": 3,
+        "family": "qwen2", "config": {"remat": False, "sliding_window": 24}, "hvp": "linearized", "batch_size": 3,
         "storage": Storage("full"),
     },
     "finite differences, measured step, rows in 16 bits": {
@@ -175,7 +174,9 @@ COMPILED: dict[str, dict[str, Any]] = {
         "storage": Storage("full", basis_dtype="bfloat16"),
     },
 }  # fmt: skip
-"""Every family but Llama, which is a Mistral without a window, and every option once: a program takes 15 seconds."""
+"""Every feature of a family and every option once, because a program takes 20 seconds. Llama and Mistral have none of
+their own; kernels for as many key heads as heads are in the programs of other operators.
+"""
 
 
 def small(family: str = "qwen3", dtype: str = "bfloat16", config: dict[str, Any] | None = None, **options: Any) -> Job:
@@ -222,7 +223,11 @@ for operator in (jaxhess.GaussNewton(*parts), jaxhess.EmpiricalFisher(*parts), f
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     ran = subprocess.run(
-        [sys.executable, "-c", code], input=pickle.dumps(small()), stdout=subprocess.PIPE, check=True, env=environment
+        [sys.executable, "-c", code],
+        input=pickle.dumps(small("gpt_neox")),
+        stdout=subprocess.PIPE,
+        check=True,
+        env=environment,
     )
     assert [line.split()[0] for line in ran.stdout.decode().splitlines()] == [
         "GaussNewton",

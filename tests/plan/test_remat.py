@@ -45,6 +45,7 @@ def test_operations_are_those_of_the_compiled_program(remat, hvp, change):
     assert flops(planned) == pytest.approx(on_two_devices(planned).flops, rel=0.001)
 
 
+@pytest.mark.slow
 def test_the_less_is_computed_again_the_more_is_stored():
     """Over many layers what is stored, with its tangents, is what temporaries grow by."""
     remats: tuple[Remat, ...] = (True, "feed-forward", "attention")

@@ -21,6 +21,7 @@ from jaxhess.data import TokenBlocks
 from jaxhess.errors import InputError
 from scripts import smollm2
 from scripts.validation import torch_reference
+from scripts.validation.float64 import in_float64
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +33,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         return smollm2.fetch(tmp_path_factory.mktemp("smollm2")).parent
     except InputError as error:
+        if "cannot be downloaded" not in str(error):  # a damaged file, or another one, is no reason
+            raise
         pytest.skip(str(error))
 
 
@@ -50,7 +53,7 @@ def test_the_exact_product_agrees_with_torch_in_float64(model_folder: Path) -> N
         ours = tensors_by_name(operator @ probe, model.config)
         start = {name: torch.from_numpy(x) for name, x in tensors_by_name(probe, model.config).items()}
         del model, operator, probe
-    with torch_reference.in_float64(torch_reference.load(model_folder, "float32")) as reference:
+    with in_float64(torch_reference.load(model_folder, "float32")) as reference:
         batch = torch_reference.Batch(torch.from_numpy(tokens), torch.ones(1, tokens.shape[1] - 1))
         theirs = torch_reference.double_backward(reference, [batch])(start)
     apart = sum(float(((torch.from_numpy(ours[name]) - x) ** 2).sum()) for name, x in theirs.items())
@@ -59,7 +62,7 @@ def test_the_exact_product_agrees_with_torch_in_float64(model_folder: Path) -> N
     assert apart <= 1e-20 * size
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_its_spectrum_is_the_one_that_is_known(model_folder: Path, tmp_path: Path) -> None:
     """278.3 with a residual bound of 0.15 was found here; other machines round otherwise, and 1% is allowed."""
     command = [sys.executable, "scripts/spectrum.py", "--model", str(model_folder), "--data", "scripts/tiny/sample.txt"]

@@ -254,6 +254,7 @@ def test_a_run_that_stopped_among_its_eigenpairs_is_ended_by_resume(tmp_path, mo
     assert (out / script.EIGENVECTORS / "eigenpairs.npz").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_computes_again_what_it_did_before(tmp_path, monkeypatch, capsys):
     """Bit for bit: also where by now something else would be chosen."""
     options = [*QUICK, "--no-audit", "--probes", "1", "--checkpoint-every", "1"]

@@ -113,6 +113,7 @@ def test_operations_and_times_of_the_reference_model(tmp_path, timed):
     rounds, sequences = ("3", "4") if timed else ("1", "1")
     command = [sys.executable, "-m", script.__name__, "--rounds", rounds, "--steps", "4", "--out", str(out)]
     command += ["--sequences", sequences, "--lanczos-sequences", sequences]
+    command += [] if timed else ["--no-reference"]
     environment = {**os.environ, **({"XLA_FLAGS": ""} if timed else {})}
     subprocess.run(command, check=True, cwd=ROOT, env=environment)
     facts = json.loads(out.read_text())
@@ -129,4 +130,4 @@ def test_operations_and_times_of_the_reference_model(tmp_path, timed):
         assert spent["Lanczos, 4 steps, linearised"] < spent["Lanczos, 4 steps, exact"]
     # Work on vectors is bandwidth, which others take: bytes say more than time. A step passes over 28 vectors.
     assert rows["Lanczos, 4 steps, vectors only"]["bytes_accessed"] < 4 * 32 * facts["vector_bytes"]
-    assert max(rows[name]["error"] for name in ("exact product", "linearised product")) < 1e-5
+    assert not timed or max(rows[name]["error"] for name in ("exact product", "linearised product")) < 1e-5

@@ -4,10 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from small_models import run_command
 
 from jaxhess.plan.law import power_law, runtime_law
-from jaxhess.results.study import Study
 from scripts.studies import scaling as script
 
 
@@ -32,24 +30,6 @@ def test_the_runtime_law_is_found():
 def test_laws_need_positive_points_at_two_places(x, y):
     with pytest.raises(ValueError, match="A law is fitted to"):
         power_law(x, y)
-
-
-SMALL = ["--base.tokens", "64", "--base.layers", "1", "--base.width", "16", "--base.length", "8", "--mesh-devices", "2"]
-
-
-@pytest.mark.slow
-def test_the_study_counts_and_fits(tmp_path):
-    sweeps = ["--tokens", "64", "128", "--layers", "1", "--widths", "16", "--lengths", "8", "--devices", "1", "2"]
-    run_command(script, *SMALL, *sweeps, "--rounds", "1", "--out", str(tmp_path))
-    found = Study.load(tmp_path)
-    assert len(found.figures[0].png) > 10_000
-    assert len(found.claims) == 6
-    assert found.record["exponents"]["tokens"]["flops"] == pytest.approx(1, abs=1e-6)
-    assert found.record["exponents"]["layers"] == {}
-    one, two = (point["programs"]["exact"] for point in found.record["sweeps"]["devices"])
-    assert one["received"] == 0
-    assert two["received"] > 0
-    assert two["flops"] < one["flops"]
 
 
 def test_tokens_that_do_not_fill_sequences_are_refused():

@@ -184,6 +184,7 @@ def test_without_anything_wider_bounds_are_used_and_called_so(checkpoint, tmp_pa
     assert "(bound)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bfloat16_without_anything_wider_is_not_decided(checkpoint, tmp_path, capsys):
     agrees, _ = validated(checkpoint, tmp_path / "out", steps=0, wider="none", dtype="bfloat16")
     assert agrees is None
@@ -259,7 +260,7 @@ def test_lanczos_alone_is_left_out_where_only_its_vectors_do_not_fit(checkpoint,
 
 
 IN_CI = (("gpt2", "bfloat16"),)
-"""Llama in float32 is in the test of everything, and GPT-NeoX that of the command."""
+"""Llama in float32 is in the test of everything."""
 
 
 @pytest.mark.parametrize(
@@ -290,9 +291,8 @@ def test_mixtures_of_experts_agree_in_float32(family, tmp_path, monkeypatch):
     assert agrees, record["first_difference"]
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param("float32", marks=pytest.mark.slow), pytest.param("bfloat16", marks=pytest.mark.study)]
-)
+@pytest.mark.study
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_command_finds_agreement_on_the_tiny_model(dtype, tmp_path):
     command = [sys.executable, "-m", script.__name__, "--dtype", dtype, "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}, cwd=ROOT)
