@@ -16,6 +16,8 @@ from jaxhess.models import DecoderConfig, LanguageModel, RopeConfig
 from jaxhess.models.likelihood import SoftmaxCrossEntropy
 from jaxhess.models.module_function import module_function
 from jaxhess.operators import (
+    BlockDiagonal,
+    Blocks,
     EmpiricalFisher,
     FiniteDifferenceHessian,
     GaussNewton,
@@ -34,12 +36,16 @@ from jaxhess.operators.audit import audit
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted
 from jaxhess.slq.run import Progress, spectrum
 from jaxhess.slq.spectrum import Spectrum
+from jaxhess.structure.coupling import CouplingMap, coupling_map
 from jaxhess.vectors import random_probe
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "BlockDiagonal",
+    "Blocks",
     "Checkpoint",
+    "CouplingMap",
     "DecoderConfig",
     "Eigenpairs",
     "EmpiricalFisher",
@@ -67,6 +73,7 @@ __all__ = [
     "as_scipy",
     "audit",
     "conjugate_gradients",
+    "coupling_map",
     "diagonal",
     "frobenius_norm",
     "hutch_plus_plus",

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxhess.vectors import Vector, add_basis_sum, add_scaled, basis_dot, basis_sum, dot, norm
+from jaxhess.krylov import inner
+from jaxhess.operators.blocks import Blocks
+from jaxhess.vectors import Vector, basis_sum, dot, norm
 
 HOST = "pinned_host"
 TOGETHER = 2
@@ -52,7 +54,7 @@ def write_row(basis: Vector, row: jax.Array, vector: Vector) -> Vector:
     return jax.tree.map(leaf, basis, vector)
 
 
-def project_out(basis: Vector, w: Vector, count: jax.Array) -> tuple[Vector, jax.Array]:
+def project_out(basis: Vector, w: Vector, count: jax.Array, blocks: Blocks | None = None) -> tuple[Vector, jax.Array]:
     """w without its components along the basis, and how long those were: one pass of Gram-Schmidt.
 
     On the devices the pass is classical, one batched product; from the host it is `project_out_in_turn`.
@@ -61,14 +63,18 @@ def project_out(basis: Vector, w: Vector, count: jax.Array) -> tuple[Vector, jax
         basis: Orthonormal but for rounding; rows that are not yet written are zero.
         w: In at least float32.
         count: How many rows can have been written: from the host no more are fetched.
+        blocks: Whose parts of the vectors are each projected by themselves; None: whole vectors.
     """
     if any(map(_on_host, jax.tree.leaves(basis))):
-        return project_out_in_turn(basis, w, count)
-    overlaps = basis_dot(basis, w)
-    return add_basis_sum(w, -overlaps, basis), norm(overlaps)  # whose squares do not overflow
+        return project_out_in_turn(basis, w, count, blocks)
+    overlaps = inner.basis_dot(blocks, basis, w)
+    length = norm if blocks is None else jax.vmap(norm, in_axes=1)
+    return inner.add_basis_sum(blocks, w, -overlaps, basis), length(overlaps)  # whose squares do not overflow
 
 
-def project_out_in_turn(basis: Vector, w: Vector, count: jax.Array) -> tuple[Vector, jax.Array]:
+def project_out_in_turn(
+    basis: Vector, w: Vector, count: jax.Array, blocks: Blocks | None = None
+) -> tuple[Vector, jax.Array]:
     """w without its components along the rows, and the sum of their lengths: one pass of modified Gram-Schmidt.
 
     Rows are a ring: of `count` vectors so far the last ones, which are taken from the oldest to the newest.
@@ -80,10 +86,11 @@ def project_out_in_turn(basis: Vector, w: Vector, count: jax.Array) -> tuple[Vec
     def take_away(k: jax.Array, carry: tuple[Vector, jax.Array]) -> tuple[Vector, jax.Array]:
         left, removed = carry
         row = _fetch(basis, (count - trips + k) % rows)
-        overlap = dot(row, left)
-        return add_scaled(left, -overlap, row), removed + jnp.abs(overlap)
+        overlap = inner.dot(blocks, row, left)
+        return inner.add_scaled(blocks, left, -overlap, row), removed + jnp.abs(overlap)
 
-    start = jnp.zeros((), jnp.result_type(*[x.dtype for x in jax.tree.leaves(w)]))
+    shape = () if blocks is None else (len(blocks),)
+    start = jnp.zeros(shape, jnp.result_type(*[x.dtype for x in jax.tree.leaves(w)]))
     return jax.lax.fori_loop(0, trips, take_away, (w, start))
 
 
@@ -106,14 +113,14 @@ def combine(basis: Vector, coefficients: jax.Array) -> Vector:
     return jax.lax.fori_loop(0, coefficients.shape[1], add, start)
 
 
-def gram(basis: Vector) -> jax.Array:
-    """Inner products [rows, rows] of all rows with each other.
+def gram(basis: Vector, blocks: Blocks | None = None) -> jax.Array:
+    """Inner products [rows, rows] (of blocks [rows, rows, B]) of all rows with each other.
 
     From the host `TOGETHER` rows come at a time, and every row below them once: about rows^2 / 4 are read.
     """
     if not any(map(_on_host, jax.tree.leaves(basis))):
         count = jax.tree.leaves(basis)[0].shape[0]
-        return jax.lax.map(lambda i: basis_dot(basis, _fetch(basis, i)), jnp.arange(count))
+        return jax.lax.map(lambda i: inner.basis_dot(blocks, basis, _fetch(basis, i)), jnp.arange(count))
     rows = jax.tree.leaves(basis)[0].shape[0] - 1
     width = min(TOGETHER, rows)
 

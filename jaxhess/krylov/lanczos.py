@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess.errors import InputError
+from jaxhess.krylov import inner
 from jaxhess.krylov.basis import (
     combine,
     gram,
@@ -22,7 +23,8 @@ from jaxhess.krylov.basis import (
 )
 from jaxhess.krylov.state import LanczosState, cached_program, over_runs, run_axes
 from jaxhess.operators.base import LinearOperator
-from jaxhess.vectors import Vector, add_scaled, dot, in_order, norm, scale, size
+from jaxhess.operators.blocks import Blocks
+from jaxhess.vectors import Vector, cast, dot, in_order, scale
 
 BREAKDOWN = 32
 """Rounding units within which a beta is noise: the Krylov space is exhausted.
@@ -76,13 +78,15 @@ def compile_segment(
 
 
 def orthogonality_loss(state: LanczosState) -> np.ndarray:
-    """The largest |Q'Q - I| over the vectors of the stored basis, [runs].
+    """The largest |Q'Q - I| over the vectors of the stored basis, [runs], or [runs, B] of blocks.
 
     For a window they are the last r vectors. NaN where no basis is stored.
     """
     if state.basis is None:
-        return np.full(state.runs, np.nan)
+        return np.full(state.size.shape, np.nan)
     products = np.asarray(_grams(state), np.float64)
+    if state.blocks is not None:
+        products = np.moveaxis(products, -1, 1)
     present = np.diagonal(products, axis1=-2, axis2=-1) > 0.25  # rows not yet written are zero
     both = present[..., :, None] & present[..., None, :]
     return np.abs(np.where(both, products - np.eye(products.shape[-1]), 0)).max((-1, -2))
@@ -116,47 +120,46 @@ def _segment_program(state: LanczosState) -> Any:
 
 
 def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list[Any]) -> LanczosState:
-    j, q = state.step, state.current
+    j, q, blocks = state.step, state.current, state.blocks
     wide = state.alphas.dtype
-    beta_before = jnp.where(j > 0, state.betas[jnp.maximum(j - 1, 0)], 0)
+    beta_before = jnp.where(j > 0, state.betas[..., jnp.maximum(j - 1, 0)], 0)
     length, length_before = _length(q, wide), _length(state.previous, wide)
     product = in_order(operator.wide_mv(q), shardings)
     taken = [(-beta_before / length_before, state.previous)]
-    alpha = dot(_left_over(product, length, taken), q, wide) / length
+    alpha = inner.dot(blocks, _left_over(blocks, product, length, taken), q, wide) / length
     taken.append((-alpha / length, q))
     if state.basis is None:
-        w = _left_over(product, length, taken)
+        w = _left_over(blocks, product, length, taken)
         overlaps = _overlaps(w, state)
         taken += [(-x / _length(v, wide), v) for x, v in zip(overlaps, (state.previous, q), strict=True)]
         removed, left = sum(map(jnp.abs, overlaps), jnp.zeros((), wide)), jnp.zeros((), wide)
-        rest = _left_over(product, length, taken)
-        beta = _norm_near(_largest(w).astype(wide), rest) if _is_narrow(q) else norm(rest, wide)
-        w = _left_over(product, length, taken)
+        rest = _left_over(blocks, product, length, taken)
+        beta = _norm_near(_largest(w).astype(wide), rest) if _is_narrow(q) else inner.norm(blocks, rest, wide)
+        w = _left_over(blocks, product, length, taken)
     else:
-        w, removed, left = _reorthogonalized(state, _left_over(product, length, taken))
-        beta = norm(w, wide)
+        w, removed, left = _reorthogonalized(state, _left_over(blocks, product, length, taken))
+        beta = inner.norm(blocks, w, wide)
 
     local = jnp.abs(alpha) + beta_before
-    largest = jnp.maximum(local, jnp.max(jnp.abs(state.alphas) + state.betas))
+    largest = jnp.maximum(local, jnp.max(jnp.abs(state.alphas) + state.betas, axis=-1))
     rounding = max(float(jnp.finfo(e.dtype).eps) for e in jax.tree.leaves(w))
-    noise = BREAKDOWN * rounding * jnp.maximum(local, largest / size(q) ** 0.5)
+    noise = BREAKDOWN * rounding * jnp.maximum(local, largest / inner.size(blocks, q) ** 0.5)
     # Where most of w still lies in the span of the basis, nothing of the operator is in it any more.
     exhausted = (beta <= noise) | (beta < 2 * left) | ~jnp.isfinite(beta)
     broken = state.broken | exhausted
-    following = scale(1 / jnp.where(broken, 1, beta), w)
+    following = inner.scale(blocks, 1 / jnp.where(broken, 1, beta), w)
     # Both vectors are written in place, at the end of the step, because XLA does not know that beta is never above
     # infinity: it can neither move q_j to its new place at the beginning nor write q_{j+1} before that is done, and so
     # keeps no copy of q_j beside the product's temporaries.
     never = beta > jnp.inf
     ended = state.broken & ~never
-    previous = jax.tree.map(lambda old, new: jnp.where(ended, old, new), state.previous, q)
-    stored = jax.tree.map(
-        lambda e, last: jnp.where(never, last, jnp.where(broken, 0, e).astype(last.dtype)), following, previous
-    )
+    previous = inner.where(blocks, ended, state.previous, q)
+    emptied = inner.where(blocks, broken, jax.tree.map(jnp.zeros_like, following), following)
+    stored = inner.where(blocks, never, previous, cast(emptied, previous))
     error = removed + jnp.where(exhausted, beta, beta * _rounding_error(following, q, wide))
 
     def record(values: jax.Array, value: jax.Array) -> jax.Array:
-        return values.at[j].set(jnp.where(state.broken, 0, value))
+        return values.at[..., j].set(jnp.where(state.broken, 0, value))
 
     return dataclasses.replace(
         state,
@@ -172,7 +175,9 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list
     )
 
 
-def _left_over(product: Vector, length: jax.Array, taken: list[tuple[jax.Array, Vector]]) -> Vector:
+def _left_over(
+    blocks: Blocks | None, product: Vector, length: jax.Array, taken: list[tuple[jax.Array, Vector]]
+) -> Vector:
     """product / length plus all multiples of vectors in `taken`, one after the other.
 
     Of vectors in 16 bits computed again wherever it is called, for the barrier makes the factors others: three vectors
@@ -181,16 +186,16 @@ def _left_over(product: Vector, length: jax.Array, taken: list[tuple[jax.Array, 
     inverse, factors = 1 / length, [factor for factor, _ in taken]
     if any(_is_narrow(vector) for _, vector in taken):
         inverse, *factors = jax.lax.optimization_barrier([inverse, *factors])
-    w = scale(inverse, product)
+    w = inner.scale(blocks, inverse, product)
     for factor, (_, vector) in zip(factors, taken, strict=True):
-        w = add_scaled(w, factor, vector)
+        w = inner.add_scaled(blocks, w, factor, vector)
     return w
 
 
 def _overlaps(w: Vector, state: LanczosState) -> list[jax.Array]:
     """What w has of q_{j-1} and q_j."""
     wide = state.alphas.dtype
-    return [dot(w, q, wide) / _length(q, wide) for q in (state.previous, state.current)]
+    return [inner.dot(state.blocks, w, q, wide) / _length(q, wide) for q in (state.previous, state.current)]
 
 
 def _largest(w: Vector) -> jax.Array:
@@ -218,11 +223,7 @@ def _with_following(state: LanczosState, following: Vector, q: Vector) -> Vector
     rows = jax.tree.leaves(state.basis)[0].shape[0]
     # After the last step q_j is written where it is already: to write nothing the whole basis would be copied.
     written = (row < rows) | state.broken  # then both are zero
-    return write_row(
-        state.basis,
-        jnp.minimum(row, rows - 1),
-        jax.tree.map(lambda new, old: jnp.where(written, new, old), following, q),
-    )
+    return write_row(state.basis, jnp.minimum(row, rows - 1), inner.where(state.blocks, written, following, q))
 
 
 def _reorthogonalized(state: LanczosState, w: Vector) -> tuple[Vector, jax.Array, jax.Array]:
@@ -237,14 +238,14 @@ def _reorthogonalized(state: LanczosState, w: Vector) -> tuple[Vector, jax.Array
     project = project_out if state.reorthogonalize == "full" else project_out_in_turn
     for _ in range(3 if _is_narrow(state.basis) else 2):
         before = last
-        w, last = project(state.basis, w, state.step + 1)
+        w, last = project(state.basis, w, state.step + 1, state.blocks)
         removed = removed + last.astype(wide)
     if state.reorthogonalize == "full":
         left = (last * (last / jnp.where(before > 0, before, 1))).astype(wide)
     if narrower(state.basis, state.current):
         overlaps = _overlaps(w, state)
         for overlap, q in zip(overlaps, (state.previous, state.current), strict=True):
-            w = add_scaled(w, -overlap / _length(q, wide), q)
+            w = inner.add_scaled(state.blocks, w, -overlap / _length(q, wide), q)
             removed = removed + jnp.abs(overlap)
     return w, removed, left
 
@@ -278,7 +279,7 @@ def _is_narrow(q: Vector) -> bool:
 
 @jax.jit
 def _grams(state: LanczosState) -> jax.Array:
-    return over_runs(gram, state.runs)(state.basis)
+    return over_runs(lambda basis: gram(basis, state.blocks), state.runs)(state.basis)
 
 
 @cached_program

@@ -13,15 +13,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.errors import InputError
+from jaxhess.krylov import inner
 from jaxhess.krylov.basis import HOST, moved, on_memory, stacked_sharding, write_row, zeros
 from jaxhess.krylov.storage import Reorthogonalize, Storage
-from jaxhess.vectors import Vector, named_sharding, norm, scale
+from jaxhess.operators.blocks import Blocks
+from jaxhess.vectors import Vector, named_sharding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanczosState:
     """Lanczos runs that advance together, one or several, after `step` products each; there is room for `m`.
+
+    With `blocks` every vector holds the runs of all blocks of a block-diagonal operator, each in its own part, and what
+    is a number of a run has one more axis [B] after that over runs.
 
     Examples:
         >>> import jax.numpy as jnp, jaxhess
@@ -46,6 +51,7 @@ class LanczosState:
         basis: Lanczos vectors [runs, rows, ...], zero where not yet computed: all m of them ("full"), or the last r in
             a ring where q_j has row j mod r. None for "none".
         reorthogonalize: As in `Storage`. Static.
+        blocks: Of which every vector holds a run each. Static; None: whole vectors.
     """
 
     step: jax.Array
@@ -58,6 +64,7 @@ class LanczosState:
     current: Vector
     basis: Vector | None
     reorthogonalize: Reorthogonalize = dataclasses.field(metadata={"static": True})
+    blocks: Blocks | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def runs(self) -> int:
@@ -71,7 +78,9 @@ class LanczosState:
         return alphas[valid], betas[valid], errors[valid]
 
 
-def start_lanczos(probes: Iterable[Vector], steps: int, storage: Storage = Storage()) -> LanczosState:
+def start_lanczos(
+    probes: Iterable[Vector], steps: int, storage: Storage = Storage(), blocks: Blocks | None = None
+) -> LanczosState:
     """The state before the first step of as many runs as there are probes, in the probes' shardings.
 
     Runs that advance together share the primal pass of their products and the gathers of weights.
@@ -89,10 +98,11 @@ def start_lanczos(probes: Iterable[Vector], steps: int, storage: Storage = Stora
         probes: Where the Krylov spaces start: nonzero vectors of floating point, `[probe]` for one run.
         steps: What the state has room for.
         storage: What is kept, and how.
+        blocks: Start a run in each block of every probe; steps are then those of a `BlockDiagonal` operator.
 
     Raises:
-        InputError: `steps` is below 1; no probe, or not of floating point; several and a basis in the host's memory; a
-            dtype needs JAX in 64-bit mode.
+        InputError: `steps` is below 1; no probe, or not of floating point; several and a basis in the host's memory;
+            blocks and vectors in 16 bits; a dtype needs JAX in 64-bit mode.
     """
     storage.check_available()
     if isinstance(probes, jax.Array | np.ndarray | Mapping):
@@ -102,7 +112,7 @@ def start_lanczos(probes: Iterable[Vector], steps: int, storage: Storage = Stora
         raise InputError("A Lanczos run needs at least one probe.")
     if storage.basis_memory == "host" and len(drawn) > 1:
         raise InputError("A basis in the host's memory is that of one run: one probe after the other.")
-    abstract = abstract_lanczos(drawn[0], steps, storage, len(drawn))
+    abstract = abstract_lanczos(drawn[0], steps, storage, len(drawn), blocks)
     leaves, treedef = jax.tree.flatten(dataclasses.replace(abstract, basis=None))
     state: LanczosState = _starter(treedef, tuple(leaves))(drawn)
     del drawn  # before there is a basis
@@ -112,17 +122,23 @@ def start_lanczos(probes: Iterable[Vector], steps: int, storage: Storage = Stora
     return dataclasses.replace(state, basis=_first_row(state)(state.basis, state.current))
 
 
-def abstract_lanczos(like: Vector, steps: int, storage: Storage = Storage(), runs: int = 1) -> LanczosState:
+def abstract_lanczos(
+    like: Vector, steps: int, storage: Storage = Storage(), runs: int = 1, blocks: Blocks | None = None
+) -> LanczosState:
     """A state as `jax.ShapeDtypeStruct`s with shardings, for so many runs with vectors like these.
 
     Raises:
-        InputError: `steps` is below 1; a dtype needs JAX in 64-bit mode.
+        InputError: `steps` is below 1; a dtype needs JAX in 64-bit mode; blocks and vectors in 16 bits.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; a Lanczos run takes at least 1.")
     storage.check_available()
     leaves, treedef = jax.tree.flatten(like)
     dtypes = [jnp.dtype(storage.vector_dtype or x.dtype) for x in leaves]
+    if blocks is not None and any(
+        dtype.itemsize < 4 for dtype in (*dtypes, jnp.dtype(storage.basis_dtype or "float32"))
+    ):
+        raise InputError("Vectors of blocks are stored in float32 or wider: leave the dtypes of vectors and basis out.")
     shardings = [named_sharding(x) or _placement(x) for x in leaves]
     first = shardings[0]
     scalar = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
@@ -147,17 +163,19 @@ def abstract_lanczos(like: Vector, steps: int, storage: Storage = Storage(), run
         rows = steps if storage.reorthogonalize == "full" else storage.reorthogonalize
         on_host = storage.basis_memory == "host"
         basis = vectors(runs, rows + on_host, dtype=storage.basis_dtype, on_host=on_host)
+    numbers = (runs,) if blocks is None else (runs, len(blocks))
     return LanczosState(
         step=scalars((), "int32"),
-        size=scalars((runs,), "int32"),
-        broken=scalars((runs,), "bool"),
-        alphas=scalars((runs, steps), wide),
-        betas=scalars((runs, steps), wide),
-        step_errors=scalars((runs, steps), wide),
+        size=scalars(numbers, "int32"),
+        broken=scalars(numbers, "bool"),
+        alphas=scalars((*numbers, steps), wide),
+        betas=scalars((*numbers, steps), wide),
+        step_errors=scalars((*numbers, steps), wide),
         previous=vectors(runs),
         current=vectors(runs),
         basis=basis,
         reorthogonalize=storage.reorthogonalize,
+        blocks=blocks,
     )
 
 
@@ -238,9 +256,12 @@ def over_runs(f: Callable[..., Any], runs: int, in_axes: Any = 0, out_axes: Any 
 def run_axes(state: LanczosState) -> Any:
     """The axes over runs of a state's fields: all leading but that of the step, which all runs share."""
     zero: Any = 0
-    fields = {f.name: zero for f in dataclasses.fields(LanczosState) if f.name not in ("step", "reorthogonalize")}
+    fields = {
+        f.name: zero for f in dataclasses.fields(LanczosState) if f.name not in ("step", "reorthogonalize", "blocks")
+    }
     fields["basis"] = None if state.basis is None else 0
-    return LanczosState(step=None, reorthogonalize=state.reorthogonalize, **fields)  # type: ignore[arg-type]
+    static = {"reorthogonalize": state.reorthogonalize, "blocks": state.blocks}
+    return LanczosState(step=None, **static, **fields)  # type: ignore[arg-type]
 
 
 def cached_program(build: Callable[[LanczosState], Any]) -> Callable[[LanczosState], Any]:
@@ -278,7 +299,8 @@ def _starter(treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
 
     def create(probes: list[Vector]) -> LanczosState:
         empty: LanczosState = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-        units = [scale(1 / norm(probe, abstract.alphas.dtype), probe) for probe in probes]
+        lengths = [inner.norm(abstract.blocks, probe, abstract.alphas.dtype) for probe in probes]
+        units = [inner.scale(abstract.blocks, 1 / x, probe) for x, probe in zip(lengths, probes, strict=True)]
         return dataclasses.replace(empty, current=jax.tree.map(lambda *xs: jnp.stack(xs), *units))
 
     # Explicit even on one device: arrays that are not committed to theirs would compile the segment twice.

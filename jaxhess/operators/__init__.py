@@ -1,6 +1,8 @@
 """Symmetric linear operators: what curvature is measured through."""
 
 from jaxhess.operators.base import LinearOperator, ScaledOperator, ShiftedOperator, SumOperator
+from jaxhess.operators.block_diagonal import BlockDiagonal
+from jaxhess.operators.blocks import Blocks
 from jaxhess.operators.finite_difference import FiniteDifferenceHessian
 from jaxhess.operators.gauss_newton import EmpiricalFisher, GaussNewton, LikelihoodLoss, MonteCarloFisher
 from jaxhess.operators.hessian import Hessian
@@ -11,6 +13,8 @@ from jaxhess.operators.microbatches import Microbatches
 from jaxhess.operators.restriction import Restriction
 
 __all__ = [
+    "BlockDiagonal",
+    "Blocks",
     "EmpiricalFisher",
     "FiniteDifferenceHessian",
     "GaussNewton",

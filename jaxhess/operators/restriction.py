@@ -93,26 +93,26 @@ def restriction(
     patterns = tuple(patterns)
     named = [(leaf_name(path), leaf) for path, leaf in jax.tree.flatten_with_path(params)[0]]
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name, _ in named):
+        if not any(matches(name, pattern) for name, _ in named):
             names = ", ".join(name for name, _ in named)
             raise InputError(
                 f"No parameter matches {pattern!r}. Use attention, mlp, norm, embed or head where the names have these "
                 f"words, or a pattern over these names: {names}."
             )
-    wanted = [not patterns or any(_matches(name, pattern) for pattern in patterns) for name, _ in named]
+    wanted = [not patterns or any(matches(name, pattern) for pattern in patterns) for name, _ in named]
     if layers is None:
         return Restriction(tuple(wanted), Selection(patterns))
     stack_names = tuple(stacks or (STACKED,))
-    listed = {name: number for name, _ in named if (number := _layer_number(name)) is not None}
-    stacked = {name: leaf.shape[0] for name, leaf in named if name not in listed and _stack(name, stack_names)}
+    listed = {name: number for name, _ in named if (number := layer_number(name)) is not None}
+    stacked = {name: leaf.shape[0] for name, leaf in named if name not in listed and stack_of(name, stack_names)}
     for pattern in patterns or ("*",):
-        if not any(_matches(name, pattern) for name in (*listed, *stacked)):
+        if not any(matches(name, pattern) for name in (*listed, *stacked)):
             raise InputError(f"{pattern!r} matches no parameter inside a layer, so layers cannot be chosen with it.")
     if stacks is None:
         count = max([number + 1 for number in listed.values()] + list(stacked.values()))
         stacks = {STACKED: range(count)}
     count = sum(map(len, stacks.values()))
-    places = {name: stacks[_stack(name, stack_names) or STACKED] for name in stacked}
+    places = {name: stacks[stack_of(name, stack_names) or STACKED] for name in stacked}
     odd = next((name for name in stacked if stacked[name] != len(places[name])), None)
     if odd is not None:
         raise InputError(
@@ -125,7 +125,7 @@ def restriction(
         for (name, _), keep in zip(named, wanted, strict=True)
     ]
     for pattern in patterns or ("*",):
-        if not any(kept and _matches(name, pattern) for (name, _), kept in zip(named, selection, strict=True)):
+        if not any(kept and matches(name, pattern) for (name, _), kept in zip(named, selection, strict=True)):
             raise InputError(f"{pattern!r} matches no parameter in layers {list(indices)}.")
     return Restriction(tuple(selection), Selection(patterns, indices))
 
@@ -137,19 +137,20 @@ def leaf_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _layer_number(name: str) -> int | None:
+def layer_number(name: str) -> int | None:
     """Which layer of a list a leaf belongs to, `layers/3/mlp/kernel`; None for a stacked leaf, and outside layers."""
     parts = name.split("/")
     following = parts[parts.index(STACKED) + 1 :] if STACKED in parts else []
     return int(following[0]) if following and following[0].isdigit() else None
 
 
-def _stack(name: str, stacks: Sequence[str]) -> str | None:
+def stack_of(name: str, stacks: Sequence[str]) -> str | None:
     """The stack that a leaf is in."""
     return next((part for part in name.split("/") if part in stacks), None)
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a parameter's name matches a pattern as `restriction` has them."""
     if any(character in pattern for character in "*?[/"):
         return fnmatch.fnmatchcase(name, pattern)
     return any(part == pattern or part.endswith(f"_{pattern}") for part in name.split("/"))

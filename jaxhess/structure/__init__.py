@@ -1,0 +1,1 @@
+"""Structure of curvature: how blocks of parameters are coupled, and the spectrum of each."""
