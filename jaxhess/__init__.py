@@ -37,12 +37,14 @@ from jaxhess.slq.checkpoint import Checkpoint, Interrupted
 from jaxhess.slq.run import Progress, spectrum
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.structure.coupling import CouplingMap, coupling_map
+from jaxhess.structure.spectra import BlockSpectra, block_spectra
 from jaxhess.vectors import random_probe
 
 __version__ = "0.2.0"
 
 __all__ = [
     "BlockDiagonal",
+    "BlockSpectra",
     "Blocks",
     "Checkpoint",
     "CouplingMap",
@@ -72,6 +74,7 @@ __all__ = [
     "as_lineax",
     "as_scipy",
     "audit",
+    "block_spectra",
     "conjugate_gradients",
     "coupling_map",
     "diagonal",

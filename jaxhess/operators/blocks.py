@@ -225,9 +225,10 @@ class Blocks:
         return unit * jnp.sqrt(self.dot(scaled, scaled, dtype))
 
     def spread(self, values: jax.Array, like: Vector) -> Vector:
-        """A tree of arrays that broadcast to the leaves of `like`, with each block's value [B] on its entries."""
-        _, treedef = jax.tree.flatten(like)
-        return jax.tree.unflatten(treedef, [values[labels] for labels in self.labels])
+        """A tree of arrays that broadcast to the leaves of `like`, with the value [B] of each entry's block."""
+        values = jnp.broadcast_to(values, len(self))
+        found = [values.at[labels].get(mode="promise_in_bounds") for labels in self.labels]
+        return jax.tree.unflatten(jax.tree.structure(like), found)
 
     @functools.cached_property
     def _key(self) -> tuple:

@@ -21,6 +21,7 @@ from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonali
 from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator
+from jaxhess.operators.blocks import Blocks
 from jaxhess.operators.facts import MEASURED, checksum, describe, non_finite, shares_work, validated
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
@@ -58,7 +59,7 @@ class Progress(NamedTuple):
         together: How many these are.
         probes: Of the whole run.
         step, steps: Of these probes: done, and asked for.
-        alphas, betas: Of each of them, [size] each.
+        alphas, betas: Of each of them, [size] each; of `block_spectra` those of each one's blocks, one after the other.
         seconds: Since the run started, or was resumed.
         state: Of the Lanczos runs. Its buffers are given to the next segment: only that after the last step of the last
             probes may be kept, for `leading_eigenpairs`. While it is, its memory is.
@@ -118,6 +119,41 @@ def spectrum(
             and `resume` is False; the loss or a product is not finite (says which microbatch, probe and step).
         Interrupted: SIGTERM came; the state is saved (only with `checkpoint`).
     """
+    options = RunOptions(steps, probes, seed, storage, batch_size, distribution, checkpoint, callback)
+    run, record = run_lanczos(operator, options)
+    return Spectrum(
+        alphas=run.alphas,
+        betas=run.betas,
+        step_errors=run.step_errors,
+        sizes=run.sizes,
+        dim=operator.dim,
+        run=record,
+        info=info or {},
+    )
+
+
+class RunOptions(NamedTuple):
+    """The options of `spectrum` that say how Lanczos runs."""
+
+    steps: int
+    probes: int
+    seed: int
+    storage: Storage
+    batch_size: int | None
+    distribution: Distribution
+    checkpoint: Checkpoint | None
+    callback: Callable[[Progress], None] | None
+
+
+def run_lanczos(
+    operator: LinearOperator, options: RunOptions, blocks: Blocks | None = None
+) -> tuple[LanczosRuns, RunRecord]:
+    """The coefficients of all probes, and how they were made; with `blocks`, of every block of every probe.
+
+    Raises:
+        InputError, Interrupted: See `spectrum`.
+    """
+    steps, probes, seed, storage, batch_size, distribution, checkpoint, callback = options
     if probes < 1:
         raise InputError(f"probes is {probes}; at least 1 is needed.")
     key = random_key(seed)
@@ -126,7 +162,7 @@ def spectrum(
     check_basis_fits(operator, steps, storage)
     if checkpoint is not None:
         checkpoint.check()
-    kept = abstract_lanczos(operator.shape_dtype, steps, storage)
+    kept = abstract_lanczos(operator.shape_dtype, steps, storage, blocks=blocks)
     record = RunRecord(
         Probes(probes, distribution, seed),
         Lanczos(steps, _resolved(storage, kept)),
@@ -143,7 +179,7 @@ def spectrum(
     def draw(p: int) -> Vector:
         return random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
 
-    run = _Run(operator, steps, probes, draw, storage, callback)
+    run = LanczosRuns(operator, steps, probes, draw, storage, callback, blocks)
     if saver is None:
         run.advance(batch_size)
     else:
@@ -152,20 +188,16 @@ def spectrum(
     lanczos = dataclasses.replace(
         record.lanczos, batch_size=run.batch_size, orthogonality=tuple(run.orthogonality.tolist())
     )
-    return Spectrum(
-        alphas=run.alphas,
-        betas=run.betas,
-        step_errors=run.step_errors,
-        sizes=run.sizes,
-        dim=operator.dim,
-        run=dataclasses.replace(record, lanczos=lanczos, program=run.program, seconds=run.seconds),
-        info=info or {},
-    )
+    return run, dataclasses.replace(record, lanczos=lanczos, program=run.program, seconds=run.seconds)
 
 
 @dataclasses.dataclass
-class _Run:
-    """The probes of one call of `spectrum`, a batch of them after the other."""
+class LanczosRuns:
+    """The probes of one call of `spectrum`, a batch of them after the other.
+
+    With blocks every probe is a run in each of them, and a row of the coefficients is a run: those of the first probe's
+    blocks come first.
+    """
 
     operator: LinearOperator
     steps: int
@@ -173,11 +205,14 @@ class _Run:
     draw: Callable[[int], Vector]
     storage: Storage
     callback: Callable[[Progress], None] | None
+    blocks: Blocks | None = None
 
     def __post_init__(self) -> None:
-        self.alphas, self.betas, self.step_errors = (np.full((self.probes, self.steps), np.nan) for _ in range(3))
-        self.sizes = np.zeros(self.probes, np.int64)
-        self.orthogonality = np.full(self.probes, np.nan)
+        self.width = 1 if self.blocks is None else len(self.blocks)
+        rows = self.probes * self.width
+        self.alphas, self.betas, self.step_errors = (np.full((rows, self.steps), np.nan) for _ in range(3))
+        self.sizes = np.zeros(rows, np.int64)
+        self.orthogonality = np.full(rows, np.nan)
         self.seconds = 0.0
         self.batch_size = 0
         self.program: CompiledRecord | None = None
@@ -185,7 +220,7 @@ class _Run:
 
     def template(self, runs: int = 1) -> LanczosState:
         """The abstract state of so many probes together."""
-        return abstract_lanczos(self.operator.shape_dtype, self.steps, self.storage, runs)
+        return abstract_lanczos(self.operator.shape_dtype, self.steps, self.storage, runs, self.blocks)
 
     def advance(
         self, batch_size: int | None, saver: Saver | None = None, stop: Callable[[], bool] = lambda: False
@@ -205,7 +240,7 @@ class _Run:
             if self.program is None:
                 self.program = self._described(begun)
             together = min(begun.runs, self.probes - first)
-            chosen = slice(first, first + together)
+            chosen = slice(first * self.width, (first + together) * self.width)
             segments = self._segments(begun, saver.every if saver else None)
             begun = None  # the next batch begins when the memory of this one is free
             for state in segments:
@@ -213,7 +248,7 @@ class _Run:
                 ended = step == self.steps
                 self._read(state, chosen)
                 if ended:
-                    self.orthogonality[chosen] = orthogonality_loss(state)[:together]
+                    self.orthogonality[chosen] = orthogonality_loss(state)[:together].ravel()
                 self.seconds = time.perf_counter() - began
                 if self.callback is not None:
                     self.callback(self._progress(state, chosen))
@@ -277,7 +312,7 @@ class _Run:
     def _start(self, first: int) -> LanczosState:
         """The next batch. A short batch is filled with copies of its last probe, so that nothing compiles again."""
         numbers = [min(first + k, self.probes - 1) for k in range(self.batch_size)]
-        return start_lanczos((self.draw(p) for p in numbers), self.steps, self.storage)
+        return start_lanczos((self.draw(p) for p in numbers), self.steps, self.storage, self.blocks)
 
     def _segments(self, state: LanczosState, every: int | None) -> Iterator[LanczosState]:
         """The state after each segment, which end at multiples of `every` too; a second or so each."""
@@ -298,28 +333,31 @@ class _Run:
 
     def _read(self, state: LanczosState, chosen: slice) -> None:
         count = chosen.stop - chosen.start
-        self.sizes[chosen] = np.asarray(state.size)[:count]
+        self.sizes[chosen] = np.asarray(state.size).ravel()[:count]
         beyond = np.arange(self.steps) >= self.sizes[chosen, None]
         for name in COEFFICIENTS:
-            getattr(self, name)[chosen] = np.where(beyond, np.nan, np.asarray(getattr(state, name))[:count])
+            found = np.asarray(getattr(state, name)).reshape(-1, self.steps)[:count]
+            getattr(self, name)[chosen] = np.where(beyond, np.nan, found)
         bad = ~beyond & ~np.isfinite(self.alphas[chosen] + self.betas[chosen])
         if bad.any():
-            probe, step = np.argwhere(bad)[0]
-            what = f"The product at step {step + 1} of probe {chosen.start + probe + 1}"
+            row, step = np.argwhere(bad)[0]
+            probe = row // self.width
+            what = f"The product at step {step + 1} of probe {chosen.start // self.width + probe + 1}"
             raise non_finite(what, self.operator, jax.tree.map(lambda x: x[probe], state.previous))
 
     def _progress(self, state: LanczosState, chosen: slice) -> Progress:
         sizes = self.sizes[chosen]
         alphas, betas = ([row[:m] for row, m in zip(x[chosen], sizes, strict=True)] for x in (self.alphas, self.betas))
         step = int(state.step)
-        return Progress(chosen.start, len(sizes), self.probes, step, self.steps, alphas, betas, self.seconds, state)
+        first, together = chosen.start // self.width, len(sizes) // self.width
+        return Progress(first, together, self.probes, step, self.steps, alphas, betas, self.seconds, state)
 
     def _save(self, saver: Saver, probe: int, state: LanczosState | None, must: bool) -> None:
         """Saves what the probes before this one gave, and the state of those that advance now.
 
         On a full disk a run in one process goes on without the save, unless it `must` be made.
         """
-        step = 0 if state is None else int(state.step)
+        step, rows = 0 if state is None else int(state.step), probe * self.width
         record = {
             "probe": probe,
             "step": step,
@@ -327,9 +365,9 @@ class _Run:
             "runs": None if state is None else state.runs,
             "seconds": self.seconds,
             "program": None if self.program is None else dataclasses.asdict(self.program),
-            "sizes": self.sizes[:probe].tolist(),
-            **{name: [[float(x).hex() for x in row] for row in getattr(self, name)[:probe]] for name in COEFFICIENTS},
-            "orthogonality": [float(x).hex() for x in self.orthogonality[:probe]],
+            "sizes": self.sizes[:rows].tolist(),
+            **{name: [[float(x).hex() for x in row] for row in getattr(self, name)[:rows]] for name in COEFFICIENTS},
+            "orthogonality": [float(x).hex() for x in self.orthogonality[:rows]],
         }
         try:
             saver.save(probe * self.steps + step, record, state)
@@ -340,13 +378,13 @@ class _Run:
 
     def _resume_from(self, record: dict[str, Any]) -> int:
         """What a save holds of the probes that had ended; returns the first that had not."""
-        probe = record["probe"]
+        probe, rows = record["probe"], record["probe"] * self.width
         self.batch_size, self.seconds = record["batch_size"], record["seconds"]
         self.program = None if record["program"] is None else read_as(CompiledRecord, record["program"])
-        self.sizes[:probe] = record["sizes"]
+        self.sizes[:rows] = record["sizes"]
         for name in COEFFICIENTS:
-            getattr(self, name)[:probe] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
-        self.orthogonality[:probe] = [float.fromhex(x) for x in record["orthogonality"]]
+            getattr(self, name)[:rows] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
+        self.orthogonality[:rows] = [float.fromhex(x) for x in record["orthogonality"]]
         return probe
 
 

@@ -230,7 +230,16 @@ def coupling_map(
     """How strongly all pairs of blocks of a symmetric operator are coupled, estimated from random probes.
 
     A probe takes a product for every block. They share the primal pass of a loss's derivatives, all of them or
-    `together` at a time. For an example see `CouplingMap`.
+    `together` at a time.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+        >>> H = jaxhess.Hessian(lambda p, x: jnp.sum(x * p["a"] * p["b"]), params, [jnp.ones(2)])
+        >>> blocks = jaxhess.Blocks.by(params, "matrices")
+        >>> jaxhess.coupling_map(H, blocks, probes=2, distribution="rademacher").coupling.round(3)
+        array([[0.   , 1.414],
+               [1.414, 0.   ]])
 
     Args:
         operator: Symmetric: Hessian, Gauss-Newton, Fisher or any other.
@@ -253,8 +262,8 @@ def coupling_map(
     inputs = validated(operator)
     if together is None:
 
-        def program(k: int) -> jax.stages.Lowered:
-            return _probe_parts.lower(operator, blocks, k, key, 0, distribution)
+        def program(k: int) -> jax.stages.Compiled:
+            return _probe_parts.lower(operator, blocks, k, key, 0, distribution).compile()
 
         together = as_many_as_fit(program, operator, len(blocks))
     check_count("together", together, 1, "blocks whose products are computed at once")

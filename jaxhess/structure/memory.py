@@ -13,14 +13,14 @@ from jaxhess.operators.facts import shares_work
 
 
 def as_many_as_fit(
-    lower: Callable[[int], jax.stages.Lowered], operator: LinearOperator, count: int, resident: int = 0
+    compiled: Callable[[int], jax.stages.Compiled], operator: LinearOperator, count: int, resident: int = 0
 ) -> int:
     """The most products at once, in rounds of nearly equal length, whose program takes nine tenths of what is left.
 
     Compiles the program for as many as are tried: usually the one that then runs.
 
     Args:
-        lower: The program for so many.
+        compiled: The program for so many.
         operator: Whose vectors tell the devices; one product at a time where it has no work to share.
         count: Products in all.
         resident: Bytes per device that the run needs beside the program.
@@ -29,7 +29,7 @@ def as_many_as_fit(
         return 1
     together = count
     while together > 1:
-        memory = lower(together).compile().memory_analysis()
+        memory = compiled(together).memory_analysis()
         if memory is None:
             return 1
         needed = max(processes.gathered(memory.temp_size_in_bytes + memory.output_size_in_bytes + resident))

@@ -1,0 +1,127 @@
+"""How far apart the spectra of blocks are: Jensen-Shannon distances on one logarithmic grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr
+
+from jaxhess.errors import InputError
+from jaxhess.slq.spectrum import Spectrum
+
+Array = npt.NDArray[np.float64]
+
+DECADES = 6
+"""Of eigenvalues below the largest magnitude that are told apart; smaller ones count as zero."""
+BINS_PER_DECADE = 8
+SMOOTHING = 0.25
+"""Standard deviation of the Gaussian that smooths masses, in decades."""
+RANK = 10
+"""The eigenvalue that a block's are divided by, counted from the largest, where they are normalised."""
+
+
+def jensen_shannon(spectra: Sequence[Spectrum], normalised: bool = False) -> Array:
+    """[B, B] Jensen-Shannon distances between the spectral distributions of blocks, between 0 and 1.
+
+    The distance is the square root of the Jensen-Shannon divergence in bits (Endres and Schindelin 2003), `(KL(p || m)
+    + KL(q || m)) / 2` with m the mean of p and q. p and q are masses in bins of one grid: see `masses`.
+
+    Args:
+        spectra: Of the blocks.
+        normalised: Divide the eigenvalues of each block by its tenth largest first (as Zhang et al. do, so that blocks
+            of other scale can be alike): compares shapes alone. A block with fewer positive ones is divided by its
+            smallest positive Ritz value, one with none by its largest magnitude.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.structure.distances import jensen_shannon
+        >>> low = jaxhess.spectrum(jaxhess.MatrixOperator(jnp.eye(20)), steps=2, probes=1)
+        >>> high = jaxhess.spectrum(jaxhess.MatrixOperator(1e4 * jnp.eye(20)), steps=2, probes=1)
+        >>> jensen_shannon([low, high]).round(3)
+        array([[0., 1.],
+               [1., 0.]])
+        >>> jensen_shannon([low, high], normalised=True).round(3)
+        array([[0., 0.],
+               [0., 0.]])
+    """
+    scales = [_scale(spectrum) if normalised else 1.0 for spectrum in spectra]
+    largest = max(float(np.nanmax(np.abs(s.ritz_values))) / scale for s, scale in zip(spectra, scales, strict=True))
+    found = [masses(s, largest, scale) for s, scale in zip(spectra, scales, strict=True)]
+    distances = np.zeros((len(found), len(found)))
+    for a, p in enumerate(found):
+        for b in range(a):
+            distances[a, b] = distances[b, a] = math.sqrt(max(0.0, _divergence(p, found[b])))
+    return distances
+
+
+def edges(largest: float) -> Array:
+    """Edges of the grid's bins: negative magnitudes from the largest down, one bin around zero, positive ones upwards.
+
+    Raises:
+        InputError: `largest` is not positive.
+    """
+    if not 0 < largest < math.inf:
+        raise InputError(f"The largest eigenvalue is {largest:g}: distances of spectra need one that is not zero.")
+    positive = largest * 10.0 ** np.linspace(-DECADES, 0, DECADES * BINS_PER_DECADE + 1)
+    return np.concatenate([-positive[::-1], positive])
+
+
+def masses(spectrum: Spectrum, largest: float, scale: float = 1.0) -> Array:
+    """The share of eigenvalues in each bin of `edges(largest)`, of the probes' mean quadrature measure, smoothed.
+
+    Masses on each side of zero are convolved with a Gaussian of `SMOOTHING` decades in log10 of the magnitude; what
+    would leave the grid at its end is counted in the last bin, and what would fall below the smallest magnitude in the
+    bin of zero, so that the sum is one.
+
+    Args:
+        spectrum: Of a block.
+        largest: Of all blocks' eigenvalues over their scales.
+        scale: That eigenvalues are divided by.
+    """
+    grid = edges(largest)
+    half = len(grid) // 2
+    logs = np.log10(grid[half:])
+    valid = spectrum.weights > 0
+    values = np.where(valid, spectrum.ritz_values, 0) / scale
+    weights = np.where(valid, spectrum.weights, 0) / spectrum.num_probes
+    found = np.zeros(len(grid) - 1)
+    zero = np.abs(values) < grid[half]
+    found[half - 1] = weights[zero].sum()
+    for sign in (1, -1):
+        chosen = ~zero & (np.sign(values) == sign)
+        if not chosen.any():
+            continue
+        below = ndtr((logs - np.log10(np.abs(values[chosen]))[:, None]) / SMOOTHING)
+        below[:, -1] = 1
+        cumulative = weights[chosen] @ below
+        found[half - 1] += cumulative[0]
+        bins = np.diff(cumulative)
+        if sign > 0:
+            found[half:] += bins
+        else:
+            found[: half - 1] += bins[::-1]
+    return found / found.sum()
+
+
+def _scale(spectrum: Spectrum) -> float:
+    """The tenth largest eigenvalue, the median over probes."""
+    found = []
+    for values, ghosts, weights in zip(spectrum.ritz_values, spectrum.ghosts, spectrum.weights, strict=True):
+        kept = np.sort(values[(weights > 0) & ~ghosts])[::-1]
+        positive = kept[kept > 0]
+        found.append(positive[:RANK][-1] if positive.size else np.abs(kept).max(initial=0.0))
+    return float(np.median(found)) or 1.0
+
+
+def _divergence(p: Array, q: Array) -> float:
+    """Jensen-Shannon, in bits."""
+    mean = (p + q) / 2
+
+    def relative_entropy(x: Array) -> float:
+        some = x > 0
+        return float((x[some] * np.log2(x[some] / mean[some])).sum())
+
+    return (relative_entropy(p) + relative_entropy(q)) / 2
