@@ -57,7 +57,7 @@ class CouplingMap:
         forms: [probes, B] v_b'H v_b.
         fidelity_error: [B, probes] |(Hv)_a - H_aa v_a| / |(Hv)_a|: what the block-diagonal part misses of a product
             (arXiv 2602.00816, block-diagonal fidelity); NaN where (Hv)_a is zero.
-        fidelity_cosine: [B, probes] cosine of the angle between (Hv)_a and H_aa v_a.
+        fidelity_cosine: [B, probes] cosine of the angle between (Hv)_a and H_aa v_a; NaN where one of them is zero.
         whole_error, whole_cosine: [probes] the same of whole vectors.
         distribution: Of the probes' entries.
     """
@@ -303,7 +303,7 @@ def coupling_map(
             lengths,
             forms,
             fidelity_error=(apart / theirs).T,
-            fidelity_cosine=inner.T,
+            fidelity_cosine=np.where((ours > 0) & (theirs > 0), inner, np.nan).T,
             whole_error=whole[2] / whole[1],
             whole_cosine=(inner * ours * theirs).sum(1) / whole[0] / whole[1],
             distribution=distribution,
@@ -341,8 +341,7 @@ def _probe_parts(
         jax.tree.map(lambda e, n: e / jnp.where(n > 0, n, 1), x, blocks.spread(n, x))
         for x, n in ((own, own_length), (everything, all_length))
     ]
-    cosine = jnp.where((own_length > 0) & (all_length > 0), blocks.dot(*units), jnp.nan)
-    values = [lengths.T, jnp.diagonal(forms), own_length, all_length, blocks.norm(missed), cosine]
+    values = [lengths.T, jnp.diagonal(forms), own_length, all_length, blocks.norm(missed), blocks.dot(*units)]
     return [everywhere(operator, x) for x in values]
 
 
