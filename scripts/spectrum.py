@@ -10,7 +10,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def run(options: Options) -> jaxhess.Spectrum:
     """The whole job; returns what it also saved. Of several processes every one runs it, and the first one writes."""
     check(options)
     console = terminal(quiet=processes.index() > 0)
-    clock = _Clock()
+    clock = Clock()
     with run_folder(options) as (output, checkpoint):
         config = read_config(options)
         mesh = jaxhess.make_mesh(options.mesh)
@@ -77,19 +77,31 @@ def run(options: Options) -> jaxhess.Spectrum:
         noise = audit(operator, seed=options.seed) if options.audit else None
         clock.stop("audit")
         result, state = solve(options, operator, checkpoint, console)
-        job = CommandRecord(
-            dataclasses.asdict(options),
-            Model(_located(options.model), model.num_params, model.config.to_dict()),
-            Data(_located(options.data), blocks.num_sequences, blocks.seq_len, len(batches), blocks.fingerprint()),
-            Devices(dict(mesh.shape), mesh.size, mesh.devices.flat[0].device_kind, processes.count()),
-            _versions(),
-            clock.seconds,
-        )
+        job = job_record(options, model, blocks, batches, mesh, clock.seconds)
         result = _recorded(result, noise=noise, job=job)
         result = write(options, operator, result, state, output, console)
         checkpoint.remove()
     _print_summary(console, result, output.folder)
     return result
+
+
+def job_record(
+    options: Options,
+    model: jaxhess.LanguageModel,
+    blocks: jaxhess.TokenBlocks,
+    batches: jaxhess.Microbatches,
+    mesh: jax.sharding.Mesh,
+    seconds: dict[str, float],
+) -> CommandRecord:
+    """What was asked for, with which model and data, and where."""
+    return CommandRecord(
+        dataclasses.asdict(options),
+        Model(_located(options.model), model.num_params, model.config.to_dict()),
+        Data(_located(options.data), blocks.num_sequences, blocks.seq_len, len(batches), blocks.fingerprint()),
+        Devices(dict(mesh.shape), mesh.size, mesh.devices.flat[0].device_kind, processes.count()),
+        _versions(),
+        seconds,
+    )
 
 
 def read_config(options: Options) -> jaxhess.DecoderConfig:
@@ -151,7 +163,11 @@ def run_folder(options: Options) -> Iterator[tuple[Output, jaxhess.Checkpoint]]:
 
 
 def identified(
-    checkpoint: jaxhess.Checkpoint, options: Options, config: jaxhess.DecoderConfig, blocks: jaxhess.TokenBlocks
+    checkpoint: jaxhess.Checkpoint,
+    options: Options,
+    config: jaxhess.DecoderConfig,
+    blocks: jaxhess.TokenBlocks,
+    free: Collection[str] = FREE,
 ) -> jaxhess.Checkpoint:
     """The checkpoint with what must be the same when a run is resumed; the library adds the weights and the loss.
 
@@ -159,9 +175,9 @@ def identified(
         InputError: The unfinished run to be resumed has other options, another model or other data.
     """
     identity = {
-        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE},
+        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in free},
         "data": blocks.fingerprint(),
-        "model": {k: v for k, v in config.to_dict().items() if k not in FREE},
+        "model": {k: v for k, v in config.to_dict().items() if k not in free},
         "remat": (checkpoint.known() if options.resume else {}).get("remat", config.remat),
     }
     checkpoint = dataclasses.replace(checkpoint, identity=identity)
@@ -344,7 +360,7 @@ class ProgressBar:
             self.console.print(f"{name}: Ritz values {extremes}, {progress.seconds:.1f} s")
 
 
-class _Clock:
+class Clock:
     """Seconds of each stage, by name."""
 
     def __init__(self) -> None:

@@ -17,6 +17,11 @@ FORMATS = OLD_FORMAT, FORMAT = "jaxhess-spectrum-1", "jaxhess-spectrum-2"
 ARRAYS, RECORD = "spectrum.npz", "spectrum.json"
 REPORT_FILES = ("density.png", "distribution.png", "stem.png", "report.html")
 RUN_FILES = (ARRAYS, RECORD, *REPORT_FILES)
+BLOCK_ARRAYS, BLOCK_RECORD, BLOCK_FORMAT = "blocks.npz", "blocks.json", "jaxhess-blocks-1"
+BLOCK_PICTURES = ("coupling.png", "relative.png", "fidelity.png", "spectra.png", "distance.png")
+BLOCK_FILES = (BLOCK_ARRAYS, BLOCK_RECORD, *BLOCK_PICTURES, "report.html")
+"""What a folder of `scripts/blocks.py` can hold."""
+
 LARGEST = 2**30
 """Bytes of arrays that are read from one file: a small file can unpack to more than the memory."""
 
@@ -40,8 +45,8 @@ def read_json(path: Path) -> Any:
         raise InputError(f"it cannot be read ({error.strerror})") from error
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The numeric arrays of an `.npz`; nothing in it is unpickled.
+def read_arrays(path: Path, kinds: str = "biuf") -> dict[str, np.ndarray]:
+    """The arrays of an `.npz`, all of these kinds (by default numeric; U is text); nothing in it is unpickled.
 
     Raises:
         InputError: It is damaged, no `.npz`, or holds objects.
@@ -58,8 +63,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # zipfile, zlib, struct, tokenize and numpy each have errors of their own
         raise InputError(" ".join(str(error).split())[:200] or type(error).__name__) from error
     for name, array in found.items():
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-            raise InputError(f"{name} is no array of real numbers")
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in kinds:
+            raise InputError(f"{name} is no array of real numbers{' or text' * ('U' in kinds)}")
     return found
 
 

@@ -115,9 +115,9 @@ class Blocks:
         if by == ("matrices",):
             return matrices
         if by == ("layers",):
-            return matrices.merged(_layer)
+            return matrices.merged(layer_of)
         if by == ("kinds",):
-            return matrices.merged(_kind)
+            return matrices.merged(kind_of)
         if by == ("heads",):
             for name in matrices.leaf_names:
                 axis = next((axis for part, axis in HEAD_AXES.items() if f"/{name}".endswith(f"/{part}")), None)
@@ -272,7 +272,8 @@ def _place(name: str) -> tuple[int, int]:
     return ORDER.index(first) if first in ORDER else ORDER.index(STACKED), int(layer[1]) if layer else 0
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
+    """The block by layers that a block by matrices is in: `layers/3`, or the first component of its name."""
     parts = name.split("/")
     if STACKED in parts:
         place = parts.index(STACKED)
@@ -280,7 +281,8 @@ def _layer(name: str) -> str:
     return "embed" if parts[0] == "positions" else parts[0]
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """The block by kinds that a block by matrices is in."""
     parts = [part for part in name.split("/") if not part.isdigit()]
     if any("norm" in part for part in parts):
         return "norms"

@@ -22,8 +22,9 @@ from jaxhess.krylov.errors import Estimate, of_forms, of_squares
 from jaxhess.krylov.products import check_count, everywhere
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.block_diagonal import over_blocks, own_and_all
-from jaxhess.operators.blocks import Blocks
+from jaxhess.operators.blocks import Blocks, layer_of
 from jaxhess.operators.facts import checksum, describe, non_finite, validated
+from jaxhess.operators.restriction import STACKED
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
 from jaxhess.structure.memory import as_many_as_fit
 from jaxhess.vectors import Distribution, Vector, random_key, random_probe, widen
@@ -206,6 +207,36 @@ def arrow(heads: Sequence[bool], body: npt.NDArray[np.bool_]) -> npt.NDArray[np.
     """[B, B] the kept blocks of `body`, and all rows and columns of the blocks marked in `heads`."""
     marked = np.asarray(heads, bool)
     return body | marked[:, None] | marked
+
+
+def approximations(names: Sequence[str]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Block-sparse approximations by name, each as the kept blocks [B, B], for blocks with these names.
+
+    Block-diagonal in these blocks; where names have layers, also in whole layers and in bands of them; and with all
+    rows and columns of embedding and head (an arrow), where there are such.
+
+    Examples:
+        >>> from jaxhess.structure.coupling import approximations
+        >>> list(approximations(["embed", "layers/0", "layers/1", "layers/2", "head"]))
+        ['block-diagonal', 'band of 1 layer to each side', 'arrow: embedding and head, and block-diagonal']
+    """
+    layers = [layer_of(name) for name in names]
+    numbers = [float(layer.split("/")[1]) if layer.startswith(f"{STACKED}/") else math.nan for layer in layers]
+    found = {"block-diagonal": block_diagonal(names)}
+    count = len({number for number in numbers if not math.isnan(number)})
+    by_layer = block_diagonal(layers)
+    if len(set(layers)) < len(names) and count:
+        found["block-diagonal, whole layers"] = by_layer
+    for width in (1, 2, 4, 8):
+        if width < count - 1:
+            sides = f"{width} layer{'s' * (width > 1)} to each side"
+            found[f"band of {sides}"] = band(numbers, width) | by_layer
+    ends = [layer in ("embed", "embedding", "head") for layer in layers]
+    if any(ends) and not all(ends):
+        found["arrow: embedding and head, and block-diagonal"] = arrow(ends, block_diagonal(names))
+        if len(set(layers)) < len(names) and count:
+            found["arrow: embedding and head, and whole layers"] = arrow(ends, by_layer)
+    return found
 
 
 class CouplingProgress(NamedTuple):

@@ -1,0 +1,222 @@
+"""Blocks of a language model's loss curvature: how strongly they are coupled, what block-diagonal approximations miss,
+and the spectrum of each.
+
+With no options: the small GPT-NeoX model in scripts/tiny, by layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import run_options  # beside this file, as the next
+import spectrum as spectrum_command
+import tyro
+from rich.console import Console
+
+import jaxhess
+from jaxhess.command import default_folder, one_sentence, parse, terminal
+from jaxhess.distributed import processes
+from jaxhess.errors import InputError
+from jaxhess.files.output import Output
+from jaxhess.files.run_folder import BLOCK_FILES
+from jaxhess.models import abstract_params
+from jaxhess.operators.facts import describe, validated
+from jaxhess.operators.restriction import restriction
+from jaxhess.results.block_files import BlockRun, contents
+from jaxhess.results.block_report import report_files
+from jaxhess.slq.record import Probes, RunRecord, inputs_record, operator_record
+from jaxhess.structure.coupling import CouplingProgress
+
+Hidden = Annotated[Any, tyro.conf.Suppress]
+MAP, SPECTRA = "unfinished", "unfinished-spectra"
+FREE = {*spectrum_command.FREE, "together"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(run_options.Options):
+    """The options of a run over blocks."""
+
+    by: tuple[str, ...] = ("layers",)
+    """The blocks: `layers`, `kinds`, `matrices`, `heads`, or patterns of names that leave nothing out, a block for
+    each."""
+    spectra: bool = False
+    """Also compute the spectrum of every diagonal block: --steps products of every block for each of --probes."""
+    products: int | None = None
+    """Probes of the coupling map, each a product for every block; by default as many as --probes, 0 for no map."""
+    together: int | None = None
+    """Blocks whose products are computed at once and share a primal pass; by default as many as fit into memory."""
+    sequences: int = 8
+    """Sequences taken from the start of the data; the loss is the mean over all their tokens."""
+    steps: int = 20
+    """Lanczos steps per probe, with --spectra."""
+    eigenpairs: Hidden = 0
+    eigenpair_tolerance: Hidden = 1e-3
+    eigenpair_steps: Hidden = 100
+    batch_size: Hidden = None
+
+
+def run(options: Options) -> BlockRun:
+    """The whole job; returns what it also saved."""
+    run_options.check(options)
+    if options.products is not None and options.products < 0:
+        raise InputError(f"--products {options.products} must be a number of probes, or 0 for no map.")
+    probes = options.probes if options.products is None else options.products
+    if not probes and not options.spectra:
+        raise InputError("--products 0 without --spectra leaves nothing to compute.")
+    console = terminal(quiet=processes.index() > 0)
+    clock = spectrum_command.Clock()
+    with run_folder(options) as (output, checkpoints):
+        config = spectrum_command.read_config(options)
+        chosen_blocks(options, config)  # before the weights are loaded
+        mesh = jaxhess.make_mesh(options.mesh)
+        tokens = spectrum_command.read_data(options, config)
+        clock.stop("data")
+        config = spectrum_command.choose_remat(options, config, mesh, checkpoints[0], console)
+        checkpoints = [spectrum_command.identified(c, options, config, tokens, FREE) for c in checkpoints]
+        model = spectrum_command.load(options, config, mesh)
+        batches = jaxhess.Microbatches(tokens.microbatches(options.microbatch, mesh))
+        clock.stop("load")
+        operator = spectrum_command.build(options, model, batches, console)
+        blocks = jaxhess.Blocks.by(operator.shape_dtype, *options.by, stacks=config.stacks)
+        console.print(
+            f"{options.model}: {model.num_params:,} parameters in {config.dtype}; {tokens.num_sequences} sequences of "
+            f"{tokens.seq_len} tokens; {len(blocks)} blocks."
+        )
+        clock.stop("operator")
+        if options.overwrite and not options.resume:
+            for checkpoint in checkpoints:
+                checkpoint.remove()
+        coupling = coupled(options, operator, blocks, probes, checkpoints[0], console) if probes else None
+        clock.stop("map")
+        spectra = with_spectra(options, operator, blocks, checkpoints[1], console) if options.spectra else None
+        clock.stop("spectra")
+        result = BlockRun(
+            dataclasses.replace(
+                spectra.spectra[0].run if spectra else mapped(options, operator, probes),
+                job=spectrum_command.job_record(options, model, tokens, batches, mesh, clock.seconds),
+            ),
+            coupling,
+            spectra,
+        )
+        processes.on_first(lambda: output.write(contents(result)))
+        processes.on_first(lambda: output.write(report_files(result)))
+        for checkpoint in checkpoints:
+            checkpoint.remove()
+    print_summary(console, result, output.folder)
+    return result
+
+
+def chosen_blocks(options: Options, config: jaxhess.DecoderConfig) -> None:
+    """Raises InputError where --by is no partition of the model's parameters."""
+    params = abstract_params(config)
+    layers = run_options.layer_numbers(options.layers, config.num_layers)
+    if options.restrict or layers is not None:
+        params = restriction(params, options.restrict, layers, config.stacks).take(params)
+    jaxhess.Blocks.by(params, *options.by, stacks=config.stacks)
+
+
+@contextlib.contextmanager
+def run_folder(options: Options) -> Iterator[tuple[Output, list[jaxhess.Checkpoint]]]:
+    """The folder of the run, which no other run writes into until the block ends, and the two checkpoints inside."""
+    out = options.out or Path(processes.agreed(str(default_folder(f"{Path(options.model).name}-blocks"))))
+    every = options.checkpoint_every or 1
+    checkpoints = [jaxhess.Checkpoint(out / name, every, options.resume) for name in (MAP, SPECTRA)]
+    for checkpoint in checkpoints:
+        checkpoint.check(discard=options.overwrite)
+    begun = [checkpoint.unfinished() for checkpoint in checkpoints]  # all processes ask for both
+    output = Output(out, BLOCK_FILES, options.overwrite or (options.resume and any(begun)))
+    try:
+        processes.on_first(output.claim)
+        yield output, checkpoints
+    finally:
+        output.release()
+
+
+def coupled(
+    options: Options,
+    operator: jaxhess.LinearOperator,
+    blocks: jaxhess.Blocks,
+    probes: int,
+    checkpoint: jaxhess.Checkpoint,
+    console: Console,
+) -> jaxhess.CouplingMap:
+    """The coupling map, with a line for every probe."""
+
+    def show(progress: CouplingProgress) -> None:
+        console.print(f"coupling, probe {progress.done} of {progress.probes}: {progress.seconds:.1f} s")
+
+    return jaxhess.coupling_map(
+        operator,
+        blocks,
+        probes=probes,
+        seed=options.seed,
+        distribution=options.probe_distribution,
+        together=options.together,
+        checkpoint=checkpoint if options.checkpoint_every else None,
+        callback=show,
+    )
+
+
+def with_spectra(
+    options: Options,
+    operator: jaxhess.LinearOperator,
+    blocks: jaxhess.Blocks,
+    checkpoint: jaxhess.Checkpoint,
+    console: Console,
+) -> jaxhess.BlockSpectra:
+    """The spectra of all blocks."""
+    with spectrum_command.ProgressBar(console) as bar:
+        return jaxhess.block_spectra(
+            operator,
+            blocks,
+            steps=options.steps,
+            probes=options.probes,
+            seed=options.seed,
+            storage=options.storage,
+            together=options.together,
+            distribution=options.probe_distribution,
+            checkpoint=checkpoint if options.checkpoint_every else None,
+            callback=bar.show,
+        )
+
+
+def mapped(options: Options, operator: jaxhess.LinearOperator, probes: int) -> RunRecord:
+    """The record of a run that has a map alone."""
+    return RunRecord(
+        probes=Probes(probes, options.probe_distribution, options.seed),
+        operator=operator_record(describe(operator)),
+        inputs=inputs_record(validated(operator)),
+    )
+
+
+def print_summary(console: Console, result: BlockRun, out: Path) -> None:
+    """What was found, in a few lines."""
+    if (found := result.coupling) is not None:
+        console.print(f"Frobenius norm     {found.frobenius_norm()}")
+        error = found.relative_error(np.eye(len(found.names), dtype=bool))
+        console.print(f"block-diagonal     misses {error} of it")
+        console.print(
+            f"of a product       error {np.median(found.whole_error):.3g}, cosine {np.median(found.whole_cosine):.3g} "
+            "(median over probes)"
+        )
+    if result.spectra is not None:
+        largest = [float(np.nanmax(s.ritz_values)) for s in result.spectra.spectra]
+        b = int(np.argmax(largest))
+        console.print(f"largest Ritz value {largest[b]:.6g} of {result.spectra.names[b]}")
+    console.print(f"written to         {out}/report.html")
+
+
+def main() -> None:
+    """Reads the options and runs."""
+    options = parse(Options, description=__doc__)
+    with one_sentence(several=True):
+        run(options)
+
+
+if __name__ == "__main__":
+    main()
