@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from jaxhess.results.figures import ACCENT, INK, RUG, NotebookFigure
 from jaxhess.structure.coupling import CouplingMap
-from jaxhess.structure.distances import edges, masses
+from jaxhess.structure.distances import BINS_PER_DECADE, edges, masses
 from jaxhess.structure.spectra import BlockSpectra
 
 Array = npt.NDArray[np.float64]
@@ -130,18 +130,16 @@ def spectra_figure(found: BlockSpectra) -> Figure:
     for row, spectrum in enumerate(found.spectra):
         ends = (np.nanmin(spectrum.ritz_values), np.nanmax(spectrum.ritz_values))
         places = [_place(float(value), grid) for value in ends]
-        label = "smallest and largest Ritz value" if row == 0 else None
-        axes.plot(places, [row, row], "|", color=RUG, markersize=float(np.clip(300 / count, 3, 9)), label=label)
+        axes.plot(places, [row, row], "|", color=RUG, markersize=float(np.clip(300 / count, 3, 9)))
     _name_axis(axes.set_yticks, found.names)
-    decades = np.arange(0, half, 16)
+    decades = np.arange(2 * BINS_PER_DECADE, half, 2 * BINS_PER_DECADE)
     ticks = [*(half + decades), *(half - 1 - decades), half - 0.5]
     labels = [f"{grid[half + k]:.0e}" for k in decades] + [f"−{grid[half + k]:.0e}" for k in decades] + ["0"]
     axes.set_xticks(ticks, labels, rotation=60, fontsize=8)
     axes.set_xlim(0, shares.shape[1])
     axes.set_xlabel("eigenvalue (logarithmic in both directions; one bin around zero)")
     axes.set_ylabel("block")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 1.12), fontsize=8, frameon=False)
-    axes.set_title("Eigenvalues of the diagonal blocks", fontsize=11, color=INK)
+    axes.set_title("Eigenvalues of the diagonal blocks (red: smallest and largest Ritz value)", fontsize=11, color=INK)
     bar = figure.colorbar(image, ax=axes)
     bar.set_label("share of the block's eigenvalues per bin", color=INK)
     return figure

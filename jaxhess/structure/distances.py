@@ -98,7 +98,7 @@ def masses(spectrum: Spectrum, largest: float, scale: float = 1.0) -> Array:
         below[:, -1] = 1
         cumulative = weights[chosen] @ below
         found[half - 1] += cumulative[0]
-        bins = np.diff(cumulative)
+        bins = np.diff(cumulative).clip(0)  # rounding may leave less than nothing
         if sign > 0:
             found[half:] += bins
         else:
