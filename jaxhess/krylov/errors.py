@@ -137,7 +137,7 @@ def of_squares(values: Array) -> Spread:
     count = values.size
     if count < 2:
         return UNKNOWN
-    return Spread(float(values.mean() * np.sqrt(_relative_variance(values) / count)), count - 1)
+    return Spread(float(values.mean() * np.sqrt(relative_variance(values) / count)), count - 1)
 
 
 def of_forms(variance: float, squares: Array) -> Spread:
@@ -159,11 +159,11 @@ def of_forms(variance: float, squares: Array) -> Spread:
     return Spread(float(np.sqrt(variance / count)), freedom)
 
 
-def _relative_variance(values: Array) -> float:
-    """C of `of_squares`."""
-    mean = values.mean()
-    found = float(values.var(ddof=1) / mean**2) if mean > 0 else 0.0
-    return 1 / max(1 / found - 1 / values.size, 0.5) if found > 0 else 0.0
+def relative_variance(values: Array) -> Array:
+    """C of `of_squares`, of values [probes, ...]."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = values.var(axis=0, ddof=1) / values.mean(axis=0) ** 2
+        return np.where(found > 0, 1 / np.maximum(1 / found - 1 / len(values), 0.5), 0.0)
 
 
 def on_the_sphere(

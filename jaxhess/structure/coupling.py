@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
-from jaxhess.krylov.errors import Estimate, of_forms, of_squares
+from jaxhess.krylov.errors import Estimate, of_forms, of_squares, relative_variance
 from jaxhess.krylov.products import check_count, everywhere
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.block_diagonal import over_blocks, own_and_all
@@ -94,14 +94,10 @@ class CouplingMap:
         different entries, whose mean is taken first.
         """
         unit, squares = self._squares
-        count = len(self.names)
-        errors = np.zeros((count, count))
-        for a in range(count):
-            for b in range(a, count):
-                spread = of_squares(squares[:, a, b])
-                value = math.sqrt(squares[:, a, b].mean())
-                errors[a, b] = errors[b, a] = unit * (spread.error / (2 * value) if value > 0 else spread.error)
-        return errors
+        if len(squares) < 2:
+            return np.full(squares.shape[1:], np.nan)
+        # |H_ab| is the root of the squares' mean: by the delta method half of its relative error.
+        return unit * np.sqrt(squares.mean(0) * relative_variance(squares) / len(squares)) / 2
 
     @property
     def relative(self) -> Array:
