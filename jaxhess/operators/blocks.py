@@ -140,7 +140,7 @@ class Blocks:
         names = sorted(dict.fromkeys(groups), key=_place)
         places = {name: k for k, name in enumerate(names)}
         numbers = np.array([places[name] for name in groups], np.int32)
-        return dataclasses.replace(self, names=tuple(names), labels=tuple(numbers[x] for x in self.labels))
+        return dataclasses.replace(self, names=tuple(names), labels=tuple(_shortened(numbers[x]) for x in self.labels))
 
     def split(self, pattern: str, axis: int) -> Blocks:
         """A finer partition: a block for every index along an axis of the leaves that match: rows, neurons, classes.
@@ -239,6 +239,15 @@ class Blocks:
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+
+def _shortened(labels: Labels) -> Labels:
+    """Without the axes that the labels do not depend on: of length 1."""
+    for axis in range(labels.ndim):
+        first = labels.take([0], axis)
+        if (labels == first).all():
+            labels = first
+    return labels
 
 
 def _matrices(like: Vector, stacks: Mapping[str, Sequence[int]] | None) -> Blocks:

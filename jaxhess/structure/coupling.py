@@ -31,6 +31,9 @@ from jaxhess.vectors import Distribution, Vector, random_key, random_probe, wide
 
 Array = npt.NDArray[np.float64]
 
+LARGEST = 2**28
+"""Entries of a map over all probes: 2 GiB."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CouplingMap:
@@ -279,12 +282,18 @@ def coupling_map(
         callback: Called on the host after each probe.
 
     Raises:
-        InputError: The blocks are those of other vectors; an option is out of range; the loss or a product is not
-            finite; the checkpoint is of another run.
+        InputError: The blocks are those of other vectors, or too many for a map; an option is out of range; the loss or
+            a product is not finite; the checkpoint is of another run.
         Interrupted: SIGTERM came; what was done is saved (only with `checkpoint`).
     """
     check_count("probes", probes, 1, "one probe is a product for every block")
     blocks.check(operator.shape_dtype)
+    entries = probes * len(blocks) ** 2
+    if entries > LARGEST:
+        raise InputError(
+            f"A map of {len(blocks):,} blocks from {probes} probes has {entries:.3g} entries, of at most {LARGEST:.2g}: "
+            "take coarser blocks (merged), or restrict the operator to some of them."
+        )
     key = random_key(seed)
     inputs = validated(operator)
     if together is None:

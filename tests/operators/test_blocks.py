@@ -126,6 +126,13 @@ def test_norms_are_right_at_any_size_of_the_entries(size):
     np.testing.assert_allclose(jax.jit(blocks.norm)(v), expected, rtol=100 * 2**-24)
 
 
+def test_labels_have_no_axis_that_they_do_not_depend_on():
+    kinds = Blocks.by(PARAMS, "kinds")
+    assert {labels.size for labels in kinds.labels} == {1}
+    layers = Blocks.by(PARAMS, "layers")
+    assert {labels.shape for labels in layers.labels} == {(1, 1), (1,), (2, 1), (2, 1, 1), (2, 1, 1, 1)}
+
+
 def test_equal_partitions_are_one_static_argument():
     assert Blocks.by(PARAMS, "layers") == Blocks.by(PARAMS, "layers") != Blocks.by(PARAMS, "kinds")
     assert hash(Blocks.by(PARAMS, "layers")) == hash(Blocks.by(PARAMS, "layers"))

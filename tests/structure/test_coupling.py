@@ -4,9 +4,10 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import TINY, batch_of, matrix, operator_of, random_model, tokens
+from small_models import TINY, Diagonal, batch_of, matrix, operator_of, random_model, tokens
 
 from jaxhess import Blocks, Checkpoint, CouplingMap, GaussNewton, Hessian, coupling_map, make_mesh
 from jaxhess.errors import InputError
@@ -236,6 +237,9 @@ def test_bad_options_are_refused():
         coupling_map(operator, blocks, probes=1, together=0)
     with pytest.raises(InputError, match="of other vectors"):
         coupling_map(operator, Blocks.by({"a": np.zeros(3)}, "matrices"))
+    diagonal = Diagonal({"rows": jnp.zeros(40_000)})
+    with pytest.raises(InputError, match=r"40,000 blocks .* take coarser blocks"):
+        coupling_map(diagonal, Blocks.by(diagonal.shape_dtype, "matrices").split("rows", axis=0))
     with pytest.raises(InputError, match="symmetric matrix of 2 x 2"):
         coupling_map(operator, blocks, probes=1).relative_error(np.array([[True, True], [False, True]]))
     with pytest.raises(InputError, match="not finite"):
