@@ -47,7 +47,7 @@ from scripts.studies.parts.fidelity_products import (
     TABLE_7,
     Array,
     Mean,
-    Point,
+    ParameterPoint,
     ProductOptions,
     Products,
     fine_tuned,
@@ -143,7 +143,7 @@ EXPLAINED = 0.1
 """Excess of e^2 + c^2 over 1 that is worth an explanation."""
 
 
-def claims(points: list[Point], layers: list[int], last: int, model: str) -> Iterator[Claim]:
+def claims(points: list[ParameterPoint], layers: list[int], last: int, model: str) -> Iterator[Claim]:
     """What the two tables say, and what explains them; `last` is the number of the last layer's block."""
     trained, tuned = points[0], points[-1]
     six, seven = "Section 6.1, Table 6", "Section 6.2, Table 7"
@@ -180,7 +180,7 @@ def claims(points: list[Point], layers: list[int], last: int, model: str) -> Ite
         yield Claim(source, place, statement, paper, quantity, holds, value, error, f"{model}, {name}")
 
 
-def explanations(points: list[Point], layers: list[int]) -> Iterator[Row]:
+def explanations(points: list[ParameterPoint], layers: list[int]) -> Iterator[Row]:
     """Which products have the mark of Table 7, what outliers do to exact ones, and noise to differences.
 
     Differences from a tenth of the paper's smallest step to its largest.
@@ -227,7 +227,7 @@ def spread(published: tuple[float, ...], most: float | None = None) -> Range:
     return mean - deviation, mean + deviation if most is None else most
 
 
-def tables(points: list[Point], layers: list[int], names: tuple[str, ...]) -> Iterator[Table]:
+def tables(points: list[ParameterPoint], layers: list[int], names: tuple[str, ...]) -> Iterator[Table]:
     """What the identity says of the paper's tables; for every point all operators over layers, and all blocks."""
     rows: list[tuple[str, ...]] = []
     for name, table in (("Table 6", TABLE_6), ("Table 7", TABLE_7)):
@@ -287,7 +287,7 @@ def quantiles(values: Array) -> str:
     return f"{middle:.2f} [{low:.2f} to {high:.2f}]" if known.size else ""
 
 
-def recorded(point: Point) -> dict[str, Any]:
+def recorded(point: ParameterPoint) -> dict[str, Any]:
     """Everything measured, for the record."""
     return {
         **{name: getattr(point, name) for name in ("name", "loss", "gradient_norm", "eigenvalues")},

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scripts.studies.parts.fidelity_products import PAPER, TABLE_6, TABLE_7, Point, over_probes
+from scripts.studies.parts.fidelity_products import PAPER, TABLE_6, TABLE_7, ParameterPoint, over_probes
 
 CAPTION = """Above: error and cosine of every layer and probe; on the grey arc e² + c² = 1, and no two vectors can be
 inside of it. Crosses: Tables 6 and 7 of arXiv 2602.00816. Below: the mean of e² + c² - 1 of finite differences over
@@ -19,7 +19,7 @@ COLORS = {"exact": "#000000", "float32": "#0072B2", "bfloat16": "#D55E00"}
 MARKS = {"exact": "o", "float32": "s", "bfloat16": "^"}
 
 
-def figure(points: list[Point], layers: list[int]) -> Figure:
+def figure(points: list[ParameterPoint], layers: list[int]) -> Figure:
     """One column per point: errors and cosines above, e^2 + c^2 over steps below."""
     drawn = Figure(figsize=(5.6 * len(points) + 0.6, 9.4), dpi=130, layout="constrained", facecolor="white")
     axes = drawn.subplots(2, len(points), squeeze=False)
@@ -32,7 +32,7 @@ def figure(points: list[Point], layers: list[int]) -> Figure:
     return drawn
 
 
-def pairs(panel: Axes, point: Point, layers: list[int]) -> None:
+def pairs(panel: Axes, point: ParameterPoint, layers: list[int]) -> None:
     """Error against cosine of every layer and probe: exact, and of the smallest of the paper's steps."""
     panel.plot(np.cos(t := np.linspace(0, math.pi, 200)), np.sin(t), color="#999999", linewidth=1)
     shown = {"exact": point.products["exact"]}
@@ -56,7 +56,7 @@ def pairs(panel: Axes, point: Point, layers: list[int]) -> None:
     panel.legend(fontsize=8, loc="lower left", framealpha=0.9, edgecolor="none")
 
 
-def by_step(panel: Axes, point: Point, layers: list[int]) -> None:
+def by_step(panel: Axes, point: ParameterPoint, layers: list[int]) -> None:
     """Excess of differences, measured and predicted, against the step."""
     exact = over_probes(point.products["exact"].found.excess[:, layers])
     panel.axhline(exact.value, color=COLORS["exact"], linestyle=":", label="exact products")

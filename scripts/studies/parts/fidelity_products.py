@@ -169,7 +169,7 @@ class Products:
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class ParameterPoint:
     """All products at one point of the parameters.
 
     Attributes:
@@ -205,7 +205,7 @@ def fine_tuned(hessian: jaxhess.Hessian, steps: int, rate: float) -> jaxhess.Hes
 
 def measured(
     options: ProductOptions, name: str, hessian: jaxhess.Hessian, blocks: jaxhess.Blocks, numbers: list[int] | None
-) -> Point:
+) -> ParameterPoint:
     """All products at the parameters of this operator, one probe after the other."""
     loss, gradient = jax.jit(jaxhess.Hessian.value_and_gradient)(hessian)
     gradient_norm = float(norm(gradient))
@@ -242,7 +242,7 @@ def measured(
             narrow = hessian.in_dtype(dtype)
             central = jaxhess.FiniteDifferenceHessian(narrow.loss, narrow.params, narrow.batches, step=1.0)
             for step in options.steps:
-                label = f"differences {step:.0e}, {dtype}".replace("e-0", "e-")
+                label = f"differences {np.format_float_scientific(step, trim='-', exp_digits=1)}, {dtype}"
                 described[label] = {"step": step, "dtype": dtype}
                 difference = Difference(central, step, options.same_length)
                 products = full_and_own(difference, blocks, v, numbers)
@@ -255,9 +255,9 @@ def measured(
     results = {}
     for label, several in rows.items():
         fidelity, *rest = map(Fidelity.stacked, zip(*several, strict=True))
-        signal, noise = rest or [None, None]
+        signal, noise = (rest[0], rest[1]) if rest else (None, None)
         results[label] = Products(label, fidelity, signal, noise, **described.get(label, {}))
-    return Point(name, float(loss), gradient_norm, [] if pairs is None else pairs.values.tolist(), results)
+    return ParameterPoint(name, float(loss), gradient_norm, [] if pairs is None else pairs.values.tolist(), results)
 
 
 @jax.jit
