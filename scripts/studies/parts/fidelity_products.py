@@ -233,8 +233,12 @@ def measured(
         row = [compared(blocks, *exact, numbers)]
         if pairs is not None:
             leading = leading_part(blocks, pairs.vectors, jnp.asarray(pairs.values, jnp.float32), v)
-            row += [compared(blocks, full, own, numbers) for full, own in (minus(exact, leading), leading)]
+            rest = jax.tree.map(jnp.subtract, exact, leading)
+            row += [compared(blocks, y, d, numbers) for y, d in (rest, leading)]
+            del rest, leading
         rows.setdefault("exact", []).append(tuple(row))
+        if "float32" not in options.dtypes:
+            del exact  # two vectors
         for kind, operator in kinds.items():
             products = full_and_own(operator, blocks, v, numbers)
             rows.setdefault(kind, []).append((compared(blocks, *products, numbers),))
@@ -249,20 +253,21 @@ def measured(
                 true = exact
                 if dtype != "float32":
                     true = full_and_own(Realised(narrow.in_dtype("float32"), difference), blocks, v, numbers)
-                rows.setdefault(label, []).append(
-                    tuple(compared(blocks, y, d, numbers) for y, d in (products, true, minus(products, true)))
-                )
+                fidelities = [compared(blocks, y, d, numbers) for y, d in (products, true)]
+                noise = minus(products, true)
+                rows.setdefault(label, []).append((*fidelities, compared(blocks, noise[0], noise[1], numbers)))
+                del products, true, noise
     results = {}
     for label, several in rows.items():
         fidelity, *rest = map(Fidelity.stacked, zip(*several, strict=True))
-        signal, noise = (rest[0], rest[1]) if rest else (None, None)
-        results[label] = Products(label, fidelity, signal, noise, **described.get(label, {}))
+        signal, beside = (rest[0], rest[1]) if rest else (None, None)
+        results[label] = Products(label, fidelity, signal, beside, **described.get(label, {}))
     return ParameterPoint(name, float(loss), gradient_norm, [] if pairs is None else pairs.values.tolist(), results)
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=0)
 def minus(x: Vector, y: Vector) -> Vector:
-    """x - y."""
+    """x - y, in the place of x."""
     return jax.tree.map(jnp.subtract, x, y)
 
 
