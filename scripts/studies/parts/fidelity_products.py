@@ -250,8 +250,9 @@ def measured(
                 described[label] = {"step": step, "dtype": dtype}
                 difference = Difference(central, step, options.same_length)
                 products = full_and_own(difference, blocks, v, numbers)
-                true = exact
-                if dtype != "float32":
+                if dtype == "float32":
+                    true = exact
+                else:
                     true = full_and_own(Realised(narrow.in_dtype("float32"), difference), blocks, v, numbers)
                 fidelities = [compared(blocks, y, d, numbers) for y, d in (products, true)]
                 noise = minus(products, true)
