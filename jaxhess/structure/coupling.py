@@ -291,8 +291,8 @@ def coupling_map(
     entries = probes * len(blocks) ** 2
     if entries > LARGEST:
         raise InputError(
-            f"A map of {len(blocks):,} blocks from {probes} probes has {entries:.3g} entries, of at most {LARGEST:.2g}: "
-            "take coarser blocks (merged), or restrict the operator to some of them."
+            f"A map of {len(blocks):,} blocks from {probes} probes has {entries:.3g} entries, and {LARGEST:.1g} is the "
+            "most: take coarser blocks (merged), or restrict the operator to some of them."
         )
     key = random_key(seed)
     inputs = validated(operator)
