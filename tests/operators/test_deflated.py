@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import matrix, network, operator_of
+from small_models import Diagonal, matrix, operator_of
 
 from jaxhess import LowRank, MatrixOperator, audit, leading_eigenpairs
 from jaxhess.errors import InputError
@@ -33,16 +33,15 @@ def test_deflated_eigenvalues_become_zero_and_the_others_stay():
 
 
 def test_a_tree_is_deflated_like_its_dense_matrix():
+    numbers = np.random.default_rng(0)
     with jax.enable_x64(True):
-        operator = network("float64")
-        dense = np.asarray(operator.to_matrix())
-        values, vectors = np.linalg.eigh(dense)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), operator.shape_dtype)
-        unravel = jax.flatten_util.ravel_pytree(zeros)[1]
-        chosen = jax.vmap(unravel)(jnp.asarray(vectors[:, -2:].T))
-        found = operator.deflated(pairs_of(values[-2:], chosen)).to_matrix()
-    expected = dense - (vectors[:, -2:] * values[-2:]) @ vectors[:, -2:].T
-    np.testing.assert_allclose(found, expected, atol=1e-12 * np.abs(dense).max())
+        operator = Diagonal({"b": jnp.asarray(numbers.normal(size=2)), "w": jnp.asarray(numbers.normal(size=(3, 2)))})
+        flat = numbers.normal(size=(2, 8))
+        vectors = {"b": jnp.asarray(flat[:, :2]), "w": jnp.asarray(flat[:, 2:].reshape(2, 3, 2))}
+        found = operator.deflated(pairs_of(np.array([3.0, -0.5]), vectors)).to_matrix()
+        diagonal = jax.flatten_util.ravel_pytree(operator.entries)[0]
+    # Each entry is a sum of three products.
+    np.testing.assert_allclose(found, np.diag(diagonal) - flat.T @ np.diag([3.0, -0.5]) @ flat, atol=1e-13)
 
 
 def test_the_librarys_eigenpairs_leave_their_residuals():
