@@ -154,7 +154,7 @@ def study(options: Options) -> Study:
     )
 
 
-def trained_norms(options: Options) -> models.Problem:
+def trained_norms(options: Options) -> models.DenseProblem:
     """The curvature of the trained model in scripts/tiny in its norms."""
     model = convert.load(str(TINY), dtype="float32").configured(remat=False)
     sizes = {"seq_len": options.trained_tokens, "vocab_size": model.config.vocab_size}
@@ -163,7 +163,7 @@ def trained_norms(options: Options) -> models.Problem:
     return models.problem("trained model, its norms", model, tokens[:1], tokens[1:], NORMS)
 
 
-def result(options: Options, problem: models.Problem, kind: str, rows: np.ndarray | None, mapped: bool) -> Result:
+def result(options: Options, problem: models.DenseProblem, kind: str, rows: np.ndarray | None, mapped: bool) -> Result:
     """Everything about one matrix; K-FAC where there are `rows`, the coupling map where it is asked for."""
     found = Structures.of(problem, kind, rows)
     vectors = Vectors.of(problem, found.matrix, options.random, options.seed + 1)
@@ -200,7 +200,7 @@ def result(options: Options, problem: models.Problem, kind: str, rows: np.ndarra
 
 
 def predictions(
-    options: Options, problem: models.Problem, kind: str, fixed: Mapping[str, Measured]
+    options: Options, problem: models.DenseProblem, kind: str, fixed: Mapping[str, Measured]
 ) -> dict[str, Prediction]:
     """What the coupling map of the finest blocks but rows says of the errors of coarser blocks, bands and the arrow."""
     cuts = {name: cut for name, cut in partitions(problem).items() if name != "rows"}

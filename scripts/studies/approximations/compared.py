@@ -21,7 +21,7 @@ from scripts.studies.approximations.matrices import (
     MaskedMatrix,
     PlusEigenpairs,
 )
-from scripts.studies.approximations.models import Problem
+from scripts.studies.approximations.models import DenseProblem
 from scripts.studies.approximations.solve import iterations
 
 Labels = npt.NDArray[np.int64]
@@ -58,7 +58,7 @@ class Partition:
         return found
 
 
-def partitions(problem: Problem) -> dict[str, Partition]:
+def partitions(problem: DenseProblem) -> dict[str, Partition]:
     """By rows (the weights of one output, or of one token), heads, matrices, kinds and layers; equal ones once."""
     like = problem.operators["Hessian"].shape_dtype
     stacks = getattr(problem.operators["Hessian"].loss, "stacks", None)
@@ -113,7 +113,7 @@ class Structures:
     fixed: Mapping[str, Approximation]
 
     @classmethod
-    def of(cls, problem: Problem, kind: str, rows: npt.NDArray[np.int32] | None) -> Structures:
+    def of(cls, problem: DenseProblem, kind: str, rows: npt.NDArray[np.int32] | None) -> Structures:
         """Those of the problem's matrix of this kind; with the sequences [B, T + 1], K-FAC for Gauss-Newton too."""
         matrix = problem.matrices[kind]
         values, vectors = np.linalg.eigh(matrix)
@@ -174,7 +174,7 @@ class Vectors:
     products: Mapping[str, Array]
 
     @classmethod
-    def of(cls, problem: Problem, matrix: Array, random: int, seed: int) -> Vectors:
+    def of(cls, problem: DenseProblem, matrix: Array, random: int, seed: int) -> Vectors:
         """Normal random vectors that no structure was made with, and the problem's gradients."""
         numbers = np.random.default_rng(seed)
         groups = {
@@ -259,7 +259,9 @@ def root_of_ratio(part: Array, whole: Array) -> tuple[float, float]:
 
 
 def ratio(above: Array, below: Array) -> tuple[float, float]:
-    """The ratio of the means of paired values, with its standard error, by the delete-one jackknife."""
+    """The ratio of the means of paired values, infinite over zero, with its standard error by the jackknife."""
+    if not below.any():
+        return math.inf, math.nan
     return jackknife(lambda kept: float(above[kept].mean() / below[kept].mean()), len(above))
 
 

@@ -88,7 +88,7 @@ def claims(results: Sequence[Result]) -> Iterator[Claim]:
         ("Mechanism 3; Table 6", "Block-diagonal curvature is off by order one.", "0.941 ± 0.059",
          f"blocks by layers of the Hessian: {least}", (0.5, None),
          extreme(errors_of(small, "Hessian", "blocks: layers"), largest=False), names),
-        ("Mechanism 3", "K-FAC's assumption of independent blocks does not hold.", "order one",
+        ("Mechanism 3", "K-FAC is off by order one.", "order one",
          f"K-FAC of the Gauss-Newton matrix: {least}", (0.5, None),
          extreme(errors_of(small, "Gauss-Newton", "K-FAC"), largest=False), names),
     ]

@@ -84,7 +84,7 @@ class BlockMatrix(Approximation):
                 np.linalg.cholesky(shifted)
             except LinAlgError:
                 return None
-            stacks.append((places, np.linalg.inv(shifted)))
+            stacks.append((places, np.asarray(np.linalg.inv(shifted), np.float64)))
         return BlockMatrix(tuple(stacks)).product
 
 

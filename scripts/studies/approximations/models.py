@@ -57,7 +57,7 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class DenseProblem:
     """The curvature of one model, dense, and vectors that it is to be applied to.
 
     Attributes:
@@ -149,7 +149,7 @@ def _trained(loss: NextTokenLoss, params: Any, pieces: jax.Array) -> Any:
 
 def problem(
     name: str, model: LanguageModel, rows: npt.NDArray[np.int32], held_out: npt.NDArray[np.int32], *free: str
-) -> Problem:
+) -> DenseProblem:
     """The curvature of a model's mean loss over these sequences, in float64 (JAX must be in 64-bit mode).
 
     Args:
@@ -173,7 +173,7 @@ def problem(
     gradient = jax.jit(lambda operator: operator.value_and_gradient())
     loss, mean = gradient(hessian)
     each = jax.jit(jax.vmap(lambda tokens: _sequence_gradient(hessian, tokens)))(jnp.asarray(held_out))
-    return Problem(
+    return DenseProblem(
         name,
         operators,
         matrices,
