@@ -48,8 +48,8 @@ NAME = "structures"
 CAPTION = """Mean relative error of products, against what is stored. Lines: as many leading eigenpairs as fit, alone or
 with a diagonal or blocks of what they leave. Marks: structures of a fixed size. A structure below the lines at its
 storage is better than eigenpairs."""
-NORMS = "norm"
-"""Free parameters of the trained model: its norms. Their matrix can be formed whole."""
+NORMS = "attention_norm"
+"""Free parameters of the trained model: its norms before attention. Their matrix can be formed whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Options(StudyOptions):
     """That the curvature is of."""
     held_out: int = 32
     """Sequences for gradients, others than these."""
-    random: int = 64
+    random: int = 192
     """Random vectors."""
     budgets: tuple[int, ...] = (1, 4, 16, 64, 256)
     """Storage, in vectors: floats over the number of parameters."""
@@ -80,12 +80,12 @@ class Options(StudyOptions):
     """Of conjugate gradients."""
     right_sides: int = 2
     """Gradients of sequences to solve for, beside the mean gradient."""
-    probes: int = 32
+    probes: int = 64
     """Of the coupling map that predicts the errors of blocks, bands and the arrow."""
     mapped: int = 1
     """Models of which such a map is made, the first ones: it takes longer to compile than to run."""
     trained_tokens: int = 32
-    """Tokens of the curvature of the trained model in scripts/tiny, in its norms alone; 0: leave it out."""
+    """Tokens of the curvature of the trained model in scripts/tiny, in its norms before attention; 0: leave it out."""
     seed: int = 0
     """Of weights, training and random vectors."""
 
@@ -106,13 +106,13 @@ class Options(StudyOptions):
 
 
 SMALL = Options(
-    sizes=((4, 1, 1), (4, 2, 1), (4, 3, 1)),
-    train_steps=100,
+    sizes=((4, 1, 1), (4, 2, 1), (6, 1, 1)),
+    train_steps=60,
     length=8,
     sequences=8,
     held_out=16,
     random=32,
-    budgets=(1, 4, 16, 64),
+    budgets=(1, 8, 64),
     right_sides=1,
     probes=16,
     trained_tokens=0,
@@ -155,12 +155,12 @@ def study(options: Options) -> Study:
 
 
 def trained_norms(options: Options) -> models.DenseProblem:
-    """The curvature of the trained model in scripts/tiny in its norms."""
+    """The curvature of the trained model in scripts/tiny, in its norms before attention."""
     model = convert.load(str(TINY), dtype="float32").configured(remat=False)
     sizes = {"seq_len": options.trained_tokens, "vocab_size": model.config.vocab_size}
     blocks = load_blocks(str(TINY / "sample.txt"), str(TINY), **sizes, sequences=1 + options.held_out, seed=0)
     tokens = np.asarray(blocks.tokens, np.int32)
-    return models.problem("trained model, its norms", model, tokens[:1], tokens[1:], NORMS)
+    return models.problem("trained model, norms before attention", model, tokens[:1], tokens[1:], NORMS)
 
 
 def result(options: Options, problem: models.DenseProblem, kind: str, rows: np.ndarray | None, mapped: bool) -> Result:

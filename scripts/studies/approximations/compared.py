@@ -51,6 +51,11 @@ class Partition:
         flat = [np.broadcast_to(x, shape).ravel() for x, shape in zip(blocks.labels, blocks.shapes, strict=True)]
         return cls(blocks, np.concatenate(flat).astype(np.int64))
 
+    def equals(self, other: Partition) -> bool:
+        """Whether both cut the rows alike, whatever the names and the order of the blocks."""
+        pairs = np.unique(np.stack([self.labels, other.labels]), axis=1).shape[1]
+        return pairs == len(self.blocks) == len(other.blocks)
+
     def parents(self, coarse: Partition) -> Labels:
         """[B] the number of the coarser partition's block that each block is in."""
         found = np.zeros(len(self.blocks), np.int64)
@@ -71,12 +76,12 @@ def partitions(problem: DenseProblem) -> dict[str, Partition]:
         rows = rows.split(name, 0 if first in ("embed", "head") else -1)
         if name.split("/")[-2] in ("query", "key", "value"):
             rows = rows.split(name, -2)
-    unique: dict[str, Partition] = {}
-    for name in BASES:
-        one = Partition.of(rows if name == "rows" else found[name])
-        if not any(len(one.blocks) == len(other.blocks) for other in unique.values()):
-            unique[name] = one
-    return unique
+    cuts = {name: Partition.of(rows if name == "rows" else found[name]) for name in BASES}
+    kept: list[str] = []
+    for name in ("matrices", "layers", "kinds", "heads", "rows"):  # of equal ones the first
+        if len(cuts[name].blocks) > 1 and not any(cuts[name].equals(cuts[other]) for other in kept):
+            kept.append(name)
+    return {name: cuts[name] for name in BASES if name in kept}
 
 
 def layer_patterns(layers: jaxhess.Blocks) -> dict[str, npt.NDArray[np.bool_]]:

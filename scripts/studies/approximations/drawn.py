@@ -78,7 +78,7 @@ def _panel(panel: Axes, one: Result, group: str) -> None:
         place = found.storage / one.dim, float(found.errors[group].mean())
         panel.plot(*place, mark, color=color, markersize=6, markeredgecolor="white", linestyle="none")
         text = LETTERS.get(name.split()[-1]) or (name.split()[-1] if name.startswith("band") else "")
-        panel.annotate(text, place, xytext=(4, 3), textcoords="offset points", fontsize=8)
+        panel.annotate(text, place, xytext=(-10, -9) if text == "h" else (4, 3), textcoords="offset points", fontsize=8)
     panel.set(xscale="log", yscale="log")
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)

@@ -107,15 +107,21 @@ def claims(results: Sequence[Result]) -> Iterator[Claim]:
             (OPEN, f"{kind}: one structure is the best at every size of the model, for each budget.", "left open",
              "error of the smallest model's winner over the least error, largest over budgets and models", (None, SAME),
              extreme(across_sizes(of_kind)), names),
+            (OPEN, f"{kind}: the least error at a budget does not grow with the model.", "left open",
+             "least error in the largest model over that in the smallest, largest over budgets", (None, SAME),
+             extreme(growth(of_kind)), names),
             (OPEN, f"{kind}: what is best on random vectors is best on gradients.", "left open",
              "error on gradients of the winner on random vectors over the least, largest", (None, SAME),
              extreme(on_gradients(of_kind)), names),
             (OPEN, f"{kind}: the structure nearest to the matrix is the best preconditioner.", "left open",
              "its steps of conjugate gradients over the fewest, largest over budgets and models", (None, SAME),
              extreme(as_preconditioners(of_kind)), names),
+            ("Mechanism 3", f"{kind}: blocks by layers are a preconditioner that saves steps.", "assumed by K-FAC",
+             "steps of conjugate gradients with them over those without, largest over models", (None, 1),
+             extreme(saved(of_kind, "blocks: layers")), names),
         ]
         rows += [
-            (OPEN, f"{kind}: so in the norms of a trained model: eigenpairs are better than blocks.", "left open",
+            (OPEN, f"{kind}: so in the norms of a trained model: they are better than blocks.", "left open",
              "error of eigenpairs with a diagonal over that of the blocks, largest over granularities", (None, 1),
              extreme(duels([one], lambda name: name.startswith("blocks"))), one.model)
             for one in rest if one.kind == kind
@@ -177,6 +183,28 @@ def across_sizes(results: Sequence[Result]) -> Iterator[tuple[float, float]]:
                 yield math.inf, math.inf
             else:
                 yield ratio(found[name].errors[RANDOM], found[first].errors[RANDOM])
+
+
+def growth(results: Sequence[Result]) -> Iterator[tuple[float, float]]:
+    """The least error in the largest model over that in the smallest, at every budget; their vectors are not paired."""
+    if len(results) < 2:
+        return
+    first, last = (sorted(results, key=lambda one: one.dim)[k] for k in (0, -1))
+    for multiple in first.budgets:
+        pair = [(one.budgets[multiple], one.winner(multiple, RANDOM)) for one in (last, first)]
+        values = [found[name].errors[RANDOM] for found, name in pair if name is not None]
+        if len(values) == 2:
+            above, below = (x.mean() for x in values)
+            relative = [x.std(ddof=1) / math.sqrt(x.size) / x.mean() for x in values]
+            yield float(above / below), float(above / below * math.hypot(*relative))
+
+
+def saved(results: Iterable[Result], name: str) -> Iterator[tuple[float, float]]:
+    """Steps with a structure of a fixed size as preconditioner over those without any."""
+    for one in results:
+        steps = one.fixed[name].steps if name in one.fixed else None
+        if steps is not None and min(*steps, *one.plain) >= 0:
+            yield ratio(np.array(steps, float), np.array(one.plain, float))
 
 
 def on_gradients(results: Iterable[Result]) -> Iterator[tuple[float, float]]:

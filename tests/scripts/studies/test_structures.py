@@ -74,6 +74,8 @@ def test_partitions_nest_and_bands_are_of_neighbours():
     assert layers.blocks.names == ("embed", "layers/0", "layers/1", "final_norm", "head")
     np.testing.assert_array_equal(patterns["band 1"][1], [True, True, True, False, False])
     np.testing.assert_array_equal(patterns["arrow"][1], [True, True, False, False, True])
+    assert cuts["heads"].equals(cuts["heads"])
+    assert not cuts["heads"].equals(cuts["matrices"])
 
 
 def test_ratios_have_the_errors_of_their_scatter():
