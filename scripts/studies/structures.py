@@ -6,7 +6,7 @@ Small decoders are trained for a moment on the letters of a text, so that their 
 float64. Structures are diagonal, blocks of five granularities, bands of layers, an arrow, Kronecker factors, leading
 eigenpairs, and these with a diagonal or blocks of what they leave. A structure S is judged by S v beside C v for random
 vectors and gradients that it was not made with, and by the steps of conjugate gradients that it saves as a
-preconditioner. Each claim has the range that would refute it. Three minutes on two cores.
+preconditioner. Each claim has the range that would refute it. Some minutes on two cores.
 """
 
 from __future__ import annotations
