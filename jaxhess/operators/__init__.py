@@ -1,6 +1,6 @@
 """Symmetric linear operators: what curvature is measured through."""
 
-from jaxhess.operators.base import LinearOperator, ScaledOperator, ShiftedOperator, SumOperator
+from jaxhess.operators.base import LinearOperator, LowRank, ScaledOperator, ShiftedOperator, SumOperator
 from jaxhess.operators.block_diagonal import BlockDiagonal
 from jaxhess.operators.blocks import Blocks
 from jaxhess.operators.finite_difference import FiniteDifferenceHessian
@@ -23,6 +23,7 @@ __all__ = [
     "LinearOperator",
     "LinearizedHessian",
     "LossOperator",
+    "LowRank",
     "MatrixOperator",
     "Microbatches",
     "MonteCarloFisher",

@@ -1,4 +1,4 @@
-"""What a linear operator is, and the algebra of operators: sums, multiples and shifts."""
+"""What a linear operator is, and the algebra of operators: sums, multiples, shifts and matrices of low rank."""
 
 from __future__ import annotations
 
@@ -6,15 +6,28 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.errors import InputError
-from jaxhess.vectors import Vector, add_scaled, cast, scale, widen
+from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, cast, named_sharding, scale, widen
+
+
+class Pairs(Protocol):
+    """Values [k] with as many vectors: a pytree with a leading axis [k, ...]. `jaxhess.Eigenpairs` are such pairs."""
+
+    @property
+    def values(self) -> Any:
+        """[k]."""
+
+    @property
+    def vectors(self) -> Vector:
+        """Each leaf [k, ...]."""
 
 
 class LinearOperator(abc.ABC):
@@ -103,6 +116,33 @@ class LinearOperator(abc.ABC):
         _check_scalar("An operator is shifted by", shift)
         return ShiftedOperator(self, shift)
 
+    def deflated(self, pairs: Pairs) -> SumOperator:
+        """The operator less `sum_i values_i q_i q_i'`: what the leading eigenpairs leave (Hotelling's deflation).
+
+        With orthonormal vectors, the product with q_i is as long as the residual |A q_i - values_i q_i|. With exact
+        eigenpairs their eigenvalues become zero and the others stay. A product costs 4 k dim operations more than one
+        of A, and the pairs are stored: k vectors.
+
+        Examples:
+            >>> import jax.numpy as jnp, jaxhess
+            >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.array([1.0, 2.0, 4.0])))
+            >>> abs(A.deflated(jaxhess.leading_eigenpairs(A, 1)).to_matrix()).round(3)  # without the 4
+            Array([[1., 0., 0.],
+                   [0., 2., 0.],
+                   [0., 0., 0.]], dtype=float32)
+
+        Args:
+            pairs: `jaxhess.Eigenpairs` of this operator, or anything with such `values` and `vectors`.
+
+        Raises:
+            InputError: They have no values or vectors; the vectors are not like the operator's.
+        """
+        if not hasattr(pairs, "values") or not hasattr(pairs, "vectors"):
+            raise InputError(
+                f"An operator is deflated by eigenpairs, with values and vectors, not by {type(pairs).__name__}."
+            )
+        return self - LowRank(pairs.values, pairs.vectors)
+
     def to_matrix(self, batch_size: int = 16) -> jax.Array:
         """The matrix [dim, dim], in the order of `jax.flatten_util.ravel_pytree`; for small problems and tests.
 
@@ -170,6 +210,60 @@ class ShiftedOperator(LinearOperator):
     @property
     def shape_dtype(self) -> Vector:
         return self.operator.shape_dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank(LinearOperator):
+    """`sum_i values_i q_i q_i'`, of rank k; `A.deflated(pairs)` subtracts it. The vectors need not be orthonormal.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> jaxhess.LowRank(jnp.array([2.0]), jnp.array([[0.5, 1.0]])).to_matrix()
+        Array([[0.5, 1. ],
+               [1. , 2. ]], dtype=float32)
+
+    Attributes:
+        values: [k].
+        vectors: The q_i, a pytree with a leading axis [k, ...]; those of a sharded operator lie like its vectors.
+
+    Raises:
+        InputError: There is no value, or not one for each vector; a vector's leaf is not floating point.
+    """
+
+    values: Any
+    vectors: Vector
+
+    def __post_init__(self) -> None:
+        arrays = (self.values, *jax.tree.leaves(self.vectors))
+        if not all(isinstance(x, np.ndarray | jax.Array) for x in arrays):  # rebuilt from its leaves by JAX
+            return
+        count = self.values.shape
+        if len(count) != 1 or 0 in count or len(arrays) == 1:
+            raise InputError(f"values has shape {count}; there must be at least one, and a vector for each.")
+        for path, leaf in jax.tree.flatten_with_path(self.vectors)[0]:
+            name = jax.tree_util.keystr(path)
+            if leaf.shape[:1] != count:
+                raise InputError(f"vectors{name} has shape {leaf.shape}; its first axis must be {count[0]}.")
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise InputError(f"vectors{name} has dtype {leaf.dtype}; it must be floating point.")
+
+    def mv(self, v: Vector) -> Vector:
+        coefficients = basis_dot(self.vectors, widen(v))
+        return cast(basis_sum(self.values * coefficients, self.vectors), v)
+
+    @property
+    def shape_dtype(self) -> Vector:
+        return jax.tree.map(_one_of, self.vectors)
+
+
+def _one_of(stacked: jax.Array) -> jax.ShapeDtypeStruct:
+    """One of the arrays that are stacked along the leading axis, with its sharding where that is known."""
+    sharding = named_sharding(stacked)
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    dtype = jax.dtypes.canonicalize_dtype(stacked.dtype)
+    return jax.ShapeDtypeStruct(stacked.shape[1:], dtype, sharding=sharding)
 
 
 def components(operator: LinearOperator) -> list[Any]:

@@ -17,7 +17,15 @@ import numpy as np
 
 from jaxhess import vectors
 from jaxhess.errors import InputError
-from jaxhess.operators.base import LinearOperator, ScaledOperator, ShiftedOperator, SumOperator, components, parts
+from jaxhess.operators.base import (
+    LinearOperator,
+    LowRank,
+    ScaledOperator,
+    ShiftedOperator,
+    SumOperator,
+    components,
+    parts,
+)
 from jaxhess.vectors import Vector
 
 
@@ -53,6 +61,11 @@ def _described(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray | jax.Array) and np.shape(value) == ():
         value = value.item() if jnp.issubdtype(value.dtype, jnp.number) else None
     return value if isinstance(value, bool | int | float | str) else None
+
+
+@describe.register
+def _(operator: LowRank) -> dict[str, Any]:
+    return {"kind": "LowRank", "rank": len(operator.values)}
 
 
 MEASURED = ("routing", "shift_of_a_random_vector")

@@ -7,8 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxhess.operators.base import LinearOperator, parts, with_parts
-from jaxhess.vectors import Vector, widen
+from jaxhess.operators.base import LinearOperator, LowRank, parts, with_parts
+from jaxhess.vectors import Vector, cast, widen
 
 
 @functools.singledispatch
@@ -44,6 +44,11 @@ def exact_operator(operator: LinearOperator, dtype: str) -> LinearOperator | Non
     wide = [exact_operator(part, dtype) for part in parts(operator)]
     known = [part for part in wide if part is not None]
     return with_parts(operator, known) if known and len(known) == len(wide) else None
+
+
+@exact_operator.register
+def _(operator: LowRank, dtype: str) -> LowRank:
+    return LowRank(operator.values.astype(dtype), cast(operator.vectors, dtype))
 
 
 @functools.singledispatch

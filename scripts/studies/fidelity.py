@@ -39,9 +39,8 @@ from jaxhess.errors import InputError
 from jaxhess.results.page import Table
 from jaxhess.results.study import Claim, Range, Study
 from jaxhess.vectors import check_seed
-from scripts.studies.harness import FOUNDATION, command, picture
-from scripts.studies.parts.fidelity_figure import CAPTION, figure
-from scripts.studies.parts.fidelity_products import (
+from scripts.studies.block_fidelity.figure import CAPTION, figure
+from scripts.studies.block_fidelity.products import (
     PAPER,
     TABLE_6,
     TABLE_7,
@@ -55,6 +54,7 @@ from scripts.studies.parts.fidelity_products import (
     over_probes,
     ratio_of_means,
 )
+from scripts.studies.harness import FOUNDATION, command, picture
 
 NAME = "fidelity"
 EXPLANATIONS = "Explanations of Tables 6 and 7 of arXiv 2602.00816, tested here"

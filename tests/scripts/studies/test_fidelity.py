@@ -10,7 +10,7 @@ import jaxhess
 from jaxhess.results.study import Study
 from jaxhess.structure.fidelity import Fidelity, full_and_own
 from scripts.studies import fidelity as script
-from scripts.studies.parts import fidelity_products as products
+from scripts.studies.block_fidelity import products
 
 
 def quadratic(w, a):

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scripts.studies.parts.fidelity_products import PAPER, TABLE_6, TABLE_7, ParameterPoint, over_probes
+from scripts.studies.block_fidelity.products import PAPER, TABLE_6, TABLE_7, ParameterPoint, over_probes
 
 CAPTION = """Above: error and cosine of every layer and probe; on the grey arc e² + c² = 1, and no two vectors can be
 inside of it. Crosses: Tables 6 and 7 of arXiv 2602.00816. Below: the mean of e² + c² - 1 of finite differences over
