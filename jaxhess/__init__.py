@@ -32,6 +32,7 @@ from jaxhess.operators import (
 from jaxhess.operators.adapters import as_lineax, as_scipy
 from jaxhess.operators.audit import audit
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted
+from jaxhess.slq.random_matrix import LimitLaw, generalized_marchenko_pastur, marchenko_pastur, semicircle
 from jaxhess.slq.run import Progress, spectrum
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.vectors import random_probe
@@ -51,6 +52,7 @@ __all__ = [
     "Interrupted",
     "LanczosState",
     "LanguageModel",
+    "LimitLaw",
     "LinearOperator",
     "LinearizedHessian",
     "LossOperator",
@@ -69,16 +71,19 @@ __all__ = [
     "conjugate_gradients",
     "diagonal",
     "frobenius_norm",
+    "generalized_marchenko_pastur",
     "hutch_plus_plus",
     "hutchinson",
     "lanczos_segment",
     "leading_eigenpairs",
     "linearize",
     "make_mesh",
+    "marchenko_pastur",
     "module_function",
     "plan",
     "random_probe",
     "residual_bytes",
+    "semicircle",
     "spectrum",
     "start_lanczos",
     "xtrace",
