@@ -27,7 +27,7 @@ class LimitLaw(NamedTuple):
     >>> import jaxhess
     >>> law = jaxhess.marchenko_pastur([0.5, 5.0], ratio=2.0)
     >>> law.atom, law.distribution.round(2).tolist()
-    (0.5, [0.62, 0.98])
+    (0.5, [0.57, 0.98])
     """
 
     x: Array
@@ -135,7 +135,7 @@ def generalized_marchenko_pastur(
 
     >>> import jaxhess
     >>> law = jaxhess.generalized_marchenko_pastur([1.0], ratio=0.5, values=[1.0])
-    >>> (law.density - jaxhess.marchenko_pastur([1.0], ratio=0.5).density).round(6).tolist()
+    >>> abs(law.density - jaxhess.marchenko_pastur([1.0], ratio=0.5).density).round(6).tolist()
     [0.0]
     """
     x = _places(x)
