@@ -11,13 +11,14 @@ any width cost a product with the matrix of squared inner products.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
 
 Array = npt.NDArray[np.float64]
+Loss = Literal["CE", "MSE"]
 
 
 class Hidden(NamedTuple):
@@ -143,34 +144,56 @@ def active_pairs(active: Array) -> Array:
     return np.einsum("ni,nj->ijn", active, active)
 
 
-def network_norms(X: Array, labels: npt.NDArray[np.int_], W: Array, V: Array, squares: Array) -> SquaredNorms:
-    """All blocks with cross-entropy: equations 12 and 13, and between w_i and v_j
+def network_norms(
+    X: Array, labels: npt.NDArray[np.int_], W: Array, V: Array, squares: Array, loss: Loss = "CE"
+) -> SquaredNorms:
+    """All blocks: equations 8, 9, 12 and 13, and between w_i and v_j, with cross-entropy,
 
-        column k of H_{w_i v_j} = Σ_n 1(w_i·x_n > 0) x_n [δ_ki (p_nj − y_nj) + p_nj (v_ji − Σ_c p_nc v_ci) h_nk] / N.
+        column k of H_{w_i v_j} = Σ_n 1(w_i·x_n > 0) x_n [δ_ki (p_nj − y_nj) + p_nj (v_ji − Σ_c p_nc v_ci) h_nk] / N,
+
+    with squared error the same with 2(f_nj − y_nj) and 2 v_ji, f the outputs.
     """
     h = hidden(X, W, V)
+    if loss == "MSE":
+        ww = hidden_norms(active_pairs(h.active), squares) * (2 * V.T @ V) ** 2
+        vv = np.eye(len(V)) * np.square(2 * h.features.sum(0) / len(X)).sum()
+        return SquaredNorms(ww, vv, _between(X, h, 2 * residual(h.units @ V.T, labels), 2 * V.T[:, None, :]))
     ww = hidden_norms(hidden_coefficients(h, V), squares)
-    vv = class_map(h.probabilities, h.features)
-    return SquaredNorms(ww, vv, between_norms(X, labels, h, V))
+    slopes = h.probabilities * (V.T[:, None, :] - (h.probabilities @ V).T[:, :, None])
+    return SquaredNorms(
+        ww,
+        class_map(h.probabilities, h.features),
+        _between(X, h, residual(h.probabilities, labels), slopes),
+    )
 
 
-def between_norms(X: Array, labels: npt.NDArray[np.int_], h: Hidden, V: Array) -> Array:
-    """[m, C, m] squared norms of column k of the block between w_i and v_j, as [i, j, k]."""
-    (N, C), m = h.probabilities.shape, V.shape[1]
-    error, mean = residual(h.probabilities, labels), h.probabilities @ V
-    found = np.empty((m, C, m))
+def _between(X: Array, h: Hidden, error: Array, slopes: Array) -> Array:
+    """[m, C, m] squared norms of column k of the block between w_i and v_j, as [i, j, k]; slopes are [m, N or 1, C]."""
+    N, m = h.units.shape
+    found = np.empty((m, error.shape[1], m))
     for i in range(m):
-        weight = h.probabilities * (V[:, i] - mean[:, i, None])
+        inputs = X * h.active[:, i, None]
         for k in range(m):
-            column = weight * h.units[:, k, None]
+            column = slopes[i] * h.units[:, k, None]
             if k == i:
                 column = column + error
-            found[i, :, k] = np.square((X * h.active[:, i, None]).T @ column).sum(0)
+            found[i, :, k] = np.square(inputs.T @ column).sum(0)
     return found / N**2
 
 
-def residual(probabilities: Array, labels: npt.NDArray[np.int_]) -> Array:
-    """[N, C] probabilities less the one-hot labels."""
-    found = probabilities.copy()
+def residual(outputs: Array, labels: npt.NDArray[np.int_]) -> Array:
+    """[N, C] outputs less the one-hot labels."""
+    found = outputs.copy()
     found[np.arange(len(labels)), labels] -= 1
+    return found
+
+
+def linear_map(X: Array, V: Array, squares: Array, loss: Loss) -> Array:
+    """[C, C] squared norms of all blocks of the linear model (cases 1 and 2)."""
+    if loss == "MSE":
+        return np.eye(len(V)) * 4 * float(squares.sum()) / len(X) ** 2
+    p = softmax(X @ V.T, axis=1).T
+    found = np.empty((len(V), len(V)))
+    for i in range(len(V)):
+        found[i, i:] = found[i:, i] = of_coefficients(p[i] * (np.eye(len(V))[i, i:, None] - p[i:]), squares)
     return found

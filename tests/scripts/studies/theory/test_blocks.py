@@ -63,7 +63,8 @@ def test_a_network_with_squared_error_has_twice_the_blocks_that_the_talk_writes(
     expected = squared_norms(dense, [D] * M + [M] * C)
     pairs = blocks.hidden_norms(blocks.active_pairs(blocks.hidden(X, W, V).active), blocks.squared_gram(X))
     np.testing.assert_allclose(pairs * (2 * V.T @ V) ** 2, expected[:M, :M], rtol=1e-9)
-    assert np.abs(expected[M:, M:] - np.diag(np.diag(expected[M:, M:]))).max() == 0
+    found = blocks.network_norms(X, labels, W, V, blocks.squared_gram(X), "MSE")
+    np.testing.assert_allclose(found.map, expected, rtol=1e-9)
 
 
 def test_a_linear_model_has_these_blocks(sizes):
@@ -73,6 +74,10 @@ def test_a_linear_model_has_these_blocks(sizes):
     expected = squared_norms(dense, [D] * C)
     probabilities = blocks.softmax(X @ V.T, axis=1)
     np.testing.assert_allclose(blocks.class_map(probabilities, blocks.outer_features(X)), expected, rtol=1e-9)
-    diagonal, others = blocks.class_means(probabilities, blocks.squared_gram(X))
+    squares = blocks.squared_gram(X)
+    np.testing.assert_allclose(blocks.linear_map(X, V, squares, "CE"), expected, rtol=1e-9)
+    mean_square = dense_hessian(lambda V: squared_error(X @ V.T, labels), V)
+    np.testing.assert_allclose(blocks.linear_map(X, V, squares, "MSE"), squared_norms(mean_square, [D] * C), atol=1e-9)
+    diagonal, others = blocks.class_means(probabilities, squares)
     assert diagonal == pytest.approx(expected.trace() / C)
     assert others == pytest.approx((expected.sum() - expected.trace()) / (C * (C - 1)))
