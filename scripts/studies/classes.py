@@ -1,5 +1,5 @@
-"""More classes, fewer interactions: blocks of the Hessian at random initialisation against the number of classes, beside
-Theorems 1 and 2 of the talk on the Hessian's structure (Y. Zhang, 2025), its approximations and its rates.
+"""How blocks of the Hessian at random initialisation depend on the number of classes, beside Theorems 1 and 2 of the
+talk on the Hessian's structure (Y. Zhang, 2025), its approximations and its rates.
 
     python -m scripts.studies.classes
 
@@ -8,8 +8,8 @@ The sizes of the talk take a quarter of an hour on two cores:
     python -m scripts.studies.classes --width 500 --units 8 --repeats 8 --draws 16 --maps 10 100 \\
         --classes 2 4 8 16 32 64 128 256 512 1000 --widths 125 250 500
 
-Data are x ~ N(0, I), the initialisation is LeCun's. All norms are exact for their draw, by closed forms of the blocks that
-the tests compare with a dense Hessian. Errors are 95% intervals over repeats with new data and weights.
+Data are x ~ N(0, I), the initialisation is LeCun's. All norms are exact for their draw, by closed forms of the blocks
+that the tests compare with a dense Hessian. Errors are 95% intervals over repeats with new data and weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from jaxhess.errors import InputError
@@ -29,17 +27,17 @@ from jaxhess.results.page import Table
 from jaxhess.results.study import Claim, Range, Study
 from scripts.studies.harness import StudyOptions, command, picture
 from scripts.studies.theory import blocks, limits
+from scripts.studies.theory.maps import TALK, draw_map
 from scripts.studies.theory.sampling import KINDS, Measured, exponent, jackknife, replicates
 
 Array = npt.NDArray[np.float64]
 
 NAME = "classes"
-TALK = "Towards Quantifying the Hessian Structure of Neural Networks (Y. Zhang, talk, 2025)"
 POWERS = (2, 1, 1, 2)
 """Of C in the rates of the ratio, by kind."""
-CAPTION = """Above: the mean squared norm of other blocks over that of diagonal blocks, times the power of C of the talk's
-rate: a horizontal line is that rate. Lines are predictions. Below: norms of all blocks at initialisation, over the largest;
-white blocks are zero. White lines are between hidden and output weights."""
+CAPTION = """Above: the mean squared norm of other blocks over that of diagonal blocks, times the power of C of the
+talk's rate: a horizontal line is that rate. Lines are predictions. Below: norms of all blocks at initialisation, over
+the largest; white blocks are zero. White lines are between hidden and output weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +79,10 @@ class Options(StudyOptions):
 
     def check(self) -> None:
         """Raises InputError for sizes that cannot be."""
-        if self.units < 3 or min(self.classes) < 2 or self.repeats < 2 or self.draws < 1 or not self.ratio > 0:
-            raise InputError(
-                "This study needs --units 3, --classes 2, --repeats 2, --draws 1 or more, and --ratio > 0."
-            )
+        if self.units < 3 or min(self.classes) < 2 or self.repeats < 2 or self.draws < 1:
+            raise InputError("This study needs --units 3, --classes 2, --repeats 2 and --draws 1, or more.")
+        if not self.ratio > 0 or min(self.width, *self.widths) < 1 or min(*self.maps, 2) < 2:
+            raise InputError("This study needs --ratio > 0, --width and --widths of 1 and --maps of 2, or more.")
         if len(self.fitted) < 2 or len(set(self.widths)) < 2:
             raise InputError("Rates need two numbers of --classes from --fit-from on, and limits two --widths.")
 
@@ -217,7 +215,7 @@ def written(classes: int, units: int, seed: int, factor: float) -> Measured:
 
 
 def predicted(options: Options, kind: int) -> tuple[list[float], float]:
-    """The ratio at every C (for cross-entropy in a network, none is known), and the constant that it times C tends to."""
+    """The ratio at every C (for a network with cross-entropy none is known), and the limit of C^power times it."""
     ratio = options.width / options.samples
     if kind == 0:
         return [ratio_of(limits.linear_norms(ratio, C)) for C in options.classes], limits.linear_constant(ratio)
@@ -241,14 +239,14 @@ def tables(
         times = "C²" if power == 2 else "C"
         title = f"{kind}: exponent {slopes[k].value:.3f} ± {slopes[k].error:.1g}"
         yield Table(("C", f"{times} ratio", "predicted for this C", "for many"), rows, title)
-    rows = []
+    norms = []
     for c, C in enumerate(options.classes):
-        cells = []
+        cells = [f"{C:,}"]
         for part, limit in enumerate(limits.linear_norms(options.width / options.samples, C)):
             ours = jackknife(lambda x, c=c, part=part: x[c, 0, part] / options.width, found)  # type: ignore[misc]
             cells += [f"{ours.value:.4g} ± {ours.error:.1g}", f"{limit:.4g}"]
-        rows.append((f"{C:,}", *cells))
-    yield Table(("C", "|H_ii|²/d", "Theorem 1", "|H_ij|²/d", "Theorem 1"), rows, "The linear model's norms")
+        norms.append(cells)
+    yield Table(("C", "|H_ii|²/d", "Theorem 1", "|H_ij|²/d", "Theorem 1"), norms, "The linear model's norms")
 
 
 def number(x: float) -> str:
@@ -265,7 +263,8 @@ def figure(options: Options, ratios: dict[str, list[Measured]]) -> Figure:
         values, constant = predicted(options, k)
         sizes = np.array([r.value for r in ratios[kind]]) * scale, np.array([r.error for r in ratios[kind]]) * scale
         panel.errorbar(options.classes, *sizes, fmt="o", ms=4, capsize=2, color="#0072B2", label="measured, 95%")
-        panel.plot(options.classes, np.array(values) * scale, color="#D55E00", label="predicted for this C")
+        if not math.isnan(values[0]):
+            panel.plot(options.classes, np.array(values) * scale, color="#D55E00", label="predicted for this C")
         panel.axhline(constant, color="#009E73", ls="--", label="predicted for many")
         panel.set(xscale="log", xlabel="classes C", ylabel=f"{'C²' if power == 2 else 'C'} × ratio of squared norms")
         panel.set(title=kind, ylim=(0, None))
@@ -288,18 +287,6 @@ def maps(options: Options, classes: int) -> dict[str, Array]:
     losses: tuple[blocks.Loss, ...] = ("MSE", "CE")
     found = {f"linear, {loss}": blocks.linear_map(X, linear, squares, loss) for loss in losses}
     return found | {f"network, {loss}": blocks.network_norms(X, labels, W, V, squares, loss).map for loss in losses}
-
-
-def draw_map(panel: Axes, squared: Array, title: str, cut: int = 0) -> None:
-    """Norms over the largest, four decades; zero blocks stay white; a line after `cut` blocks."""
-    norms = np.sqrt(squared / squared.max())
-    shown = np.ma.masked_equal(norms, 0)
-    panel.imshow(shown, norm=LogNorm(1e-4, 1), cmap="viridis", interpolation="nearest")
-    if cut:
-        for line in (panel.axhline, panel.axvline):
-            line(cut - 0.5, color="white", linewidth=0.8)
-    panel.set(xlabel="block", ylabel="block")
-    panel.set_title(title, fontsize=10)
 
 
 def main() -> None:

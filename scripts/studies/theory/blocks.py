@@ -1,9 +1,9 @@
 """Blocks of the Hessians of a linear model and of a network with one hidden layer, in closed form, and their norms.
 
-The talk "Towards Quantifying the Hessian Structure of Neural Networks" (Y. Zhang, 2025) writes them in its cases 1 to 4.
-Data X [N, d], labels one-hot; the linear model is V x with V [C, d], the network V max(W x, 0) with W [m, d] and V [C, m].
-The mean is over the samples. The talk's squared error has no factor 1/2, so its Hessian has a factor 2, which the talk's
-own equations leave out; it is kept here.
+The talk "Towards Quantifying the Hessian Structure of Neural Networks" (Y. Zhang, 2025) has them in its cases 1 to 4.
+Data X [N, d], labels one-hot; the linear model is V x with V [C, d], the network V max(W x, 0) with W [m, d], V [C, m].
+The mean is over the samples. The talk's squared error has no factor 1/2, so its Hessian has a factor 2, which the
+talk's own equations leave out; it is kept here.
 
 Norms are squared Frobenius norms. With coefficients a_n, |Σ_n a_n x_n x_nᵀ/N|² = Σ_nm a_n a_m (x_n·x_m)²/N²: blocks of
 any width cost a product with the matrix of squared inner products.
@@ -99,8 +99,8 @@ def of_coefficients(coefficients: Array, squares: Array) -> Array:
 def class_means(probabilities: Array, squares: Array) -> tuple[float, float]:
     """The mean squared norm of the diagonal blocks, and of the others, of a softmax layer (equations 5 and 13).
 
-    The blocks are Σ_n b_n x_n x_nᵀ/N with b = p_i(1 − p_i) on the diagonal and −p_i p_j elsewhere. Over all pairs the sum
-    of b_n b_k is (p_n·p_k)² less the sum of p_ni² p_ki², so that no pair is visited by itself.
+    The blocks are Σ_n b_n x_n x_nᵀ/N with b = p_i(1 − p_i) on the diagonal and −p_i p_j elsewhere. Over all pairs the
+    sum of b_n b_k is (p_n·p_k)² less the sum of p_ni² p_ki², so that no pair is visited by itself.
     """
     N, C = probabilities.shape
     own = probabilities * (1 - probabilities)
@@ -172,12 +172,12 @@ def _between(X: Array, h: Hidden, error: Array, slopes: Array) -> Array:
     N, m = h.units.shape
     found = np.empty((m, error.shape[1], m))
     for i in range(m):
-        inputs = X * h.active[:, i, None]
         for k in range(m):
-            column = slopes[i] * h.units[:, k, None]
+            rows = (h.active[:, i] * h.active[:, k]).astype(bool)  # all others are zero
+            column = np.broadcast_to(slopes[i], error.shape)[rows] * h.units[rows, k, None]
             if k == i:
-                column = column + error
-            found[i, :, k] = np.square(inputs.T @ column).sum(0)
+                column = column + error[rows]
+            found[i, :, k] = np.square(X[rows].T @ column).sum(0)
     return found / N**2
 
 

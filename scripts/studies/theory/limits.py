@@ -1,8 +1,8 @@
 """What the squared norms of blocks tend to at random initialisation, as width d and samples N grow with d/N = ratio.
 
 Theorems 1 and 2 of the talk "Towards Quantifying the Hessian Structure of Neural Networks" (Y. Zhang, 2025), with the
-closed forms that it leaves out. Inputs are x ~ N(0, I), weights LeCun-initialised. Coefficients a(x) depend on x through
-a few projections only, so that in the limit they are independent of it; then
+closed forms that it leaves out. Inputs are x ~ N(0, I), weights LeCun-initialised. Coefficients a(x) depend on x
+through a few projections only, so that in the limit they are independent of it; then
 
     |Σ_n a_n x_n x_nᵀ/N|²/d = (d + 2)/N · E a² + (1 − 1/N) (E a)²  →  ratio E a² + (E a)².
 """
@@ -66,10 +66,10 @@ def hidden_squared_error(ratio: float, classes: int) -> float:
 def hidden_constant(ratio: float, units: int) -> float:
     """The limit of C E|H_{w_i w_j}|²/E|H_{w_i w_i}|² for many classes with cross-entropy, for three units and more.
 
-    Weighted with p, v has the normal distribution of mean h/m and variance 1/m: the coefficient on the diagonal tends to
-    1/m where the unit is positive, and the one beside it is a mean of C terms of mean zero. Over V its covariance between
-    two samples h, g is, units both positive, e^{h·g/m} (1/m + h_i g_i/m²)(1/m + h_j g_j/m²)/C; with h = g for the sum of
-    squares. The coordinates of h are independent. (Our derivation; the talk leaves its own out.)
+    Weighted with p, v has the normal distribution of mean h/m and variance 1/m: the coefficient on the diagonal tends
+    to 1/m where the unit is positive, and the one beside it is a mean of C terms of mean zero. Over V its covariance
+    between two samples h, g is, units both positive, e^{h·g/m} (1/m + h_i g_i/m²)(1/m + h_j g_j/m²)/C; with h = g for
+    the sum of squares. The coordinates of h are independent. (Our derivation; the talk leaves its own out.)
     """
     m = units
     one, two = _same(1 / m), _different(1 / m)
@@ -113,7 +113,7 @@ def _same(t: float) -> _Coordinate:
 
 
 def _different(t: float) -> _Coordinate:
-    """With h and g independent: E[e^{t u w}; u, w > 0] = (1 − t²)^{−1/2} (1/4 + arcsin t/2π), an orthant of a normal."""
+    """With h and g independent: E[e^{t u w}; u, w > 0] = (1 − t²)^{−1/2} (1/4 + arcsin t/2π), a normal's orthant."""
     r, angle = 1 - t**2, 0.25 + math.asin(t) / (2 * math.pi)
     first = t * r**-1.5 * angle + 1 / (2 * math.pi * r)
     second = (1 + 2 * t**2) * r**-2.5 * angle + 3 * t / (2 * math.pi * r**2)

@@ -26,12 +26,18 @@ class Measured(NamedTuple):
 
 
 def jackknife(function: Callable[[Array], float], replicates: Array) -> Measured:
-    """A function of the mean over independent replicates, [replicates, ...], and its error by leaving each out in turn."""
+    """A function of the mean over independent replicates, [replicates, ...]; its error by leaving each out in turn."""
     count = len(replicates)
     total = replicates.sum(0)
     left_out = np.array([function((total - replicate) / (count - 1)) for replicate in replicates])
     error = np.sqrt((count - 1) * np.mean((left_out - left_out.mean()) ** 2))
     return Measured(float(function(total / count)), float(student.ppf(0.975, count - 1) * error))
+
+
+def mean(values: Sequence[float]) -> Measured:
+    """Over independent repeats."""
+    error = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return Measured(float(np.mean(values)), float(error))
 
 
 def exponent(classes: Sequence[int], ratios: Array) -> float:
@@ -64,7 +70,7 @@ def replicates(
 
 
 def _hidden(rng: np.random.Generator, X: Array, squares: Array, m: int, classes: int, with_output: bool) -> list:
-    """Mean squared norms (diagonal, others) of hidden weights with squared error and cross-entropy, of output weights."""
+    """Mean squared norms (diagonal, others): hidden weights, squared error and cross-entropy; output weights."""
     W, V = rng.normal(size=(m, X.shape[1])) / np.sqrt(X.shape[1]), rng.normal(size=(classes, m)) / np.sqrt(m)
     h = blocks.hidden(X, W, V)
     pairs = blocks.hidden_norms(blocks.active_pairs(h.active), squares)

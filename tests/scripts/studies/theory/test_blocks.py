@@ -1,6 +1,9 @@
 """Blocks in closed form against the dense Hessian of JAX in float64."""
 
+import itertools
+
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,8 +24,8 @@ def squared_norms(dense, sizes) -> np.ndarray:
     """Of the blocks of a dense matrix."""
     cuts = np.cumsum([0, *sizes])
     return np.array([
-        [np.sum(np.square(dense[a:b, c:d])) for c, d in zip(cuts, cuts[1:], strict=False)]
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        [np.sum(np.square(dense[a:b, c:d])) for c, d in itertools.pairwise(cuts)]
+        for a, b in itertools.pairwise(cuts)
     ])  # fmt: skip
 
 
