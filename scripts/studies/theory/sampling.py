@@ -34,7 +34,7 @@ def jackknife(function: Callable[[Array], float], replicates: Array) -> Measured
     return Measured(float(function(total / count)), float(student.ppf(0.975, count - 1) * error))
 
 
-def mean(values: Sequence[float]) -> Measured:
+def mean(values: Sequence[float] | Array) -> Measured:
     """Over independent repeats."""
     error = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return Measured(float(np.mean(values)), float(error))
