@@ -70,21 +70,24 @@ def neuron_blocks(weights: Weights) -> npt.NDArray[np.int_]:
 
 def block_map(weights: Weights, X: jax.Array, labels: jax.Array, batch: int = 64) -> Array:
     """[neurons, neurons] squared norms of the Hessian's blocks, by products with all unit vectors, `batch` at once."""
-    flat, unravel = ravel_pytree(weights)
     block = jnp.asarray(neuron_blocks(weights))
-    count = int(block[-1]) + 1
-    slope = jax.grad(lambda x: loss(unravel(x), X, labels))
-
-    @functools.partial(jax.jit, static_argnames="size")
-    def rows(first: jax.Array, size: int) -> jax.Array:
-        units = jax.nn.one_hot(first + jnp.arange(size), flat.size, dtype=flat.dtype)
-        products = jax.vmap(lambda v: jax.jvp(slope, (flat,), (v,))[1])(units)
-        return jax.ops.segment_sum(jnp.square(products).T, block, count)
-
+    count, size = int(block[-1]) + 1, len(block)
     columns = [
-        np.asarray(rows(jnp.asarray(first), min(batch, flat.size - first)), np.float64)
-        for first in range(0, flat.size, batch)
+        np.asarray(_squares(weights, X, labels, block, first, min(batch, size - first), count), np.float64)
+        for first in range(0, size, batch)
     ]
     found = np.zeros((count, count))
     np.add.at(found.T, np.asarray(block), np.concatenate(columns, axis=1).T)
     return found
+
+
+@functools.partial(jax.jit, static_argnames=("size", "count"))
+def _squares(
+    weights: Weights, X: jax.Array, labels: jax.Array, block: jax.Array, first: int, size: int, count: int
+) -> jax.Array:
+    """[count, size] sums over blocks of the squared entries of so many columns of the Hessian."""
+    flat, unravel = ravel_pytree(weights)
+    slope = jax.grad(lambda x: loss(unravel(x), X, labels))
+    units = jax.nn.one_hot(first + jnp.arange(size), flat.size, dtype=flat.dtype)
+    products = jax.vmap(lambda v: jax.jvp(slope, (flat,), (v,))[1])(units)
+    return jax.ops.segment_sum(jnp.square(products).T, block, count)
