@@ -3,9 +3,10 @@ shows and explains: the diagonal that stays, and the part between the layers tha
 
     python -m scripts.studies.block_structure
 
-The sizes of the talk take a quarter of an hour on two cores:
+The sizes of the talk take five minutes of processor time:
 
-    python -m scripts.studies.block_structure --width 500 --samples 5000 500 --deep-width 50 --deep-samples 500
+    python -m scripts.studies.block_structure --width 500 --samples 5000 500 --steps 2000 --deep-width 50 \\
+        --deep-samples 500
 
 A network with one hidden layer has as many classes as inputs, Gaussian data, random labels, no biases, LeCun's
 initialisation, cross-entropy, and Adam on all samples with a constant rate (the talk gives no rate, and no number of

@@ -3,10 +3,10 @@ talk on the Hessian's structure (Y. Zhang, 2025), its approximations and its rat
 
     python -m scripts.studies.classes
 
-The sizes of the talk take a quarter of an hour on two cores:
+The sizes of the talk take a quarter of an hour of processor time:
 
     python -m scripts.studies.classes --width 500 --units 8 --repeats 8 --draws 16 --maps 10 100 \\
-        --classes 2 4 8 16 32 64 128 256 512 1000 --widths 125 250 500
+        --classes 2 4 8 16 32 64 128 256 512 1000 --fit-from 100 --widths 125 250 500
 
 Data are x ~ N(0, I), the initialisation is LeCun's. All norms are exact for their draw, by closed forms of the blocks
 that the tests compare with a dense Hessian. Errors are 95% intervals over repeats with new data and weights.

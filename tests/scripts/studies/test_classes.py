@@ -7,6 +7,7 @@ from small_models import run_command
 from jaxhess import marchenko_pastur
 from scripts.studies import block_structure, classes, random_matrix
 from scripts.studies.theory import sampling
+from scripts.studies.theory.maps import pooled
 from scripts.studies.theory.states import block_ratio, off_diagonal
 
 TINY = classes.Options(
@@ -62,6 +63,14 @@ def test_readings_of_block_diagonal():
     squared = np.ones((3, 3)) + 3 * np.eye(3)
     assert off_diagonal(squared) == pytest.approx(6 / 18)
     assert block_ratio(squared) == pytest.approx(1 / 2)
+
+
+def test_a_map_of_many_blocks_keeps_its_diagonal():
+    found = pooled(np.eye(508) + 1e-3)
+    assert found.shape == (170, 170)
+    assert (found.diagonal() > 1).all()
+    assert found.sum() < 171 + 170**2 * 1e-3 + 1
+    np.testing.assert_array_equal(pooled(np.eye(5)), np.eye(5))
 
 
 def test_laws_are_told_apart():
