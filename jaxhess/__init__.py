@@ -35,6 +35,7 @@ from jaxhess.operators import (
 from jaxhess.operators.adapters import as_lineax, as_scipy
 from jaxhess.operators.audit import audit
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted
+from jaxhess.slq.random_matrix import LimitLaw, generalized_marchenko_pastur, marchenko_pastur, semicircle
 from jaxhess.slq.run import Progress, spectrum
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.structure.coupling import CouplingMap, coupling_map
@@ -60,6 +61,7 @@ __all__ = [
     "Interrupted",
     "LanczosState",
     "LanguageModel",
+    "LimitLaw",
     "LinearOperator",
     "LinearizedHessian",
     "LossOperator",
@@ -81,16 +83,19 @@ __all__ = [
     "coupling_map",
     "diagonal",
     "frobenius_norm",
+    "generalized_marchenko_pastur",
     "hutch_plus_plus",
     "hutchinson",
     "lanczos_segment",
     "leading_eigenpairs",
     "linearize",
     "make_mesh",
+    "marchenko_pastur",
     "module_function",
     "plan",
     "random_probe",
     "residual_bytes",
+    "semicircle",
     "spectrum",
     "start_lanczos",
     "xtrace",

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from jaxhess.slq.density import Axis, Density
+from jaxhess.slq.random_matrix import LimitLaw
 from jaxhess.slq.spectrum import Spectrum
 
 Array = npt.NDArray[np.float64]
@@ -41,8 +42,11 @@ def png(figure: Figure, dpi: float | str = "figure") -> bytes:
     return buffer.getvalue()
 
 
-def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
-    """The smoothed density of Ritz values, the 95% band of the equally smoothed eigenvalues, outliers ticked below."""
+def density_figure(spectrum: Spectrum, axis: Axis = "symlog", overlay: LimitLaw | None = None) -> Figure:
+    """The smoothed density of Ritz values, the 95% band of the equally smoothed eigenvalues, outliers ticked below.
+
+    `overlay` is a law drawn dashed over them, unsmoothed and without its atom, whose share the legend has.
+    """
     density = spectrum.density(axis=axis)
     figure, axes = new_figure()
     mean, (lower, upper) = density.density, density.band
@@ -52,6 +56,9 @@ def density_figure(spectrum: Spectrum, axis: Axis = "symlog") -> Figure:
     band = (np.maximum(lower, bottom / 10), np.maximum(upper, bottom / 10))
     label = "all eigenvalues, equally smoothed: 95%"
     axes.fill_between(density.centers, *band, color=ACCENT, alpha=0.2, linewidth=0, label=label)
+    if overlay is not None:
+        label = "limit law" + (f", and {overlay.atom:.3g} of all at zero" if overlay.atom else "")
+        axes.plot(overlay.x, np.maximum(overlay.density, bottom / 10), color=INK, ls="--", linewidth=1.2, label=label)
     outliers = _outliers(spectrum)
     if outliers.size:
         label = f"Ritz values outside the central {CENTRAL_MASS:.0%} of the mass"

@@ -17,6 +17,7 @@ from jaxhess.operators.restriction import Selection
 from jaxhess.results.figures import density_figure, distribution_figure, stem_figure
 from jaxhess.results.report import report_files, write_report
 from jaxhess.slq.job import CommandRecord, Model
+from jaxhess.slq.random_matrix import LimitLaw
 from jaxhess.slq.record import EigenpairRecord, Inputs, OperatorRecord, RunRecord
 from jaxhess.slq.spectrum import Spectrum
 
@@ -120,6 +121,18 @@ def test_drawn_density_is_the_spectrum_s():
     shown = density.density > line.get_ydata().min()
     assert shown.sum() > 50
     np.testing.assert_array_equal(line.get_ydata()[shown], density.density[shown])
+
+
+def test_a_law_is_drawn_over_the_density_and_its_atom_is_named():
+    spectrum = _spectrum()
+    density = spectrum.density()
+    law = LimitLaw(density.centers, 2 * density.density, np.cumsum(density.mean), atom=0.5)
+    (drawn,) = [line for line in density_figure(spectrum, overlay=law).axes[0].lines if line.get_linestyle() == "--"]
+    np.testing.assert_array_equal(drawn.get_xdata(), law.x)
+    shown = law.density > drawn.get_ydata().min()
+    assert shown.sum() > 50
+    np.testing.assert_array_equal(drawn.get_ydata()[shown], law.density[shown])
+    assert drawn.get_label() == "limit law, and 0.5 of all at zero"
 
 
 def test_stem_figure_draws_every_ritz_value_and_the_share_of_one_eigenvalue():
