@@ -43,17 +43,23 @@ class Options(run_options.Options):
 
     by: tuple[str, ...] = ("layers",)
     """The blocks: `layers`, `kinds`, `matrices`, `heads`, or patterns of names that leave nothing out, a block for
-    each."""
+    each, such as: embed layers final_norm head."""
     spectra: bool = False
     """Also compute the spectrum of every diagonal block: --steps products of every block for each of --probes."""
     products: int | None = None
     """Probes of the coupling map, each a product for every block; by default as many as --probes, 0 for no map."""
     together: int | None = None
-    """Blocks whose products are computed at once and share a primal pass; by default as many as fit into memory."""
+    """Blocks whose products are computed at once and share a primal pass; by default as many as fit into memory. Each
+    takes the memory of two vectors."""
     sequences: int = 8
     """Sequences taken from the start of the data; the loss is the mean over all their tokens."""
     steps: int = 20
     """Lanczos steps per probe, with --spectra."""
+    resume: bool = False
+    """Resume the unfinished run in --out; if there is none, start one. Model, data and the options that determine the
+    numbers must be the same; --mesh, --microbatch, --query-chunk, --logit-chunk, --attention, --remat and
+    --residual-gb may differ; what --remat auto chose, and how many blocks go together, is kept."""
+    audit: Hidden = False
     eigenpairs: Hidden = 0
     eigenpair_tolerance: Hidden = 1e-3
     eigenpair_steps: Hidden = 100
@@ -73,16 +79,17 @@ def run(options: Options) -> BlockRun:
     with run_folder(options) as (output, checkpoints):
         config = spectrum_command.read_config(options)
         chosen_blocks(options, config)  # before the weights are loaded
+        begun = checkpoints[0] if probes else checkpoints[1]
         mesh = jaxhess.make_mesh(options.mesh)
         tokens = spectrum_command.read_data(options, config)
         clock.stop("data")
-        config = spectrum_command.choose_remat(options, config, mesh, checkpoints[0], console)
+        config = spectrum_command.choose_remat(options, config, mesh, begun, console)
         checkpoints = [spectrum_command.identified(c, options, config, tokens, FREE) for c in checkpoints]
         model = spectrum_command.load(options, config, mesh)
         batches = jaxhess.Microbatches(tokens.microbatches(options.microbatch, mesh))
         clock.stop("load")
         operator = spectrum_command.build(options, model, batches, console)
-        blocks = jaxhess.Blocks.by(operator.shape_dtype, *options.by, stacks=config.stacks)
+        blocks = jaxhess.Blocks.by(operator, *options.by)
         console.print(
             f"{options.model}: {model.num_params:,} parameters in {config.dtype}; {tokens.num_sequences} sequences of "
             f"{tokens.seq_len} tokens; {len(blocks)} blocks."
@@ -113,11 +120,14 @@ def run(options: Options) -> BlockRun:
 
 def chosen_blocks(options: Options, config: jaxhess.DecoderConfig) -> None:
     """Raises InputError where --by is no partition of the model's parameters."""
-    params = abstract_params(config)
+    params, stacks = abstract_params(config), config.stacks
     layers = run_options.layer_numbers(options.layers, config.num_layers)
     if options.restrict or layers is not None:
-        params = restriction(params, options.restrict, layers, config.stacks).take(params)
-    jaxhess.Blocks.by(params, *options.by, stacks=config.stacks)
+        chosen = restriction(params, options.restrict, layers, stacks)
+        params, kept = chosen.take(params), chosen.block.layers
+        if kept is not None:
+            stacks = {name: tuple(n for n in numbers if n in kept) for name, numbers in stacks.items()}
+    jaxhess.Blocks.by(params, *options.by, stacks=stacks)
 
 
 @contextlib.contextmanager

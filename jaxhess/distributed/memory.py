@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +49,36 @@ def available_bytes(leaves: Sequence[Any]) -> float:
         return _free_on_host() / len(devices)
     stats = devices[0].memory_stats() or {}
     return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+
+
+def most_that_fit(
+    compiled: Callable[[int], jax.stages.Compiled], count: int, resident: Callable[[int], list[Any]]
+) -> int:
+    """The most, of `count` or fewer, whose program fits into nine tenths of the memory left; at least 1.
+
+    Rounds of so many are nearly of one length. Compiles the program for as many as are tried: usually the one that then
+    runs. The same in all processes.
+
+    Args:
+        compiled: The program for so many.
+        count: The most.
+        resident: Arrays (or abstract arrays), not there yet, that the run holds beside the program for so many; their
+            devices are asked.
+    """
+    size = count
+    while size > 1:
+        memory = compiled(size).memory_analysis()
+        if memory is None:
+            return 1
+        extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        leaves = resident(size)
+        needed = max(processes.gathered(extra + bytes_per_device(leaves)))
+        left = 0.9 * min(processes.gathered(available_bytes(leaves)))
+        if needed <= left:
+            break
+        fewer = max(1, min(size - 1, int(size * left / needed)))
+        size = -(-count // -(-count // fewer))
+    return size
 
 
 def _shard_size(leaf: Any) -> int:

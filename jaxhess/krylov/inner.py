@@ -1,7 +1,7 @@
 """The algebra of a Lanczos step: on whole vectors, with scalars, or on blocks of one vector, with a scalar for each.
 
-The runs of all blocks of one operator need no more memory than one run: their vectors are the parts of one. With
-`blocks` None every function here is that of `jaxhess.vectors`; otherwise what is a scalar there is an array [B].
+The Lanczos vectors of all blocks of one operator take no more memory than those of one run: they are the parts of one.
+With `blocks` None every function here is that of `jaxhess.vectors`; otherwise what is a scalar there is an array [B].
 """
 
 from __future__ import annotations

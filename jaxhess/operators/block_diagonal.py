@@ -14,7 +14,7 @@ import numpy as np
 from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.blocks import Blocks
-from jaxhess.operators.facts import describe
+from jaxhess.operators.facts import describe, explain_non_finite
 from jaxhess.vectors import Vector, cast, widen
 
 
@@ -79,6 +79,11 @@ def _(operator: BlockDiagonal) -> dict[str, Any]:
         "blocks": len(blocks),
         "partition": hashlib.sha256(content.encode()).hexdigest()[:16],
     }
+
+
+@explain_non_finite.register
+def _(operator: BlockDiagonal, v: Vector) -> str:
+    return explain_non_finite(operator.operator, v)
 
 
 def over_blocks(

@@ -14,41 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxhess.errors import InputError
+from jaxhess.operators.base import LinearOperator, parts
+from jaxhess.operators.block_names import HEAD_AXES, by_patterns, in_model_order, kind_of, layer_of
 from jaxhess.operators.restriction import STACKED, layer_number, leaf_name, matches, stack_of
 from jaxhess.vectors import Vector, widen
 
 Labels = npt.NDArray[np.int32]
-
-KINDS = {
-    "embedding": ("embed", "positions"),
-    "head": ("head",),
-    "query": ("query", "query_down"),
-    "key": ("key", "rotated_key"),
-    "value": ("value",),
-    "key and value": ("kv_down",),
-    "attention out": ("out",),
-    "attention sinks": ("sinks",),
-    "router": ("router", "selection_bias", "shared_gate"),
-    "gate": ("gate",),
-    "up": ("up",),
-    "down": ("down",),
-}
-"""Of every kind of parameters the components of their names."""
-
-ORDER = ("embed", "positions", *list(KINDS)[:1], *list(KINDS)[2:], "experts", STACKED, "norms", "final_norm", "head")
-"""In which blocks are listed, by the first component of their names; others come where the layers do."""
-
-HEAD_AXES = {
-    "attention/query/kernel": -2,
-    "attention/key/kernel": -2,
-    "attention/value/kernel": -2,
-    "attention/query/bias": -2,
-    "attention/key/bias": -2,
-    "attention/value/bias": -2,
-    "attention/out/kernel": -3,
-    "attention/sinks": -1,
-}
-"""The axis over attention heads of the decoder's parameters."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,11 +60,12 @@ class Blocks:
             raise InputError(f"Block {self.names[int(np.argmin(sizes))]!r} has no parameters.")
 
     @classmethod
-    def by(cls, like: Vector, *by: str, stacks: Mapping[str, Sequence[int]] | None = None) -> Blocks:
-        """The partition of vectors like these.
+    def by(cls, like: Vector | LinearOperator, *by: str, stacks: Mapping[str, Sequence[int]] | None = None) -> Blocks:
+        """The partition of the vectors of an operator, or of vectors like these.
 
         Args:
-            like: Parameters, or an operator's `shape_dtype`.
+            like: An operator, whose layers have then the numbers that they have in the model, also where it is
+                restricted to some of them; or parameters.
             by: One of these words, or patterns.
 
                 - `layers`: `embed` (with learned positions), `layers/0` and so on, `final_norm`, `head`. Of a model
@@ -103,14 +75,16 @@ class Blocks:
                 - `matrices`: every array; of layers that are stacked, that of each layer.
                 - `heads`: as `matrices`, with a block for every attention head (of queries, keys, values and output).
                 - patterns, as in `LossOperator.restrict`: a block for each. They are compared with names as `matrices`
-                  has them, `layers/3/mlp/up/kernel`, and with those of all layers, `layers/mlp/up/kernel`.
-            stacks: Where layers are stacked under several names, the numbers of those under each, as
-                `DecoderConfig.stacks`. None: all are under `layers`.
+                  has them, `layers/3/mlp/up/kernel`, and with those of the parameters, `layers/mlp/up/kernel`.
+            stacks: Where parameters have layers stacked under several names, the numbers of those under each, as
+                `DecoderConfig.stacks`; an operator knows them. None: all are under `layers`.
 
         Raises:
             InputError: Nothing was asked for; a pattern matches nothing, or patterns overlap or leave parameters out
                 (the message names the first).
         """
+        if isinstance(like, LinearOperator):
+            like, stacks = like.shape_dtype, stacks or _stacks_of(like)
         matrices = _matrices(like, stacks)
         if by == ("matrices",):
             return matrices
@@ -125,7 +99,9 @@ class Blocks:
             return matrices
         if not by:
             raise InputError("Blocks are made by layers, kinds, matrices, heads, or patterns of names.")
-        return matrices.merged(_by_patterns(matrices, by))
+        pairs = zip(matrices.leaf_names, matrices.labels, strict=True)
+        leaves = {matrices.names[k]: name for name, labels in pairs for k in labels.ravel()}
+        return matrices.merged(by_patterns(leaves, by))
 
     def merged(self, group: Callable[[str], str]) -> Blocks:
         """A coarser partition: blocks that `group` gives one name become one.
@@ -137,7 +113,7 @@ class Blocks:
             array([5, 4])
         """
         groups = [group(name) for name in self.names]
-        names = sorted(dict.fromkeys(groups), key=_place)
+        names = in_model_order(groups)
         places = {name: k for k, name in enumerate(names)}
         numbers = np.array([places[name] for name in groups], np.int32)
         return dataclasses.replace(self, names=tuple(names), labels=tuple(_shortened(numbers[x]) for x in self.labels))
@@ -180,17 +156,19 @@ class Blocks:
         for labels, shape in zip(self.labels, self.shapes, strict=True):
             if labels.size and not 0 <= labels.min() <= labels.max() < len(sizes):
                 raise InputError(f"A label is {labels.min()} to {labels.max()}; there are {len(sizes)} blocks.")
-            np.add.at(sizes, labels.ravel(), int(np.prod(shape)) // labels.size)
+            np.add.at(sizes, labels.ravel(), int(np.prod(shape)) // max(labels.size, 1))
         return sizes
 
     def check(self, like: Vector) -> None:
         """Raises InputError where vectors like these are not those of the partition."""
-        found = [(leaf_name(path), x.shape) for path, x in jax.tree.flatten_with_path(like)[0]]
-        for name, shape in zip(self.leaf_names, self.shapes, strict=True):
-            if (name, shape) not in found:
-                raise InputError(f"The blocks are of other vectors: these have no {name} of shape {shape}.")
-        if len(found) != len(self.shapes):
-            raise InputError(f"The blocks are of {len(self.shapes)} arrays, and the vectors of {len(found)}.")
+        found = [(leaf_name(path), tuple(x.shape)) for path, x in jax.tree.flatten_with_path(like)[0]]
+        wanted = list(zip(self.leaf_names, self.shapes, strict=True))
+        if found == wanted:
+            return
+        if len(found) != len(wanted):
+            raise InputError(f"The blocks are of other vectors: of {len(wanted)} arrays, and these have {len(found)}.")
+        (name, shape), (other, theirs) = next(pair for pair in zip(wanted, found, strict=True) if pair[0] != pair[1])
+        raise InputError(f"The blocks are of other vectors: of {name} {shape}, where these have {other} {theirs}.")
 
     def part(self, v: Vector, block: int | jax.Array) -> Vector:
         """v with zeros outside of one block, whose number may be traced; of no block, for the number B."""
@@ -252,75 +230,42 @@ def _shortened(labels: Labels) -> Labels:
 
 def _matrices(like: Vector, stacks: Mapping[str, Sequence[int]] | None) -> Blocks:
     """A block for every leaf, and for every layer of one that is stacked."""
-    names: list[str] = []
-    labels, leaf_names, shapes = [], [], []
-    for path, leaf in jax.tree.flatten_with_path(like)[0]:
-        name = leaf_name(path)
-        stack = stack_of(name, tuple(stacks or (STACKED,)))
-        if stack is None or not leaf.shape or layer_number(name) is not None:
-            found = [name]
-        else:
-            numbers = range(leaf.shape[0]) if stacks is None else stacks[stack]
-            if len(numbers) != leaf.shape[0]:
-                raise InputError(f"{name} has {leaf.shape[0]} rows and {stack} {len(numbers)} layers.")
-            found = [re.sub(rf"(^|/){stack}(/|$)", rf"\g<1>{STACKED}/{k}\g<2>", name, count=1) for k in numbers]
-        start = len(names)
-        names += found
-        axes = (len(found), *[1] * len(leaf.shape))[: len(leaf.shape)]
-        labels.append(np.arange(start, start + len(found), dtype=np.int32).reshape(axes))
-        leaf_names.append(name)
-        shapes.append(tuple(leaf.shape))
-    blocks = Blocks(tuple(names), tuple(labels), tuple(leaf_names), tuple(shapes))
-    return blocks.merged(lambda name: name)  # in the order of the layers
-
-
-def _place(name: str) -> tuple[int, int]:
-    """Where a block comes in the order of a model; otherwise blocks keep the order of the parameters."""
-    first = re.split(r"[/\[]", name)[0]
-    layer = re.match(rf"{STACKED}/(\d+)", name)
-    return ORDER.index(first) if first in ORDER else ORDER.index(STACKED), int(layer[1]) if layer else 0
-
-
-def layer_of(name: str) -> str:
-    """The block by layers that a block by matrices is in: `layers/3`, or the first component of its name."""
-    parts = name.split("/")
-    if STACKED in parts:
-        place = parts.index(STACKED)
-        return "/".join(parts[: place + 2])
-    return "embed" if parts[0] == "positions" else parts[0]
-
-
-def kind_of(name: str) -> str:
-    """The block by kinds that a block by matrices is in."""
-    parts = [part for part in name.split("/") if not part.isdigit()]
-    if any("norm" in part for part in parts):
-        return "norms"
-    kind = next((kind for kind, words in KINDS.items() if set(words) & set(parts)), None)
-    if "experts" in parts and "shared" not in parts and kind != "router":
-        return "experts"
-    if kind is not None:
-        return kind
-    named = [part for part in parts if part not in ("kernel", "bias", "scale", STACKED)]
-    return "/".join(named or parts)
-
-
-def _by_patterns(matrices: Blocks, patterns: Sequence[str]) -> Callable[[str], str]:
-    """The pattern that each matrix matches."""
-    of_layers = {name: re.sub(rf"(^|/){STACKED}/\d+", rf"\g<1>{STACKED}", name) for name in matrices.names}
-    found = {
-        name: [p for p in dict.fromkeys(patterns) if matches(name, p) or matches(of_layers[name], p)]
-        for name in matrices.names
+    named = [(leaf_name(path), tuple(leaf.shape)) for path, leaf in jax.tree.flatten_with_path(like)[0]]
+    stacked = {
+        name: stack
+        for name, shape in named
+        if shape and layer_number(name) is None and (stack := stack_of(name, tuple(stacks or (STACKED,))))
     }
-    idle = next((p for p in patterns if not any(p in ps for ps in found.values())), None)
-    if idle is not None:
-        raise InputError(f"No parameter matches {idle!r}; there are {', '.join(dict.fromkeys(of_layers.values()))}.")
-    twice = next((name for name in found if len(found[name]) > 1), None)
-    if twice is not None:
-        raise InputError(
-            f"{twice} is in two blocks, {found[twice][0]!r} and {found[twice][1]!r}: they must not overlap."
-        )
-    out = [name for name in found if not found[name]]
-    if out:
-        more = f" and {len(out) - 1} more" if len(out) > 1 else ""
-        raise InputError(f"{out[0]}{more} is in no block: add a pattern for what is left, or restrict the operator.")
-    return lambda name: found[name][0]
+    if stacks is None:
+        counts = {shape[0] for name, shape in named if name in stacked}
+        if len(counts) > 1:  # no stacks of layers: arrays of one's own below this name
+            stacked = {}
+        stacks = {STACKED: range(max(counts, default=0))}
+    names: list[str] = []
+    labels = []
+    for name, shape in named:
+        found = [name]
+        if name in stacked:
+            stack, numbers = stacked[name], stacks[stacked[name]]
+            if len(numbers) != shape[0]:
+                raise InputError(f"{name} has {shape[0]} rows and {stack} {len(numbers)} layers.")
+            found = [re.sub(rf"(^|/){stack}(/|$)", rf"\g<1>{STACKED}/{k}\g<2>", name, count=1) for k in numbers]
+        axes = (len(found), *[1] * len(shape))[: len(shape)]
+        labels.append(np.arange(len(names), len(names) + len(found), dtype=np.int32).reshape(axes))
+        names += found
+    blocks = Blocks(tuple(names), tuple(labels), tuple(x for x, _ in named), tuple(x for _, x in named))
+    return blocks.merged(lambda name: name)  # in the order of the model
+
+
+def _stacks_of(operator: LinearOperator) -> Mapping[str, Sequence[int]] | None:
+    """Of the loss that the operator is made of: the numbers of the layers under each name, those that are free."""
+    if not hasattr(operator, "restriction"):
+        return next((found for part in parts(operator) if (found := _stacks_of(part)) is not None), None)
+    stacks = getattr(operator.loss, "stacks", None) if hasattr(operator, "loss") else None
+    block = operator.restriction and operator.restriction.block
+    if not block or block.layers is None:
+        return stacks
+    return {
+        name: [number for number in numbers if number in block.layers]
+        for name, numbers in (stacks or {STACKED: block.layers}).items()
+    }

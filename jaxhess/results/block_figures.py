@@ -39,8 +39,10 @@ def relative_figure(found: CouplingMap) -> Figure:
     return heat_map(found.relative, found.names, "Coupling of blocks, relative to the diagonal", label, log=True)
 
 
-def distance_figure(distance: Array, names: Sequence[str]) -> Figure:
-    """Jensen-Shannon distances between blocks' spectra."""
+def distance_figure(distance: Array, floor: Array, names: Sequence[str]) -> Figure:
+    """Jensen-Shannon distances [B, B] between blocks' spectra; grey where either block's floor [B] is not exceeded."""
+    least = np.fmax(floor[:, None], floor)
+    distance = np.where((distance <= least) & ~np.eye(len(names), dtype=bool), np.nan, distance)
     label = "Jensen-Shannon distance (0: same, 1: disjoint)"
     return heat_map(distance, names, "Distances between the spectra of blocks", label, log=False, limits=(0, 1))
 
@@ -112,7 +114,7 @@ def fidelity_figure(found: CouplingMap) -> Figure:
 
 def spectra_figure(found: BlockSpectra) -> Figure:
     """The density of every block's eigenvalues on one logarithmic grid, a row for each."""
-    largest = max(float(np.nanmax(np.abs(s.ritz_values))) for s in found.spectra)
+    largest = max(float(np.nanmax(np.abs(s.ritz_values))) for s in found.spectra) or 1.0
     grid = edges(largest)
     shares = np.array([masses(s, largest) for s in found.spectra])
     count, half = len(found.names), len(grid) // 2

@@ -17,7 +17,7 @@ from jaxhess.files.typed import read_as
 from jaxhess.slq.record import RunRecord
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.structure.coupling import CouplingMap
-from jaxhess.structure.distances import jensen_shannon
+from jaxhess.structure.distances import jensen_shannon, noise_floor
 from jaxhess.structure.spectra import BlockSpectra
 
 MAP_ARRAYS = ("lengths", "forms", "fidelity_error", "fidelity_cosine", "whole_error", "whole_cosine")
@@ -57,10 +57,12 @@ def contents(run: BlockRun) -> dict[str, bytes]:
     `blocks.npz` has `names` and `sizes` [B]; of the map `coupling` and `coupling_error` [B, B] (Frobenius norms),
     `trace` and `trace_error` [B], and the arrays of `CouplingMap`; of the spectra `alphas`, `betas`, `step_errors`
     [B, probes, steps], `steps` and `orthogonality` [B, probes], and the Jensen-Shannon `distance` and
-    `normalised_distance` [B, B].
+    `normalised_distance` [B, B] with their `_floor` [B].
     """
     arrays: dict[str, Any] = {"names": np.array(run.names), "sizes": run.sizes}
-    record: dict[str, Any] = {"format": BLOCK_FORMAT, "run": json_ready(dataclasses.asdict(run.record))}
+    lanczos = dataclasses.replace(run.record.lanczos, orthogonality=None)  # of each block: an array
+    described = dataclasses.replace(run.record, lanczos=lanczos)
+    record: dict[str, Any] = {"format": BLOCK_FORMAT, "run": json_ready(dataclasses.asdict(described))}
     if run.coupling is not None:
         trace = run.coupling.trace()
         arrays |= {name: getattr(run.coupling, name) for name in ("coupling", "coupling_error", *MAP_ARRAYS)}
@@ -79,8 +81,8 @@ def contents(run: BlockRun) -> dict[str, bytes]:
         arrays["steps"] = np.array([s.sizes for s in found])
         measured = [s.run.lanczos.orthogonality or (None,) * s.num_probes for s in found]
         arrays["orthogonality"] = np.array([[np.nan if x is None else x for x in row] for row in measured])
-        arrays["distance"] = jensen_shannon(found)
-        arrays["normalised_distance"] = jensen_shannon(found, normalised=True)
+        for name, normalised in (("distance", False), ("normalised_distance", True)):
+            arrays[name], arrays[f"{name}_floor"] = jensen_shannon(found, normalised), noise_floor(found, normalised)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return {

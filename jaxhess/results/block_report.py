@@ -21,7 +21,7 @@ from jaxhess.results.figures import png
 from jaxhess.results.page import Picture, Section, Table, facts, page
 from jaxhess.slq.extremes import Extreme
 from jaxhess.structure.coupling import CouplingMap, approximations
-from jaxhess.structure.distances import BINS_PER_DECADE, DECADES, RANK, SMOOTHING, jensen_shannon
+from jaxhess.structure.distances import BINS_PER_DECADE, DECADES, RANK, SMOOTHING, jensen_shannon, noise_floor
 from jaxhess.structure.spectra import BlockSpectra
 
 COUPLING_CAPTION = """How to read it: the colour at row a and column b is the Frobenius norm of the block H_ab of the
@@ -41,7 +41,8 @@ logarithmic axis for all blocks. Red marks are the smallest and the largest Ritz
 
 DISTANCE_CAPTION = f"""The square root of the Jensen-Shannon divergence in bits between the blocks' distributions of
 eigenvalues: masses in bins, {BINS_PER_DECADE} per decade over the {DECADES} decades below the largest magnitude of all
-blocks, for either sign, and one bin around zero; smoothed by a Gaussian of {SMOOTHING} decades. blocks.npz also has the
+blocks, for either sign, and one bin around zero; smoothed by a Gaussian of {SMOOTHING} decades. Grey: no farther apart
+than the two halves of one of the blocks' own probes, and so not told apart. blocks.npz also has the
 distances after each block's eigenvalues are divided by its {RANK}th largest (normalised_distance)."""
 
 
@@ -56,7 +57,8 @@ def report_files(run: BlockRun) -> dict[str, bytes]:
         sections += _map_sections(run.coupling, images)
     if run.spectra is not None:
         images["spectra"] = png(spectra_figure(run.spectra))
-        images["distance"] = png(distance_figure(jensen_shannon(run.spectra.spectra), run.spectra.names))
+        found = run.spectra.spectra
+        images["distance"] = png(distance_figure(jensen_shannon(found), noise_floor(found), run.spectra.names))
         sections += _spectra_sections(run.spectra, images)
     sections.append(Section("How it was made", [facts(json_ready(_record(run)))]))
     name = run.record.matrix_name

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxhess.distributed import processes
-from jaxhess.distributed.memory import available_bytes, bytes_per_device, devices_of, host_bytes, total_bytes
+from jaxhess.distributed.memory import bytes_per_device, devices_of, host_bytes, most_that_fit, total_bytes
 from jaxhess.errors import InputError
 from jaxhess.files.run_folder import json_ready
 from jaxhess.files.typed import read_as
@@ -174,7 +174,7 @@ def run_lanczos(
     if checkpoint is not None:
         inputs = dataclasses.replace(record.inputs, parameters=checksum(operator))
         record = dataclasses.replace(record, inputs=inputs)
-        saver = Saver(checkpoint, _identity(json_ready(dataclasses.asdict(record))))
+        saver = Saver(checkpoint, mesh_independent(json_ready(dataclasses.asdict(record))))
 
     def draw(p: int) -> Vector:
         return random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
@@ -274,20 +274,11 @@ class LanczosRuns:
         """
         if not shares_work(self.operator) or self.storage.basis_memory == "host":
             return 1
-        size = self.probes
-        while size > 1:
-            state = self.template(size)
-            memory = self._compiled(state).memory_analysis()
-            if memory is None:
-                return 1
-            extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            needed = max(processes.gathered(extra + bytes_per_device(jax.tree.leaves(state))))
-            available = available_bytes(jax.tree.leaves(self.operator.shape_dtype))
-            left = 0.9 * min(processes.gathered(available))
-            if needed <= left:
-                return size
-            size = self._evenly(max(1, min(size - 1, int(size * left / needed))))
-        return 1
+        return most_that_fit(
+            lambda size: self._compiled(self.template(size)),
+            self.probes,
+            lambda size: jax.tree.leaves(self.template(size)),
+        )
 
     def _compiled(self, state: LanczosState) -> jax.stages.Compiled:
         began = time.perf_counter()
@@ -343,6 +334,8 @@ class LanczosRuns:
             row, step = np.argwhere(bad)[0]
             probe = row // self.width
             what = f"The product at step {step + 1} of probe {chosen.start // self.width + probe + 1}"
+            if self.blocks is not None:
+                what += f", block {self.blocks.names[row % self.width]},"
             raise non_finite(what, self.operator, jax.tree.map(lambda x: x[probe], state.previous))
 
     def _progress(self, state: LanczosState, chosen: slice) -> Progress:
@@ -353,10 +346,7 @@ class LanczosRuns:
         return Progress(first, together, self.probes, step, self.steps, alphas, betas, self.seconds, state)
 
     def _save(self, saver: Saver, probe: int, state: LanczosState | None, must: bool) -> None:
-        """Saves what the probes before this one gave, and the state of those that advance now.
-
-        On a full disk a run in one process goes on without the save, unless it `must` be made.
-        """
+        """Saves what the probes before this one gave, and the state of those that advance now."""
         step, rows = 0 if state is None else int(state.step), probe * self.width
         record = {
             "probe": probe,
@@ -369,12 +359,7 @@ class LanczosRuns:
             **{name: [[float(x).hex() for x in row] for row in getattr(self, name)[:rows]] for name in COEFFICIENTS},
             "orthogonality": [float(x).hex() for x in self.orthogonality[:rows]],
         }
-        try:
-            saver.save(probe * self.steps + step, record, state)
-        except InputError as error:  # the disk is full, above all
-            if must or processes.count() > 1:
-                raise
-            warnings.warn(f"{error} The run goes on and tries again at the next save.", stacklevel=2)
+        save_or_warn(saver, probe * self.steps + step, record, state, must)
 
     def _resume_from(self, record: dict[str, Any]) -> int:
         """What a save holds of the probes that had ended; returns the first that had not."""
@@ -386,6 +371,16 @@ class LanczosRuns:
             getattr(self, name)[:rows] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
         self.orthogonality[:rows] = [float.fromhex(x) for x in record["orthogonality"]]
         return probe
+
+
+def save_or_warn(saver: Saver, step: int, record: dict[str, Any], state: Any = None, must: bool = False) -> None:
+    """Saves. On a full disk a run in one process goes on without the save, unless it `must` be made."""
+    try:
+        saver.save(step, record, state)
+    except InputError as error:  # the disk is full, above all
+        if must or processes.count() > 1:
+            raise
+        warnings.warn(f"{error} The run goes on and tries again at the next save.", stacklevel=2)
 
 
 def check_basis_fits(operator: LinearOperator, steps: int, storage: Storage = Storage()) -> None:
@@ -425,11 +420,11 @@ def _operator_record(description: dict[str, Any]) -> OperatorRecord:
         return OperatorRecord(str(description["kind"]), details=details)
 
 
-def _identity(facts: dict[str, Any]) -> dict[str, Any]:
+def mesh_independent(facts: dict[str, Any]) -> dict[str, Any]:
     """What of a record is the same on any mesh."""
     if not isinstance(facts, dict):
         return facts
-    return {k: _identity(v) for k, v in facts.items() if not k.endswith("_per_device") and k not in MEASURED}
+    return {k: mesh_independent(v) for k, v in facts.items() if not k.endswith("_per_device") and k not in MEASURED}
 
 
 def _next_length(length: int, done: int, seconds: float) -> int:

@@ -17,22 +17,24 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxhess.distributed import processes
+from jaxhess.distributed.memory import most_that_fit
 from jaxhess.errors import InputError
-from jaxhess.krylov.errors import Estimate, of_forms, of_squares, relative_variance
+from jaxhess.files.run_folder import json_ready
+from jaxhess.krylov.errors import Estimate, across_probes, of_forms, of_squares, relative_variance
 from jaxhess.krylov.products import check_count, everywhere
 from jaxhess.operators.base import LinearOperator
-from jaxhess.operators.block_diagonal import over_blocks, own_and_all
-from jaxhess.operators.blocks import Blocks, layer_of
-from jaxhess.operators.facts import checksum, describe, non_finite, validated
-from jaxhess.operators.restriction import STACKED
+from jaxhess.operators.block_diagonal import BlockDiagonal, over_blocks, own_and_all
+from jaxhess.operators.block_names import in_model_order, layer_number_in, layer_of
+from jaxhess.operators.blocks import Blocks
+from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validated
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
-from jaxhess.structure.memory import as_many_as_fit
+from jaxhess.slq.run import mesh_independent, save_or_warn
 from jaxhess.vectors import Distribution, Vector, random_key, random_probe, widen
 
 Array = npt.NDArray[np.float64]
 
-LARGEST = 2**28
-"""Entries of a map over all probes: 2 GiB."""
+LARGEST = 2**24
+"""Entries of a map over all probes: 128 MiB in memory, and three times as much in each save."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +66,8 @@ class CouplingMap:
         fidelity_cosine: [B, probes] cosine of the angle between (Hv)_a and H_aa v_a; NaN where one of them is zero.
         whole_error, whole_cosine: [probes] the same of whole vectors.
         distribution: Of the probes' entries.
+        form_squares: [probes, B] sums of |H_bb v_b|^2 over the finer blocks that were merged into one, from which the
+            mean of `forms` has its error; empty: none were.
     """
 
     names: tuple[str, ...]
@@ -75,6 +79,7 @@ class CouplingMap:
     whole_error: Array
     whole_cosine: Array
     distribution: Distribution = "normal"
+    form_squares: Array = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
 
     @functools.cached_property
     def _squares(self) -> tuple[float, Array]:
@@ -139,36 +144,45 @@ class CouplingMap:
 
     def trace(self) -> list[Estimate]:
         """The trace of each diagonal block, mean of v_b'H v_b, with its sampling error; B estimates."""
+        own = self.form_squares if self.form_squares.size else self._own_squares
         found = []
-        for b, forms in enumerate(self.forms.T):
-            lengths = self.lengths[:, b, b]
-            unit = float(lengths.max(initial=0.0)) or 1.0
-            squares = (lengths / unit) ** 2
+        for forms, squares in zip(self.forms.T, own.T, strict=True):
+            unit = float(squares.max(initial=0.0)) or 1.0
             # The variance of v'Av is 2 |A|_F^2 for normal entries, and less for signs.
-            spread = of_forms(2 * float(squares.mean()), squares)
-            if self.distribution == "rademacher" and len(forms) > 1:
-                spread = of_squares(squares)._replace(error=float(forms.std(ddof=1) / math.sqrt(len(forms))) / unit)
-            found.append(Estimate(float(forms.mean()), unit * spread.error, spread.freedom))
+            spread = of_forms(2 * float(squares.mean() / unit), squares / unit)
+            if self.distribution == "rademacher":
+                spread = across_probes(forms / math.sqrt(unit))
+            found.append(Estimate(float(forms.mean()), math.sqrt(unit) * spread.error, spread.freedom))
         return found
+
+    @property
+    def _own_squares(self) -> Array:
+        """[probes, B] |H_bb v_b|^2."""
+        return np.diagonal(self.lengths, axis1=1, axis2=2) ** 2
 
     def merged(self, group: Callable[[str], str]) -> CouplingMap:
         """The map of coarser blocks, those that `group` gives one name; without fidelity, which is not known of them.
 
         |H_AB|_F^2 is the sum over blocks a in A and b in B. No product is needed.
         """
-        names = tuple(dict.fromkeys(group(name) for name in self.names))
-        member = np.array([[group(name) == coarse for name in self.names] for coarse in names], float)
+        groups = [group(name) for name in self.names]
+        names = tuple(in_model_order(groups))
+        member = np.array([[name == coarse for name in groups] for coarse in names], float)
         unit = float(self.lengths.max(initial=0.0)) or 1.0
         lengths = unit * np.sqrt(np.einsum("Aa,pab,Bb->pAB", member, (self.lengths / unit) ** 2, member, optimize=True))
-        unknown = np.full((len(names), len(self.forms)), np.nan)
+        own = self.form_squares if self.form_squares.size else self._own_squares
+        blocks, whole = np.full((len(names), len(self.forms)), np.nan), np.full(len(self.forms), np.nan)
         return dataclasses.replace(
             self,
             names=names,
             sizes=(member @ self.sizes).astype(np.int64),
             lengths=lengths,
             forms=self.forms @ member.T,
-            fidelity_error=unknown,
-            fidelity_cosine=unknown,
+            form_squares=own @ member.T,
+            fidelity_error=blocks,
+            fidelity_cosine=blocks,
+            whole_error=whole,
+            whole_cosine=whole,
         )
 
     def _pattern(self, kept: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -220,7 +234,7 @@ def approximations(names: Sequence[str]) -> dict[str, npt.NDArray[np.bool_]]:
         ['block-diagonal', 'band of 1 layer to each side', 'arrow: embedding and head, and block-diagonal']
     """
     layers = [layer_of(name) for name in names]
-    numbers = [float(layer.split("/")[1]) if layer.startswith(f"{STACKED}/") else math.nan for layer in layers]
+    numbers = [math.nan if (number := layer_number_in(name)) is None else float(number) for name in names]
     found = {"block-diagonal": block_diagonal(names)}
     count = len({number for number in numbers if not math.isnan(number)})
     by_layer = block_diagonal(layers)
@@ -277,7 +291,8 @@ def coupling_map(
         probes: Independent; two or more give sampling errors.
         seed: Of the probes: the same as those of `jaxhess.spectrum`, bit for bit on any mesh.
         distribution: Of the probes' entries. Random signs have the smaller variance.
-        together: Blocks whose products are computed at once; None: as many as fit into what memory is left.
+        together: Blocks whose products are computed at once; None: as many as fit into what memory is left, or as in
+            the run that is resumed.
         checkpoint: Where the unfinished map is saved, after every probe, and whether to resume it.
         callback: Called on the host after each probe.
 
@@ -294,32 +309,35 @@ def coupling_map(
             f"A map of {len(blocks):,} blocks from {probes} probes has {entries:.3g} entries, and {LARGEST:.1g} is the "
             "most: take coarser blocks (merged), or restrict the operator to some of them."
         )
+    if together is not None:
+        check_count("together", together, 1, "blocks whose products are computed at once")
     key = random_key(seed)
-    inputs = validated(operator)
-    if together is None:
-
-        def program(k: int) -> jax.stages.Compiled:
-            return _probe_parts.lower(operator, blocks, k, key, 0, distribution).compile()
-
-        together = as_many_as_fit(program, operator, len(blocks))
-    check_count("together", together, 1, "blocks whose products are computed at once")
     identity = {
-        "map": {"probes": probes, "seed": seed, "distribution": distribution, "blocks": list(blocks.names)},
-        "operator": describe(operator),
-        "inputs": {k: v for k, v in inputs.items() if isinstance(v, float)},
+        "map": {"probes": probes, "seed": seed, "distribution": distribution},
+        "operator": describe(BlockDiagonal(operator, blocks)),
+        "inputs": validated(operator),
         "parameters": checksum(operator) if checkpoint is not None else None,
     }
+
+    def program(k: int) -> jax.stages.Compiled:
+        return _probe_parts.lower(operator, blocks, k, key, 0, distribution).compile()
+
     found: list[dict[str, Any]] = []
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         saver = None
         asked = threading.Event()
         if checkpoint is not None:
-            saver = stack.enter_context(contextlib.closing(Saver(checkpoint, identity)))
+            saver = stack.enter_context(contextlib.closing(Saver(checkpoint, mesh_independent(json_ready(identity)))))
             asked = stack.enter_context(termination())
-            found = list((saver.latest() or {}).get("probes", []))
+            saved = saver.latest() or {}
+            found, together = list(saved.get("probes", [])), together or saved.get("together")
+        if together is None and len(found) < probes:
+            sharing = len(blocks) if shares_work(operator) else 1
+            together = most_that_fit(program, sharing, lambda _: jax.tree.leaves(operator.shape_dtype))
         for p in range(len(found), probes):
-            values = [np.asarray(x, np.float64) for x in _probe_parts(operator, blocks, together, key, p, distribution)]
+            parts = _probe_parts(operator, blocks, together, key, p, distribution)
+            values = [np.asarray(x, np.float64) for x in parts]
             if not all(np.isfinite(x).all() for x in values):
                 probe = random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
                 raise non_finite(f"A product with probe {p + 1}", operator, probe)
@@ -327,8 +345,9 @@ def coupling_map(
             if callback is not None:
                 callback(CouplingProgress(p + 1, probes, time.perf_counter() - began))
             if saver is not None:
-                saver.save(p + 1, {"probes": found})
-                if processes.any_says(asked.is_set()) and p + 1 < probes:
+                stop = processes.any_says(asked.is_set())
+                save_or_warn(saver, p + 1, {"probes": found, "together": together}, must=stop)
+                if stop:
                     raise Interrupted(f"stopped by SIGTERM after probe {p + 1}; what was done is saved")
     lengths, forms, ours, theirs, apart, inner = (np.array([probe[name] for probe in found]) for name in _PARTS)
     whole = [np.sqrt((x**2).sum(1)) for x in (ours, theirs, apart)]

@@ -32,8 +32,7 @@ def jensen_shannon(spectra: Sequence[Spectrum], normalised: bool = False) -> Arr
     Args:
         spectra: Of the blocks.
         normalised: Divide the eigenvalues of each block by its tenth largest first (as Zhang et al. do, so that blocks
-            of other scale can be alike): compares shapes alone. A block with fewer positive ones is divided by its
-            smallest positive Ritz value, one with none by its largest magnitude.
+            of other scale can be alike): compares shapes alone. See `tenth_largest`.
 
     Examples:
         >>> import jax.numpy as jnp, jaxhess
@@ -47,8 +46,10 @@ def jensen_shannon(spectra: Sequence[Spectrum], normalised: bool = False) -> Arr
         array([[0., 0.],
                [0., 0.]])
     """
-    scales = [_scale(spectrum) if normalised else 1.0 for spectrum in spectra]
+    scales = [tenth_largest(spectrum) if normalised else 1.0 for spectrum in spectra]
     largest = max(float(np.nanmax(np.abs(s.ritz_values))) / scale for s, scale in zip(spectra, scales, strict=True))
+    if largest == 0:  # all are zero
+        return np.zeros((len(scales), len(scales)))
     found = [masses(s, largest, scale) for s, scale in zip(spectra, scales, strict=True)]
     distances = np.zeros((len(found), len(found)))
     for a, p in enumerate(found):
@@ -106,14 +107,58 @@ def masses(spectrum: Spectrum, largest: float, scale: float = 1.0) -> Array:
     return found / found.sum()
 
 
-def _scale(spectrum: Spectrum) -> float:
-    """The tenth largest eigenvalue, the median over probes."""
-    found = []
-    for values, ghosts, weights in zip(spectrum.ritz_values, spectrum.ghosts, spectrum.weights, strict=True):
-        kept = np.sort(values[(weights > 0) & ~ghosts])[::-1]
-        positive = kept[kept > 0]
-        found.append(positive[:RANK][-1] if positive.size else np.abs(kept).max(initial=0.0))
-    return float(np.median(found)) or 1.0
+def tenth_largest(spectrum: Spectrum) -> float:
+    """The value above which there are ten eigenvalues, by the weights of the probes; what distances are normalised by.
+
+    Of a block of fewer than 20 rows, that above which the upper half of them is. At least 1e-3 of the block's largest
+    magnitude: one block whose eigenvalues are all but zero must not stretch the grid of all others.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.structure.distances import tenth_largest
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.arange(1.0, 61.0)))
+        >>> 45 < tenth_largest(jaxhess.spectrum(A, steps=60, probes=8)) < 56  # 51, with the probes' error
+        True
+    """
+    valid = spectrum.weights > 0
+    values, weights = spectrum.ritz_values[valid], spectrum.weights[valid] / spectrum.num_probes
+    largest = float(np.abs(values).max())
+    order = np.argsort(values)[::-1]
+    rank = min(RANK, -(-spectrum.dim // 2))
+    above = np.cumsum(weights[order]) * spectrum.dim
+    place = min(int(np.searchsorted(above, rank - 0.5)), len(order) - 1)
+    return max(float(values[order[place]]), 1e-3 * largest) or 1.0
+
+
+def noise_floor(spectra: Sequence[Spectrum], normalised: bool = False) -> Array:
+    """[B] the distance between two halves of each block's own probes; NaN for a single probe.
+
+    What two blocks of one spectrum would be apart: by fewer probes, and so by more, than the distances themselves.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxhess
+        >>> from jaxhess.structure.distances import noise_floor
+        >>> A = jaxhess.MatrixOperator(jnp.diag(jnp.arange(1.0, 501.0)))
+        >>> bool(noise_floor([jaxhess.spectrum(A, steps=20, probes=4)])[0] < 0.3)
+        True
+    """
+    found = np.full(len(spectra), np.nan)
+    for b, spectrum in enumerate(spectra):
+        if spectrum.num_probes > 1:
+            halves = [_of_probes(spectrum, slice(k, None, 2)) for k in (0, 1)]
+            found[b] = jensen_shannon(halves, normalised)[0, 1]
+    return found
+
+
+def _of_probes(spectrum: Spectrum, chosen: slice) -> Spectrum:
+    errors = spectrum.step_errors
+    return Spectrum(
+        spectrum.alphas[chosen],
+        spectrum.betas[chosen],
+        spectrum.sizes[chosen],
+        spectrum.dim,
+        step_errors=errors[chosen] if errors.size else errors,
+    )
 
 
 def _divergence(p: Array, q: Array) -> float:

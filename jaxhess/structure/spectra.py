@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from jaxhess.distributed.memory import bytes_per_device
+from jaxhess.distributed.memory import most_that_fit
 from jaxhess.errors import InputError
 from jaxhess.krylov.lanczos import compile_segment
 from jaxhess.krylov.products import check_count, wide_shape_dtype
@@ -19,10 +19,10 @@ from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.block_diagonal import BlockDiagonal
 from jaxhess.operators.blocks import Blocks
+from jaxhess.operators.facts import shares_work
 from jaxhess.slq.checkpoint import Checkpoint
 from jaxhess.slq.run import Progress, RunOptions, run_lanczos
 from jaxhess.slq.spectrum import Spectrum
-from jaxhess.structure.memory import as_many_as_fit
 from jaxhess.vectors import Distribution
 
 Array = npt.NDArray[np.float64]
@@ -88,8 +88,9 @@ def block_spectra(
     """The spectra of all diagonal blocks of a symmetric operator, by Lanczos in every block at once.
 
     A step is one product for every block (`BlockDiagonal`), which share the primal pass of a loss's derivatives. The
-    runs of all blocks need the memory of one: the vectors of a step are the parts of one vector. Each block's spectrum
-    is that of `jaxhess.spectrum` of the restricted operator, with other probes. Probes come one after the other.
+    Lanczos vectors of all blocks are the parts of one vector, and take the memory of a single run; products take that
+    of two vectors for each of the blocks computed at once. Each block's spectrum is that of `jaxhess.spectrum` of the
+    restricted operator, with other probes. Probes come one after the other.
 
     Examples:
         >>> import jax.numpy as jnp, jaxhess
@@ -106,30 +107,38 @@ def block_spectra(
         probes: Independent random probes; two or more give standard errors across them.
         seed: Of the probes.
         storage: What is kept of the Lanczos vectors; in float32 or wider.
-        together: Blocks whose products are computed at once; None: as many as fit into what memory is left.
+        together: Blocks whose products are computed at once; None: as many as fit into what memory is left. A run that
+            is resumed keeps its own.
         distribution: Of the probes' entries.
         checkpoint: Where the unfinished run is saved, and whether to resume it.
         callback: Called on the host after each compiled segment.
         info: Anything to keep with each spectrum; no number depends on it.
 
     Raises:
-        InputError: An option is out of range; the blocks are those of other vectors; vectors in 16 bits are asked for;
-            the checkpoint is of another run; the loss or a product is not finite.
+        InputError: An option is out of range; the blocks are those of other vectors; vectors in 16 bits or a basis in
+            the host's memory are asked for; the checkpoint is of another run; the loss or a product is not finite.
         Interrupted: SIGTERM came; the state is saved (only with `checkpoint`).
     """
     blocks.check(operator.shape_dtype)
+    if storage.basis_memory == "host":
+        raise InputError("A basis in the host's memory is that of whole vectors: keep that of blocks on the devices.")
     if storage.vector_dtype is None:  # vectors like parameters in 16 bits are kept in float32
         wide = {str(x.dtype) for x in jax.tree.leaves(wide_shape_dtype(operator))}
         vector_dtype: Any = wide.pop() if len(wide) == 1 else "float64"
         storage = dataclasses.replace(storage, vector_dtype=vector_dtype)
     kept = abstract_lanczos(operator.shape_dtype, steps, storage, blocks=blocks)
+    if together is None and checkpoint is not None and checkpoint.resume:
+        together = checkpoint.known().get("together")  # another number would round otherwise
     if together is None:
 
         def program(k: int) -> jax.stages.Compiled:
             return compile_segment(BlockDiagonal(operator, blocks, k), kept)
 
-        together = as_many_as_fit(program, operator, len(blocks), bytes_per_device(jax.tree.leaves(kept)))
+        sharing = len(blocks) if shares_work(operator) else 1
+        together = most_that_fit(program, sharing, lambda _: jax.tree.leaves(kept))
     check_count("together", together, 1, "blocks whose products are computed at once")
+    if checkpoint is not None:
+        checkpoint = dataclasses.replace(checkpoint, identity={**checkpoint.identity, "together": together})
     diagonal = BlockDiagonal(operator, blocks, together)
     options = RunOptions(steps, probes, seed, storage, 1, distribution, checkpoint, callback)
     run, record = run_lanczos(diagonal, options, blocks)

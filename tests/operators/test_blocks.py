@@ -103,7 +103,7 @@ def test_what_is_no_partition_is_refused(by, message):
 
 def test_other_vectors_axes_and_counts_are_refused():
     blocks = Blocks.by(PARAMS, "layers")
-    with pytest.raises(InputError, match="no head/kernel"):
+    with pytest.raises(InputError, match="of other vectors: of 12 arrays, and these have 11"):
         blocks.check(abstract_params(dataclasses.replace(TINY, tied_embeddings=True)))
     with pytest.raises(InputError, match="has 2 axes, and none with number 2"):
         blocks.split("head", axis=2)
@@ -124,6 +124,28 @@ def test_norms_are_right_at_any_size_of_the_entries(size):
     labels, entries = labels_of(blocks), flat(v)
     expected = [np.linalg.norm(entries[labels == b]) for b in range(len(blocks))]
     np.testing.assert_allclose(jax.jit(blocks.norm)(v), expected, rtol=100 * 2**-24)
+
+
+def test_an_operator_knows_the_numbers_of_its_layers():
+    operator = hessian()
+    assert Blocks.by(operator.restrict(layers=[1]), "layers").names == ("layers/1",)
+    assert Blocks.by(2 * operator.restrict("mlp", layers=[-1]), "layers").names == ("layers/1",)
+    model = random_model(EXPERTS)
+    sparse = Hessian(model.loss(), model.params, [batch_of(tokens(2, 4, 9))])
+    assert Blocks.by(sparse, "layers").names == Blocks.by(model.params, "layers", stacks=EXPERTS.stacks).names
+    assert Blocks.by(sparse.restrict(layers=[0, 2]), "layers").names == ("layers/0", "layers/2")
+    everything = ("dense_layers/*", "layers/*", "embed", "final_norm", "head")
+    with pytest.raises(InputError, match="is in two blocks"):  # layers/0 is in dense_layers
+        Blocks.by(sparse, *everything)
+    assert len(Blocks.by(sparse, "dense_layers/*", "layers/[12]/*", "embed", "final_norm", "head")) == 5
+
+
+def test_names_below_layers_that_are_no_stacks_stay_whole():
+    params = {"layers": {"first": jnp.zeros((2, 3)), "second": jnp.zeros(4)}}
+    assert Blocks.by(params, "matrices").names == ("layers/first", "layers/second")
+    nested = {"model": {"layers": [jnp.zeros(1)] * 11}, "z": jnp.zeros(1)}
+    assert Blocks.by(nested, "layers").names == ("z", *(f"model/layers/{k}" for k in range(11)))
+    assert Blocks.by([jnp.zeros(2), jnp.zeros(3)], "kinds").names == ("0", "1")
 
 
 def test_labels_have_no_axis_that_they_do_not_depend_on():

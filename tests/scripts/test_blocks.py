@@ -123,6 +123,10 @@ def test_a_map_alone_and_spectra_alone(model, tmp_path):
     assert run.coupling is None
     assert run.names == ("*",)
     assert run.record.operator.operator.kind == "GaussNewton"
+    run_command(
+        script, "--model", str(model), *QUICK, "--layers", "1", "--products", "1", "--out", str(tmp_path / "one")
+    )
+    assert block_files.load(tmp_path / "one").names == ("layers/1",)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +140,7 @@ def test_a_map_alone_and_spectra_alone(model, tmp_path):
         (["--by"], "layers, kinds, matrices"),
         (["--probes", "0"], "at least 1"),
         (["--together", "0"], "together is 0"),
+        (["--layers", "7"], "layers 0 to 1"),
     ],
     ids=str,
 )

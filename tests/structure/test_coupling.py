@@ -96,7 +96,7 @@ def test_maps_of_models_are_those_of_their_dense_hessians(float64, family):
 @pytest.mark.parametrize("family", CASES)
 def test_norms_lie_within_three_standard_errors(family):
     """In 200 repetitions with 8 probes: for Student's t with 7 degrees of freedom 98% do, and fewer where squares are
-    skewed because one eigenvalue dominates. With 90%, 84% and more of 200 runs do but in one of 200 cases."""
+    skewed because one eigenvalue dominates."""
     operator, a = dense(family)
     blocks = Blocks.by(operator.shape_dtype, "layers")
     true = exact(a, blocks)
@@ -104,10 +104,10 @@ def test_norms_lie_within_three_standard_errors(family):
     inside = [np.abs(found.coupling - true) <= 3 * found.coupling_error for found in maps]
     share = np.mean(inside, axis=0)
     print(f"\n{family}: {share.min():.3f} to {share.max():.3f}, mean {share.mean():.3f}")
-    assert 0.9 <= share.mean() <= 0.999
-    assert share.min() >= 0.84
+    assert share.max() <= 0.99
+    assert share.min() >= 0.9
     norms = [found.frobenius_norm() for found in maps]
-    assert np.mean([abs(norm.value - np.linalg.norm(a)) <= 3 * norm.standard_error for norm in norms]) >= 0.84
+    assert np.mean([abs(norm.value - np.linalg.norm(a)) <= 3 * norm.standard_error for norm in norms]) >= 0.9
 
 
 def test_errors_of_approximations_are_those_of_the_dense_matrix():
@@ -143,9 +143,21 @@ def test_coarser_blocks_follow_without_a_product():
     assert coarse.names == ("left", "right")
     assert coarse.sizes.tolist() == [2, 4]
     assert (np.abs(coarse.coupling - true) < 4 * coarse.coupling_error).all()
+    assert np.isnan(coarse.whole_error).all()
+    assert coarse.names == Blocks.by({"left": np.zeros(2), "right": np.zeros(4)}, "matrices").names
     assert coarse.frobenius_norm().value == pytest.approx(fine.frobenius_norm().value)
     kept = block_diagonal(["left", "left", "right", "right"])
     assert coarse.relative_error(np.eye(2, dtype=bool)).value == pytest.approx(fine.relative_error(kept).value)
+
+
+def test_traces_of_coarser_blocks_have_the_error_of_their_finer_ones():
+    """The scatter of 200 traces is what each says, within 20%: four standard deviations of such a scatter."""
+    a = matrix([5.0, -3.0, 2.0, 1.0, 1.0, 0.5])
+    groups, member = [0, 0, 1, 1, 2, 2], {"a": "left", "b": "right", "c": "right"}
+    found = [drawn_map(a, groups, 50, seed).merged(member.get).trace() for seed in range(200)]
+    values = np.array([[estimate.value for estimate in row] for row in found])
+    errors = np.array([[estimate.standard_error for estimate in row] for row in found])
+    np.testing.assert_allclose(values.std(0), np.sqrt((errors**2).mean(0)), rtol=0.2)
 
 
 def test_patterns_of_kept_blocks():
@@ -161,6 +173,9 @@ def test_patterns_of_kept_blocks():
     assert pointed[:, 5].all()
     assert pointed[1, 2] > pointed[1, 3]
     assert list(approximations(["a", "b"])) == ["block-diagonal"]
+    rows = approximations(["embed[0]", "layers/0[0]", "layers/0[1]", "model/layers/1[0]", "layers/2", "head[2]"])
+    assert rows["block-diagonal, whole layers"][1, 2]
+    assert rows["arrow: embedding and head, and block-diagonal"][0].all()
     np.testing.assert_array_equal(arrow([True, False, False], np.eye(3, dtype=bool))[1], [True, True, False])
 
 
@@ -226,6 +241,9 @@ def test_a_map_that_was_stopped_goes_on_and_ends_in_the_same_bits(tmp_path, monk
     np.testing.assert_array_equal(resumed.fidelity_error, whole.fidelity_error)
     with pytest.raises(InputError, match="seed"):
         coupling_map(operator, blocks, probes=3, seed=1, checkpoint=saved)
+    others = dataclasses.replace(blocks, labels=tuple((labels + 1) % len(blocks) for labels in blocks.labels))
+    with pytest.raises(InputError, match="partition"):  # of the same names
+        coupling_map(operator, others, probes=3, checkpoint=saved)
 
 
 def test_bad_options_are_refused():

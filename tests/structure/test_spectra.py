@@ -1,12 +1,15 @@
 """The spectra of all blocks in one run are those of the dense diagonal blocks; distances are those of measures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from small_models import matrix, operator_of
 
 from jaxhess import Blocks, Checkpoint, Spectrum, Storage, block_spectra, make_mesh
 from jaxhess.errors import InputError
-from jaxhess.structure.distances import edges, jensen_shannon, masses
+from jaxhess.slq import run
+from jaxhess.structure.distances import edges, jensen_shannon, masses, noise_floor, tenth_largest
 from tests.operators.test_blocks import rows_of
 from tests.structure.test_coupling import CASES, cut, dense, small_hessian
 
@@ -76,6 +79,8 @@ def test_vectors_of_16_bit_parameters_are_kept_in_float32():
     assert found.spectra[0].run.lanczos.storage.vector_dtype == "float32"
     with pytest.raises(InputError, match="float32 or wider"):
         block_spectra(operator, blocks, steps=2, storage=Storage(vector_dtype="bfloat16"))
+    with pytest.raises(InputError, match="on the devices"):
+        block_spectra(operator, blocks, steps=2, storage=Storage("full", basis_memory="host"))
 
 
 def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bits(tmp_path):
@@ -98,6 +103,8 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bits(tmp_path):
     assert begun[0][1] > 2
     for name in ("alphas", "betas"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+    with pytest.raises(InputError, match="together is 1 here and 3 there"):
+        block_spectra(operator, blocks, steps=6, probes=2, together=1, checkpoint=saved)
     with pytest.raises(InputError, match="partition"):
         block_spectra(operator, rows_of(a, [0] * 5 + [1] * 5), steps=6, probes=2, checkpoint=saved)
 
@@ -151,9 +158,38 @@ def test_normalised_distances_do_not_see_a_scale():
     assert jensen_shannon([one, larger], normalised=True)[0, 1] == pytest.approx(0, abs=1e-6)
 
 
-def test_what_has_no_eigenvalue_but_zero_is_refused():
+def test_spectra_of_zeros_are_alike():
+    zero = spectrum_of([0.0], [1.0])
+    assert not jensen_shannon([zero, zero]).any()
+    assert not jensen_shannon([zero, zero], normalised=True).any()
     with pytest.raises(InputError, match="one that is not zero"):
-        jensen_shannon([spectrum_of([0.0], [1.0])] * 2)
+        edges(0.0)
+
+
+def test_the_tenth_largest_is_counted_by_weights():
+    """Four outliers and a bulk: among 1,000 rows, weights of 1/1,000 and 20/1,000 are one and twenty eigenvalues."""
+    values, weights = [100.0, 90.0, 80.0, 70.0, 2.0, 1.0], [0.001, 0.001, 0.001, 0.001, 0.02, 0.976]
+    assert tenth_largest(spectrum_of(values, weights)) == pytest.approx(2.0)
+    assert tenth_largest(spectrum_of([3.0, -1.0], [0.001, 0.999])) == pytest.approx(3e-3)  # never near zero
+    few = dataclasses.replace(spectrum_of([3.0, 2.0, 1.0, 0.0], [0.25] * 4), dim=4)
+    assert tenth_largest(few) == pytest.approx(2.0)
+
+
+def test_a_block_of_nearly_zeros_does_not_move_the_distances_of_others():
+    one, other = spectrum_of([1.0, 0.1], [0.02, 0.98]), spectrum_of([1.0, 1e-3], [0.02, 0.98])
+    alone = jensen_shannon([one, other], normalised=True)[0, 1]
+    tiny = dataclasses.replace(spectrum_of([1.0, 1e-9], [0.5, 0.5]), dim=4)
+    assert jensen_shannon([one, other, tiny], normalised=True)[0, 1] == pytest.approx(alone, abs=0.05)
+    assert alone > 0.5
+
+
+def test_the_floor_is_the_distance_of_two_halves_of_the_probes():
+    """Of one matrix: with 64 rows and 4 probes distances of runs of it are about 0.08; a single probe has no halves."""
+    a = operator_of(np.diag(np.geomspace(1e-3, 10, 64)))
+    runs = [run.spectrum(a, steps=20, probes=4, seed=seed) for seed in range(4)]
+    floor, apart = noise_floor(runs), jensen_shannon(runs)
+    assert 0 < apart[np.triu_indices(4, 1)].mean() < floor.mean() < 0.3
+    assert np.isnan(noise_floor([run.spectrum(a, steps=5, probes=1)])).all()
 
 
 def test_names_are_looked_up():
