@@ -38,6 +38,9 @@ ADAM_MINI = "Adam-mini: Use Fewer Learning Rates To Gain More (arXiv 2406.16793;
 SHARPNESS = (
     "The Sharpness Disparity Principle in Transformers (arXiv 2502.19002; cited from its abstract and its README)"
 )
+TAIL = (
+    "Heavy-Tailed Class Imbalance and Why Adam Outperforms Gradient Descent (arXiv 2402.19449; cited from its abstract)"
+)
 NEED_ADAM = (
     "Why Transformers Need Adam: A Hessian Perspective (arXiv 2402.16788; cited from its abstract and that talk)"
 )

@@ -90,12 +90,12 @@ def sweep(problem: Problem, optimizer: Optimizer, rates: Sequence[float], seeds:
     The learning rate rises over the first tenth of the steps and then falls linearly to zero.
     """
     ascending = tuple(sorted(rates))
+    starts = [problem.initial(seed) for seed in seeds]
     ends: list[list[Any]] = []
     for rate in ascending:
         ends.append([])
-        for seed in seeds:
+        for seed, start in zip(seeds, starts, strict=True):
             order = problem.order(steps, seed)
-            start = problem.initial(seed)
             ends[-1].append(_descend(start, problem.data, order, rate, loss=problem.loss, optimizer=optimizer))
     losses = np.array([[mean_loss(problem, params) for params in row] for row in ends])
     return Sweep(ascending, np.where(np.isfinite(losses), losses, np.inf), ends)
