@@ -2,10 +2,10 @@
 
     python -m scripts.studies.block_learning_rates
 
-With no options: a small decoder of the bytes of the text in scripts/tiny, from three seeds. All optimizers have the same
-hyperparameters. What would refute the claims: blocks of the Hessian that learn at least a fiftieth less than AdamW at
-the learning rate that is best for AdamW; whole arrays that do as well as these blocks; second moments that still take
-more than a tenth of AdamW's.
+With no options: a small decoder of the bytes of the text in scripts/tiny, from three seeds. All optimizers have the
+same hyperparameters. What would refute the claims: blocks of the Hessian that learn at least a fiftieth less than AdamW
+at the learning rate that is best for AdamW; whole arrays that do as well as these blocks; second moments that still
+take more than a tenth of AdamW's.
 """
 
 from __future__ import annotations
@@ -169,6 +169,8 @@ def figure(found: dict[str, Sweep], initial: npt.NDArray[np.float64]) -> Figure:
     right.axhspan(-ON_PAR, ON_PAR, color="#f2e8cf", zorder=0, label="on a par")
     right.axhline(0, color="black", linewidth=0.8)
     for panel in (left, right):
+        panel.set_xticks(found[ADAMW].rates, [f"{rate:g}" for rate in found[ADAMW].rates])
+        panel.minorticks_off()
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=9, frameon=False)

@@ -180,7 +180,7 @@ def measure(imbalanced: bool, options: Options) -> Found:
                   for r in runs])
         for chosen in (rare, ~rare)
     ]  # fmt: skip
-    return Found(shares, states, initial, *runs, *by_class)
+    return Found(shares, states, initial, runs[0], runs[1], by_class[0], by_class[1])
 
 
 def joined(sweeps: list[Sweep]) -> Sweep:
@@ -304,6 +304,7 @@ def figure(found: dict[str, Found]) -> Figure:
             panels[2].errorbar(runs.rates, *zip(*values, strict=True), marker=marker, ms=5, linestyle=line, capsize=3,
                                color=colors[labels], label=f"{labels}, {name}")  # fmt: skip
     panels[2].set(xscale="log", xlabel="peak learning rate", ylabel="training loss (nats)")
+    panels[2].minorticks_off()
     panels[2].set_ylim(0, 1.2 * max(f.initial.mean() for f in found.values()))
     for panel in panels:
         panel.grid(alpha=0.25, linewidth=0.6)
