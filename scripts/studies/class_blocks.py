@@ -44,7 +44,7 @@ rate, mean over seeds with its 95% interval."""
 class Options(StudyOptions):
     """The data, and how long the model is trained."""
 
-    classes: int = 32
+    classes: int = 64
     """Of the labels."""
     features: int = 64
     """Of an example."""
@@ -59,7 +59,7 @@ class Options(StudyOptions):
     """Steps, of all examples each. After 200 both optimizers have reached the minimum of this convex loss."""
     sgd_rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
     """Learning rates of gradient descent with momentum 0.9."""
-    adam_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+    adam_rates: tuple[float, ...] = (1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
     """Learning rates of Adam."""
     steps: int = 16
     """Lanczos steps."""
