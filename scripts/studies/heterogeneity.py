@@ -3,7 +3,7 @@
     python -m scripts.studies.heterogeneity
 
 With no options: small classifiers of handwritten digits and a small decoder of the text in scripts/tiny, each trained
-from four seeds. Blocks are the weight matrices and convolution kernels. What would refute the claims: a convolutional
+from three seeds. Blocks are the weight matrices and convolution kernels. What would refute the claims: a convolutional
 network whose spectra are as far apart as a transformer's; or SGD that loses to Adam on it by more than a twentieth of
 what Adam learns; or SGD that loses less than that on a transformer.
 """
@@ -50,7 +50,7 @@ class Options(StudyOptions):
     """Handwritten digits of scikit-learn, or random images that need no other package."""
     text: Path = TINY / "sample.txt"
     """Text whose bytes the decoder predicts."""
-    seeds: int = 4
+    seeds: int = 3
     """Independent initial weights and orders of the data; errors are over these."""
     train_steps: int = 150
     """Training steps."""
