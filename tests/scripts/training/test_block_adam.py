@@ -1,5 +1,7 @@
 """One second moment per block: Adam where a block is an entry, and partitions that cover what they say."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import jaxhess
 from jaxhess.models import abstract_params
+from scripts.training import block_adam as script
 from scripts.training.block_adam import adamw, authors_blocks, block_adamw, hessian_blocks, scale_by_block_adam
 from scripts.training.small_decoder import byte_config
 
@@ -78,3 +81,7 @@ def test_partitions_of_a_decoder():
 def test_blocks_of_other_parameters_are_refused():
     with pytest.raises(jaxhess.InputError, match="The blocks are of other vectors"):
         scale_by_block_adam(jaxhess.Blocks.by(PARAMS, "matrices")).init({"a": jnp.ones(2)})
+
+
+def test_the_examples_run():
+    assert doctest.testmod(script).failed == 0

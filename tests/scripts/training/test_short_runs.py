@@ -1,11 +1,14 @@
 """Short trainings: the best learning rate of a quadratic, divergence, errors over seeds."""
 
+import doctest
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import t as student
 
 from jaxhess.errors import InputError
+from scripts.training import short_runs as script
 from scripts.training.short_runs import Problem, adam, check_runs, mean_loss, missed, over_seeds, sgd, sweep
 
 
@@ -54,3 +57,7 @@ def test_errors_are_those_of_students_t():
 def test_options_that_make_no_comparison_are_refused(bad):
     with pytest.raises(InputError):
         check_runs(*bad)
+
+
+def test_the_examples_run():
+    assert doctest.testmod(script).failed == 0
