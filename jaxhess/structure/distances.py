@@ -166,7 +166,7 @@ def _divergence(p: Array, q: Array) -> float:
     mean = (p + q) / 2
 
     def relative_entropy(x: Array) -> float:
-        some = x > 0
+        some = (x > 0) & (mean > 0)  # half of the smallest number is zero
         return float((x[some] * np.log2(x[some] / mean[some])).sum())
 
     return (relative_entropy(p) + relative_entropy(q)) / 2

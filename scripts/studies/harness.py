@@ -33,6 +33,17 @@ FOUNDATION = (
     "Hessian Spectral Analysis at Foundation Model Scale (arXiv 2602.00816; cited from its abstract and a summary)"
 )
 """Places are headings of the summary, with what it names of the paper."""
+TALK = "Towards Quantifying the Hessian Structure of Neural Networks (slides of a talk by Y. Zhang, June 2025)"
+ADAM_MINI = "Adam-mini: Use Fewer Learning Rates To Gain More (arXiv 2406.16793; cited from its code and the README)"
+SHARPNESS = (
+    "The Sharpness Disparity Principle in Transformers (arXiv 2502.19002; cited from its abstract and its README)"
+)
+TAIL = (
+    "Heavy-Tailed Class Imbalance and Why Adam Outperforms Gradient Descent (arXiv 2402.19449; cited from its abstract)"
+)
+NEED_ADAM = (
+    "Why Transformers Need Adam: A Hessian Perspective (arXiv 2402.16788; cited from its abstract and that talk)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
