@@ -26,7 +26,7 @@ from jaxhess.results.page import Table
 from jaxhess.results.study import Claim, Range, Study
 from jaxhess.structure.distances import jensen_shannon
 from scripts.studies.harness import TAIL, TALK, StudyOptions, command, picture
-from scripts.training.short_runs import Problem, Sweep, adam, check_runs, mean_loss, missed, over_seeds, sgd, sweep
+from scripts.training.short_runs import Sweep, TrainingTask, adam, check_runs, mean_loss, missed, over_seeds, sgd, sweep
 
 Array = npt.NDArray[np.float64]
 
@@ -73,7 +73,7 @@ SMALL = Options(classes=8, features=16, examples=256, seeds=2, steps=8, probes=2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class State:
+class ClassSpectra:
     """Blocks at one point of the training: [seeds, C] traces, largest eigenvalues; [seeds] distances and exponents."""
 
     traces: Array
@@ -83,11 +83,11 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class TrainedLabels:
     """What was found with one kind of labels; losses of rare and frequent classes are [2, seeds] (SGD, Adam)."""
 
     shares: Array
-    states: dict[str, State]
+    states: dict[str, ClassSpectra]
     initial: Array
     sgd: Sweep
     adam: Sweep
@@ -148,7 +148,7 @@ def logits(params: dict[str, jax.Array], inputs: jax.Array) -> jax.Array:
 LOSS = jaxhess.SoftmaxCrossEntropy(logits)
 
 
-def problem_of(options: Options, counts: npt.NDArray[np.int64], seed: int) -> Problem:
+def problem_of(options: Options, counts: npt.NDArray[np.int64], seed: int) -> TrainingTask:
     """Softmax regression on the data of a seed, in random order."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(options.classes), counts))
@@ -156,10 +156,10 @@ def problem_of(options: Options, counts: npt.NDArray[np.int64], seed: int) -> Pr
     inputs = centres[labels] + options.noise * rng.normal(size=(len(labels), options.features))
     data = (jnp.asarray(inputs / math.hypot(1, options.noise), jnp.float32), jnp.asarray(labels, jnp.int32))
     start = {"head": jnp.asarray(0.01 * rng.normal(size=(options.classes, options.features)), jnp.float32)}
-    return Problem("softmax regression", LOSS, lambda _: start, data)
+    return TrainingTask("softmax regression", LOSS, lambda _: start, data)
 
 
-def measure(imbalanced: bool, options: Options) -> Found:
+def measure(imbalanced: bool, options: Options) -> TrainedLabels:
     """Trains with both optimizers, and takes the spectra of all classes on the way."""
     counts = class_counts(options, imbalanced)
     shares = counts / counts.sum()
@@ -180,7 +180,7 @@ def measure(imbalanced: bool, options: Options) -> Found:
                   for r in runs])
         for chosen in (rare, ~rare)
     ]  # fmt: skip
-    return Found(shares, states, initial, runs[0], runs[1], by_class[0], by_class[1])
+    return TrainedLabels(shares, states, initial, runs[0], runs[1], by_class[0], by_class[1])
 
 
 def joined(sweeps: list[Sweep]) -> Sweep:
@@ -190,14 +190,14 @@ def joined(sweeps: list[Sweep]) -> Sweep:
     return Sweep(sweeps[0].rates, losses, params)
 
 
-def of_classes(problem: Problem, chosen: npt.NDArray[np.bool_]) -> Problem:
+def of_classes(problem: TrainingTask, chosen: npt.NDArray[np.bool_]) -> TrainingTask:
     """The problem with the examples of these classes alone."""
     inputs, labels = problem.data
     kept = np.flatnonzero(chosen[np.asarray(labels)])
     return dataclasses.replace(problem, data=(inputs[kept], labels[kept]))
 
 
-def blockwise(problems: list[Problem], params: list, shares: Array, options: Options) -> State:
+def blockwise(problems: list[TrainingTask], params: list, shares: Array, options: Options) -> ClassSpectra:
     """Spectra of all classes at the parameters of every seed."""
     rows: list[tuple[Array, ...]] = []
     for seed, (problem, at) in enumerate(zip(problems, params, strict=True)):
@@ -211,7 +211,7 @@ def blockwise(problems: list[Problem], params: list, shares: Array, options: Opt
         largest = np.array([s.extreme().largest.value for s in found.spectra])
         pairs = jensen_shannon(found.spectra)[np.triu_indices(len(blocks), 1)]
         rows.append((traces, largest, pairs.mean(), exponent(shares, traces)))
-    return State(*map(np.array, zip(*rows, strict=True)))
+    return ClassSpectra(*map(np.array, zip(*rows, strict=True)))
 
 
 def exponent(shares: Array, traces: Array) -> Array:
@@ -222,7 +222,7 @@ def exponent(shares: Array, traces: Array) -> Array:
     return np.polyfit(np.log(shares), np.log(traces), 1)[0]
 
 
-def claims(found: dict[str, Found], model: str) -> Iterator[Claim]:
+def claims(found: dict[str, TrainedLabels], model: str) -> Iterator[Claim]:
     """What the talk says of balanced and imbalanced labels, and the paper on heavy tails of the classes."""
     balanced, imbalanced = (found[labels] for labels in LABELS)
     place = "Part IV, When and why Adam ≫ SGD, Data"
@@ -258,7 +258,7 @@ def text(values: npt.ArrayLike) -> str:
     return f"{value:.3g} ± {error:.1g}" if math.isfinite(value) else "none"
 
 
-def block_table(found: dict[str, Found]) -> Table:
+def block_table(found: dict[str, TrainedLabels]) -> Table:
     """Distances and exponents."""
     head = ("labels", "at", "mean distance of classes", "exponent of the trace", "largest over smallest trace")
     rows = [
@@ -269,7 +269,7 @@ def block_table(found: dict[str, Found]) -> Table:
     return Table(head, rows, "Blocks of the classes, ± 95% over seeds")
 
 
-def training_table(found: dict[str, Found]) -> Table:
+def training_table(found: dict[str, TrainedLabels]) -> Table:
     """Losses at the best rates."""
     rows = [
         (labels, name, f"{runs.rates[runs.best]:g}", text(runs.losses[runs.best]), text(f.rare[k]), text(f.frequent[k]))
@@ -280,7 +280,7 @@ def training_table(found: dict[str, Found]) -> Table:
     return Table(head, rows, "Loss (nats) after equal steps")
 
 
-def figure(found: dict[str, Found]) -> Figure:
+def figure(found: dict[str, TrainedLabels]) -> Figure:
     """Traces against frequencies, early and trained, and losses against learning rates."""
     drawn = Figure(figsize=(15, 4.6), dpi=110, layout="constrained", facecolor="white")
     panels = drawn.subplots(1, 3)

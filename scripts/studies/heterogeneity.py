@@ -28,7 +28,7 @@ from jaxhess.results.study import Claim, Range, Study
 from jaxhess.structure.distances import jensen_shannon
 from scripts.studies.harness import NEED_ADAM, TALK, TINY, StudyOptions, command, picture
 from scripts.training.images import ConvNet, Source, VisionTransformer, image_problem, load_images
-from scripts.training.short_runs import Problem, Sweep, adam, check_runs, mean_loss, missed, over_seeds, sgd, sweep
+from scripts.training.short_runs import Sweep, TrainingTask, adam, check_runs, mean_loss, missed, over_seeds, sgd, sweep
 from scripts.training.small_decoder import byte_batch, byte_config, decoder_problem
 
 Array = npt.NDArray[np.float64]
@@ -79,7 +79,7 @@ SMALL = Options(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class State:
+class BlockwiseSpectra:
     """Blocks at one point of the training: Jensen-Shannon distances [seeds, B, B], largest eigenvalues [seeds, B], and
     for every seed the mean distance between estimates of one block by single probes."""
 
@@ -101,12 +101,12 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class TrainedModel:
     """What was found for one model."""
 
-    problem: Problem
+    problem: TrainingTask
     names: tuple[str, ...]
-    states: dict[str, State]
+    states: dict[str, BlockwiseSpectra]
     initial: Array
     sgd: Sweep
     adam: Sweep
@@ -138,7 +138,7 @@ def study(options: Options) -> Study:
     )
 
 
-def problems(options: Options) -> list[Problem]:
+def problems(options: Options) -> list[TrainingTask]:
     """The convolutional network, the vision transformer and the decoder."""
     data = load_images(options.images, options.examples)
     width = options.width
@@ -150,7 +150,7 @@ def problems(options: Options) -> list[Problem]:
     ]
 
 
-def measure(problem: Problem, options: Options) -> Found:
+def measure(problem: TrainingTask, options: Options) -> TrainedModel:
     """Trains with both optimizers, and takes the spectra before and after."""
     seeds = range(options.seeds)
     runs = [sweep(problem, o, rates, seeds, options.train_steps)
@@ -159,10 +159,10 @@ def measure(problem: Problem, options: Options) -> Found:
     names, initial = blockwise(problem, begin, options)
     _, trained = blockwise(problem, runs[1].params[runs[1].best], options)
     first = np.array([mean_loss(problem, params) for params in begin])
-    return Found(problem, names, {"initialisation": initial, "trained": trained}, first, *runs)
+    return TrainedModel(problem, names, {"initialisation": initial, "trained": trained}, first, *runs)
 
 
-def blockwise(problem: Problem, seeds: list, options: Options) -> tuple[tuple[str, ...], State]:
+def blockwise(problem: TrainingTask, seeds: list, options: Options) -> tuple[tuple[str, ...], BlockwiseSpectra]:
     """Names of the blocks, and distances at the parameters of every seed."""
     count = options.spectrum_examples // (8 if problem.name == "decoder" else 1)
     batch = jax.tree.map(lambda x: x[:count], problem.data)
@@ -182,7 +182,7 @@ def blockwise(problem: Problem, seeds: list, options: Options) -> tuple[tuple[st
             np.array([s.extreme().largest.value for s in found.spectra]),
             np.mean([jensen_shannon(pair)[0, 1] for pair in pairs]),
         ))  # fmt: skip
-    return names, State(*map(np.array, zip(*rows, strict=True)))
+    return names, BlockwiseSpectra(*map(np.array, zip(*rows, strict=True)))
 
 
 def one_probe(spectrum: jaxhess.Spectrum, probe: int) -> jaxhess.Spectrum:
@@ -192,7 +192,7 @@ def one_probe(spectrum: jaxhess.Spectrum, probe: int) -> jaxhess.Spectrum:
     return dataclasses.replace(spectrum, **arrays)
 
 
-def claims(cnn: Found, *transformers: Found) -> Iterator[Claim]:
+def claims(cnn: TrainedModel, *transformers: TrainedModel) -> Iterator[Claim]:
     """The talk's observations about blocks, and what it says about SGD and Adam."""
     place, beside = "Part IV, Implication I, Observation 1 and Figure 4", "Implication I, table of SGD and Adam"
     for model in transformers:
@@ -225,7 +225,7 @@ def text(values: npt.ArrayLike) -> str:
     return f"{value:.3g} ± {error:.1g}" if math.isfinite(value) else "diverged"
 
 
-def distance_table(found: list[Found]) -> Table:
+def distance_table(found: list[TrainedModel]) -> Table:
     """Mean distances and ranges of every model, before and after the training."""
     head = ("model", "at", "blocks", "mean distance, normalised", "absolute", "same block, other probe",
             "log10 range of largest eigenvalues")  # fmt: skip
@@ -237,7 +237,7 @@ def distance_table(found: list[Found]) -> Table:
     return Table(head, rows, "Distances between blocks, ± 95% over seeds")
 
 
-def training_table(found: list[Found]) -> Table:
+def training_table(found: list[TrainedModel]) -> Table:
     """Losses at the best learning rates."""
     head = ("model", "loss before", "SGD", "at rate", "Adam", "at rate", "share missed by SGD")
     rows = [
@@ -248,7 +248,7 @@ def training_table(found: list[Found]) -> Table:
     return Table(head, rows, "Loss on the training data after equal steps")
 
 
-def record(model: Found) -> dict:
+def record(model: TrainedModel) -> dict:
     """Everything measured of a model, for JSON."""
     return {
         "blocks": model.names,
@@ -261,7 +261,7 @@ def record(model: Found) -> dict:
     }
 
 
-def figure(found: list[Found]) -> Figure:
+def figure(found: list[TrainedModel]) -> Figure:
     """A column for each model: distances before and after, and losses against learning rates."""
     drawn = Figure(figsize=(15, 14), dpi=110, layout="constrained", facecolor="white")
     panels = drawn.subplots(3, len(found), height_ratios=(1.15, 1.15, 0.8), squeeze=False)
@@ -284,7 +284,7 @@ def short(name: str) -> str:
     return name.removesuffix("/kernel").replace("attention/", "").replace("mlp/", "").replace("layers/", "layer")
 
 
-def training_panel(panel: Axes, model: Found) -> None:
+def training_panel(panel: Axes, model: TrainedModel) -> None:
     """Final losses against learning rates."""
     for name, runs, color, marker in (("SGD", model.sgd, "#D55E00", "o"), ("Adam", model.adam, "#0072B2", "s")):
         points = [(rate, *over_seeds(row)) for rate, row in zip(runs.rates, runs.losses, strict=True)]

@@ -28,8 +28,8 @@ from jaxhess.results.study import Study
 from scripts.studies.approximations import models
 from scripts.studies.approximations.compared import (
     RANDOM,
-    Measured,
     Structures,
+    StructureScore,
     Vectors,
     best,
     layer_patterns,
@@ -200,7 +200,7 @@ def result(options: Options, problem: models.DenseProblem, kind: str, rows: np.n
 
 
 def predictions(
-    options: Options, problem: models.DenseProblem, kind: str, fixed: Mapping[str, Measured]
+    options: Options, problem: models.DenseProblem, kind: str, fixed: Mapping[str, StructureScore]
 ) -> dict[str, Prediction]:
     """What the coupling map of the finest blocks but rows says of the errors of coarser blocks, bands and the arrow."""
     cuts = {name: cut for name, cut in partitions(problem).items() if name != "rows"}

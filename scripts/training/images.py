@@ -12,7 +12,7 @@ from flax import nnx
 
 import jaxhess
 from jaxhess.errors import InputError
-from scripts.training.short_runs import Problem
+from scripts.training.short_runs import TrainingTask
 
 CLASSES = 10
 Source = Literal["digits", "prototypes"]
@@ -102,8 +102,8 @@ class VisionTransformer(nnx.Module):
 
 def image_problem(
     name: str, make: Callable[[nnx.Rngs], nnx.Module], data: tuple[jax.Array, jax.Array], batch: int
-) -> Problem:
+) -> TrainingTask:
     """Training of a classifier of images from the random weights of a seed."""
     function, _ = jaxhess.module_function(make(nnx.Rngs(0)))
     loss = jaxhess.SoftmaxCrossEntropy(function)
-    return Problem(name, loss, lambda seed: jaxhess.module_function(make(nnx.Rngs(seed)))[1], data, batch)
+    return TrainingTask(name, loss, lambda seed: jaxhess.module_function(make(nnx.Rngs(seed)))[1], data, batch)

@@ -24,7 +24,7 @@ Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
+class TrainingTask:
     """A model, its loss and its data.
 
     Attributes:
@@ -83,7 +83,9 @@ class Sweep:
         return self.losses[self.rates.index(rate)]
 
 
-def sweep(problem: Problem, optimizer: Optimizer, rates: Sequence[float], seeds: Sequence[int], steps: int) -> Sweep:
+def sweep(
+    problem: TrainingTask, optimizer: Optimizer, rates: Sequence[float], seeds: Sequence[int], steps: int
+) -> Sweep:
     """Trains from every seed with every learning rate.
 
     A seed gives the initial parameters and the order of the data: runs of the same seed differ by the optimizer alone.
@@ -127,7 +129,7 @@ def _descend(
     return jax.lax.scan(step, (params, transformation.init(params)), order)[0][0]
 
 
-def mean_loss(problem: Problem, params: Any) -> float:
+def mean_loss(problem: TrainingTask, params: Any) -> float:
     """Over all data."""
     total, count = _loss(params, problem.data, loss=problem.loss)
     return float(total) / float(count)

@@ -11,7 +11,7 @@ from jaxhess.data import TokenBatch
 from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, initialize
 from jaxhess.vectors import random_key
-from scripts.training.short_runs import Problem
+from scripts.training.short_runs import TrainingTask
 from scripts.training.tiny import Options, decoder_config
 
 BYTES = 256
@@ -45,7 +45,7 @@ def byte_batch(path: str | Path, seq_len: int, sequences: int) -> TokenBatch:
     return TokenBatch(jnp.asarray(tokens), jnp.ones((sequences, seq_len), jnp.float32))
 
 
-def decoder_problem(config: DecoderConfig, data: TokenBatch, batch: int) -> Problem:
+def decoder_problem(config: DecoderConfig, data: TokenBatch, batch: int) -> TrainingTask:
     """Training of such a decoder from the random weights of a seed."""
     loss = initialize(config, random_key(0)).loss()
-    return Problem("decoder", loss, lambda seed: initialize(config, random_key(seed)).params, data, batch)
+    return TrainingTask("decoder", loss, lambda seed: initialize(config, random_key(seed)).params, data, batch)

@@ -191,7 +191,7 @@ class Vectors:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class StructureScore:
     """How good a structure S is in place of C.
 
     Attributes:
@@ -218,7 +218,7 @@ class Measured:
         return math.nan if self.steps is None or min(self.steps) < 0 else float(np.mean(self.steps))
 
 
-def measured(structure: Approximation, vectors: Vectors) -> Measured:
+def measured(structure: Approximation, vectors: Vectors) -> StructureScore:
     """Without conjugate gradients."""
     errors, cosines = {}, {}
     squares = math.nan, math.nan
@@ -230,7 +230,7 @@ def measured(structure: Approximation, vectors: Vectors) -> Measured:
         cosines[name] = (exact * ours).sum(0) / lengths / np.where(own > 0, own, 1)
         if name == RANDOM:
             squares = root_of_ratio(apart**2, lengths**2)
-    return Measured(structure.storage(), rank_of(structure), errors, cosines, squares)
+    return StructureScore(structure.storage(), rank_of(structure), errors, cosines, squares)
 
 
 def rank_of(structure: Approximation) -> int:
@@ -249,7 +249,7 @@ def shift_of(values: Array, damping: float) -> float:
 def steps_with(
     structures: Mapping[Key, Approximation], matrix: Array, shift: float, sides: Array, tolerance: float, max_steps: int
 ) -> tuple[dict[Key, list[int] | None], list[int]]:
-    """Steps of conjugate gradients with each structure as preconditioner (see `Measured.steps`), and with none."""
+    """Steps of conjugate gradients with each structure as preconditioner (`StructureScore.steps`), and with none."""
     inverses = {name: inverse for name, one in structures.items() if (inverse := one.inverse(shift)) is not None}
     shifted = matrix + shift * np.eye(len(matrix))
     plain: Callable[[Array], Array] = np.array
@@ -279,12 +279,12 @@ def jackknife(statistic: Callable[[npt.NDArray[np.bool_]], float], count: int) -
     return statistic(everything), float(math.sqrt((count - 1) / count * ((left - left.mean()) ** 2).sum()))
 
 
-def best(found: Mapping[str, Measured], score: Callable[[Measured], float]) -> str | None:
+def best(found: Mapping[str, StructureScore], score: Callable[[StructureScore], float]) -> str | None:
     """The name of the least score; NaN is none."""
     scored = {name: score(one) for name, one in found.items() if not math.isnan(score(one))}
     return min(scored, key=lambda name: scored[name]) if scored else None
 
 
-def mean_error(group: str) -> Callable[[Measured], float]:
+def mean_error(group: str) -> Callable[[StructureScore], float]:
     """The score by which a structure wins on vectors of a kind."""
     return lambda one: float(one.errors[group].mean())

@@ -15,7 +15,7 @@ from scripts.studies.approximations.compared import (
     PLUS_DIAGONAL,
     RANDOM,
     SEQUENCES,
-    Measured,
+    StructureScore,
     best,
     mean_error,
     ratio,
@@ -53,9 +53,9 @@ class Result:
     model: str
     kind: str
     dim: int
-    fixed: dict[str, Measured]
-    equal: dict[str, Measured | None]
-    budgets: dict[int, dict[str, Measured]]
+    fixed: dict[str, StructureScore]
+    equal: dict[str, StructureScore | None]
+    budgets: dict[int, dict[str, StructureScore]]
     by_triangles: dict[int, str | None]
     plain: list[int]
     predicted: dict[str, Prediction]
@@ -281,7 +281,7 @@ def side_by_side(one: Result) -> Table:
     return Table((*head, "steps", *beside), rows, title)
 
 
-def _cells(own: Measured) -> tuple[str, ...]:
+def _cells(own: StructureScore) -> tuple[str, ...]:
     random = own.errors[RANDOM]
     low, high = np.quantile(random, (0.05, 0.95))
     cosine = own.cosines[RANDOM]
@@ -295,7 +295,7 @@ def _cells(own: Measured) -> tuple[str, ...]:
     )
 
 
-def _short(pairs: Measured) -> tuple[str, ...]:
+def _short(pairs: StructureScore) -> tuple[str, ...]:
     return f"{pairs.rank}", _with_error(pairs.errors[RANDOM]), _with_error(pairs.errors[SEQUENCES])
 
 

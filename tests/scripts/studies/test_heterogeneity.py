@@ -9,24 +9,24 @@ from small_models import run_command
 
 import jaxhess
 from scripts.studies import heterogeneity as script
-from scripts.training.short_runs import Problem, Sweep
+from scripts.training.short_runs import Sweep, TrainingTask
 
 
-def state(distance: float, decades: float) -> script.State:
+def state(distance: float, decades: float) -> script.BlockwiseSpectra:
     apart = distance * (1 - np.eye(3))
     distances = np.stack([apart, apart + 0.01 * (1 - np.eye(3))])
     largest = np.array([[1.0, 10.0**decades, 2.0], [1.0, 10.0**decades, 3.0]])
-    return script.State(distances, distances, largest, np.zeros(2))
+    return script.BlockwiseSpectra(distances, distances, largest, np.zeros(2))
 
 
-def found(name: str, distance: float, decades: float, sgd: float, best: int = 1) -> script.Found:
+def found(name: str, distance: float, decades: float, sgd: float, best: int = 1) -> script.TrainedModel:
     losses = np.full((3, 2), 4.0)
     losses[best] = sgd, sgd + 0.01
     adam = np.array([[4.0, 4.0], [1.0, 1.01], [4.0, 4.0]])
     runs = [Sweep((0.1, 0.2, 0.3), x, []) for x in (losses, adam)]
     states = {"initialisation": state(distance, decades), "trained": state(distance, decades)}
-    problem = Problem(name, len, lambda seed: seed, np.zeros(1))
-    return script.Found(problem, ("a/kernel", "b/kernel", "c/kernel"), states, np.array([5.0, 5.0]), *runs)
+    problem = TrainingTask(name, len, lambda seed: seed, np.zeros(1))
+    return script.TrainedModel(problem, ("a/kernel", "b/kernel", "c/kernel"), states, np.array([5.0, 5.0]), *runs)
 
 
 def test_claims_hold_where_the_numbers_say_so_and_not_where_they_do_not():

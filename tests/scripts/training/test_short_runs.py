@@ -9,14 +9,14 @@ from scipy.stats import t as student
 
 from jaxhess.errors import InputError
 from scripts.training import short_runs as script
-from scripts.training.short_runs import Problem, adam, check_runs, mean_loss, missed, over_seeds, sgd, sweep
+from scripts.training.short_runs import TrainingTask, adam, check_runs, mean_loss, missed, over_seeds, sgd, sweep
 
 
 def loss(params, batch):
     return jnp.sum((params - batch) ** 2), jnp.float32(len(batch))
 
 
-QUADRATIC = Problem("quadratic", loss, lambda seed: jnp.float32(seed + 1), jnp.array([3.0, 5.0]))
+QUADRATIC = TrainingTask("quadratic", loss, lambda seed: jnp.float32(seed + 1), jnp.array([3.0, 5.0]))
 """Mean loss (w - 4)^2 + 1."""
 
 
@@ -34,7 +34,7 @@ def test_a_quadratic_is_minimised_at_the_best_rate_and_diverges_beyond():
 
 
 def test_the_order_is_that_of_the_seed():
-    small = Problem("", loss, lambda seed: 0, jnp.arange(10.0), batch=4)
+    small = TrainingTask("", loss, lambda seed: 0, jnp.arange(10.0), batch=4)
     assert (small.order(3, 0) == small.order(3, 0)).all()
     assert (small.order(3, 0) != small.order(3, 1)).any()
     assert small.order(3, 0).shape == (3, 4)
