@@ -20,7 +20,8 @@ from jaxhess.results.block_files import BlockRun
 from jaxhess.results.figures import png
 from jaxhess.results.page import Picture, Section, Table, facts, page
 from jaxhess.slq.extremes import Extreme
-from jaxhess.structure.coupling import CouplingMap, approximations
+from jaxhess.structure.approximations import approximations
+from jaxhess.structure.coupling import CouplingMap
 from jaxhess.structure.distances import BINS_PER_DECADE, DECADES, RANK, SMOOTHING, jensen_shannon, noise_floor
 from jaxhess.structure.spectra import BlockSpectra
 

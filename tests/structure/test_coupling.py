@@ -11,7 +11,7 @@ from small_models import TINY, Diagonal, batch_of, matrix, operator_of, random_m
 
 from jaxhess import Blocks, Checkpoint, CouplingMap, GaussNewton, Hessian, coupling_map, make_mesh
 from jaxhess.errors import InputError
-from jaxhess.structure.coupling import approximations, arrow, band, block_diagonal
+from jaxhess.structure.approximations import approximations, arrow, band, block_diagonal
 from jaxhess.vectors import random_key, random_probe
 from tests.operators.test_blocks import flat, labels_of, rows_of
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import jaxhess
-from jaxhess.structure.coupling import arrow, band, block_diagonal
+from jaxhess.structure.approximations import arrow, band, block_diagonal
 from scripts.studies.approximations.kronecker import kfac, linear_maps, nearest
 from scripts.studies.approximations.matrices import (
     Approximation,
