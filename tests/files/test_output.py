@@ -21,7 +21,7 @@ from jaxhess.errors import InputError
 from jaxhess.files.lock import LOCK
 from jaxhess.files.manifest import MANIFEST, foreign
 from jaxhess.files.output import Output, OutputFile, writing
-from jaxhess.files.run_folder import EXPORTS, RUN_FILES
+from jaxhess.files.run_folder import BLOCK_FILES, EXPORTS, RUN_FILES
 from jaxhess.results.report import FIGURES
 
 ROOT = Path(__file__).parents[2]
@@ -49,11 +49,23 @@ def run(tmp_path_factory) -> Path:
 OUT = ("--out", "{out}")
 FOLDERS = {
     "scripts.spectrum": (("--model", "not/read", *OUT), (*RUN_FILES, "eigenvectors", "unfinished", MANIFEST)),
+    "scripts.blocks": (
+        ("--model", "not/read", *OUT),
+        (*BLOCK_FILES, "unfinished", "unfinished-spectra", MANIFEST),
+    ),
     "scripts.compare": (("{run}", *OUT), ("comparison.json", "densities.png", "stems.png", MANIFEST)),
     "scripts.export": (("{run}", *OUT), (*EXPORTS[:2], MANIFEST)),
     "scripts.studies.ghosts": (("--model", "not/read", *OUT), ("study.json", "study.html", "ghosts.png", MANIFEST)),
     "scripts.studies.step_size": (("--model", "not/read", *OUT), ("study.json", "step_size.png", MANIFEST)),
-    "scripts.studies.scaling": (OUT, ("study.html", "scaling.png", MANIFEST)),
+    "scripts.studies.fidelity": (("--model", "not/read", *OUT), ("study.json", "fidelity.png", MANIFEST)),
+    "scripts.studies.kind_sharpness": (("--model", "not/read", *OUT), ("study.json", "kind_sharpness.png", MANIFEST)),
+    **{
+        f"scripts.studies.{name}": (OUT, ("study.html", f"{name}.png", MANIFEST))
+        for name in (
+            *("block_learning_rates", "block_structure", "class_blocks", "classes", "heterogeneity", "random_matrix"),
+            *("scaling", "structures"),
+        )
+    },
     "scripts.studies.all": (OUT, ("index.html", MANIFEST)),
     "scripts.validation.torch": (("--model", "not/read", *OUT), ("agreement.json", "agreement.html", MANIFEST)),
     "scripts.training.tiny": (OUT, ("config.json", "notes.txt", ".git", MANIFEST)),
@@ -97,8 +109,13 @@ def test_every_command_with_an_output_is_in_the_table():
     scripts = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     own = r"^    (out|json): Path|\((Study|Model)Options\):$"
     writing = {name for name in scripts if re.search(own, module_text(name), re.MULTILINE)}
-    shared = {"scripts.studies.harness", "scripts.run_options"}
-    assert writing - shared == set(FOLDERS) - {"convert", "scripts.spectrum"}
+    shared = {"scripts.studies.harness", "scripts.run_options", "scripts.studies.block_fidelity.products"}
+    assert writing - shared == set(FOLDERS) - {
+        "convert",
+        "scripts.spectrum",
+        "scripts.blocks",
+        "scripts.studies.fidelity",
+    }
     # and nothing is written but through `jaxhess.files.output`, or into a folder that then appears
     for name in set(scripts) - {"scripts.smollm2"}:  # whose file is known by its SHA-256 and replaces no other
         found = re.findall(r".*(?:write_text|savefig|open\(|\.mkdir|unlink|rmtree|write_bytes).*", module_text(name))

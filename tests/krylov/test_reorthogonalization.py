@@ -213,11 +213,11 @@ def test_batches_are_chosen_from_memory(monkeypatch):
     free = spectrum(operator, steps=3, probes=6)
     assert free.run.lanczos.batch_size == 6
     needed = 8 * 100_000 * 4  # of each probe: three rows, two vectors, the product and temporaries
-    monkeypatch.setattr("jaxhess.slq.run.available_bytes", lambda _: 3.4 * needed)
+    monkeypatch.setattr("jaxhess.distributed.memory.available_bytes", lambda _: 3.4 * needed)
     cut = spectrum(operator, steps=3, probes=6)
     assert 1 < cut.run.lanczos.batch_size <= 3
     np.testing.assert_allclose(cut.alphas, free.alphas, atol=1e-6)
-    monkeypatch.setattr("jaxhess.slq.run.available_bytes", lambda _: 10)
+    monkeypatch.setattr("jaxhess.distributed.memory.available_bytes", lambda _: 10)
     assert spectrum(operator, steps=3, probes=2).run.lanczos.batch_size == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 import jaxhess
 from jaxhess.models import ExpertsConfig, initialize
 from jaxhess.operators.facts import describe, validate
-from jaxhess.slq.run import _identity
+from jaxhess.slq.run import mesh_independent
 from jaxhess.vectors import norm
 
 SIZES = {
@@ -129,4 +129,4 @@ def test_margins_are_infinite_where_all_experts_are_chosen():
 def test_what_is_measured_of_a_choice_does_not_keep_a_run_from_another_mesh():
     """Margins are rounded otherwise there, and one next to zero has no digit in common."""
     facts = {"loss": 2.0, "routing": {"margin": {"0": 1e-9}}, "shift_of_a_random_vector": {"jumped": 0.1}}
-    assert _identity({"inputs": facts}) == {"inputs": {"loss": 2.0}}
+    assert mesh_independent({"inputs": facts}) == {"inputs": {"loss": 2.0}}
