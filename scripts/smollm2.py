@@ -92,7 +92,7 @@ def main() -> None:
     console.print(
         "Reading it takes the extra gguf, and torch for the tokenizer. Next, minutes on two cores:\n"
         f"python scripts/spectrum.py --model {options.folder} --data scripts/tiny/sample.txt --seq-len 64 "
-        "--sequences 4 --steps 8"
+        "--sequences 4 --steps 8 --probes 2"
     )
 
 
