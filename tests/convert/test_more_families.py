@@ -109,7 +109,7 @@ MORE += [
      {"attention_bias": True, "tie_word_embeddings": False, "num_key_value_heads": 4,
       "layer_types": ["full_attention", "sliding_attention"]}),
 ]  # fmt: skip
-"""Further shapes of them: slow."""
+"""Further shapes of them, for who changes a family: marked `study`."""
 
 
 def as_params(tensors: dict[str, torch.Tensor], reference: Any, directory: Path) -> Any:
@@ -121,7 +121,7 @@ def as_params(tensors: dict[str, torch.Tensor], reference: Any, directory: Path)
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, id=c[0], marks=pytest.mark.slow if c in MORE else ()) for c in CASES + DENSE + MORE],
+    [pytest.param(c, id=c[0], marks=pytest.mark.study if c in MORE else ()) for c in CASES + DENSE + MORE],
 )
 def test_float64_agrees_with_torch_and_is_written_back_bit_for_bit(case: Any, tmp_path: Path) -> None:
     _, family, options = case

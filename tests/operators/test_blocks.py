@@ -174,7 +174,7 @@ def hessian(kind=Hessian, mesh=None, **options):
     return kind(model.loss(), model.params, [batch_of(tokens(8, 6, 9))], **options)
 
 
-@pytest.mark.parametrize("kind", [Hessian, FiniteDifferenceHessian])
+@pytest.mark.parametrize("kind", [Hessian, pytest.param(FiniteDifferenceHessian, marks=pytest.mark.slow)])
 def test_the_diagonal_blocks_of_curvature_are_those_of_the_restricted_operator(kind):
     """Exact products to float32's rounding; differences also to their own error at a step that each block measures."""
     operator = hessian(kind)

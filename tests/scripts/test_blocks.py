@@ -71,6 +71,7 @@ def test_what_is_read_back_is_what_was_found(finished):
     assert block_files.contents(run)["blocks.npz"]
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_library(model, finished):
     loaded = convert.load(model)
     tokens = script.spectrum_command.read_data(
@@ -110,6 +111,7 @@ def test_a_run_stopped_in_either_part_is_ended_by_resume(model, finished, tmp_pa
     assert not (out / "unfinished-spectra").exists()
 
 
+@pytest.mark.slow
 def test_a_map_alone_and_spectra_alone(model, tmp_path):
     run_command(
         script, "--model", str(model), *QUICK, "--by", "kinds", "--products", "1", "--out", str(tmp_path / "map")

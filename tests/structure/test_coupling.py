@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import TINY, Diagonal, batch_of, matrix, operator_of, random_model, tokens
+from small_models import TINY, Diagonal, batch_of, matrix, network, operator_of, random_model, tokens
 
-from jaxhess import Blocks, Checkpoint, CouplingMap, GaussNewton, Hessian, coupling_map, make_mesh
+from jaxhess import Blocks, Checkpoint, CouplingMap, Hessian, coupling_map, make_mesh
 from jaxhess.errors import InputError
 from jaxhess.structure.approximations import approximations, arrow, band, block_diagonal
 from jaxhess.vectors import random_key, random_probe
@@ -23,7 +23,7 @@ FAMILIES = {
     ),
 }
 
-CASES = [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in FAMILIES]
+CASES = [pytest.param(name, marks=() if name == "llama" else pytest.mark.study) for name in FAMILIES]
 
 
 def small_hessian(family: str = "llama", kind=Hessian, mesh=None, **change) -> Hessian:
@@ -223,8 +223,8 @@ def test_maps_do_not_depend_on_the_mesh_nor_on_how_many_blocks_go_together():
 
 
 def test_a_map_that_was_stopped_goes_on_and_ends_in_the_same_bits(tmp_path, monkeypatch):
-    operator = small_hessian(kind=GaussNewton)
-    blocks = Blocks.by(operator.shape_dtype, "kinds")
+    operator = network()
+    blocks = Blocks.by(operator, "layers")
     whole = coupling_map(operator, blocks, probes=3)
     saved = Checkpoint(tmp_path / "saves", resume=True)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from small_models import matrix, operator_of
+from small_models import matrix, network, operator_of
 
 from jaxhess import Blocks, Checkpoint, Spectrum, Storage, block_spectra, make_mesh
 from jaxhess.errors import InputError
@@ -61,7 +61,7 @@ def test_a_block_of_zeros_and_one_that_is_everything():
     assert found["b0"].ritz_values[0, :4] == pytest.approx([1, 2, 3, 4], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_blocks_spectra_do_not_depend_on_the_mesh():
     change = {"vocab_size": 16, "embed_dim": 8, "mlp_dim": 8}
     largest = []
@@ -73,8 +73,8 @@ def test_blocks_spectra_do_not_depend_on_the_mesh():
 
 
 def test_vectors_of_16_bit_parameters_are_kept_in_float32():
-    operator = small_hessian(dtype="bfloat16")
-    blocks = Blocks.by(operator.shape_dtype, "layers")
+    operator = network("bfloat16")
+    blocks = Blocks.by(operator, "layers")
     found = block_spectra(operator, blocks, steps=2, probes=1)
     assert found.spectra[0].run.lanczos.storage.vector_dtype == "float32"
     with pytest.raises(InputError, match="float32 or wider"):

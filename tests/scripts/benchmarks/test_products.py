@@ -104,9 +104,8 @@ def test_peaks_are_known_by_device_and_dtype_or_not_at_all():
     assert peak_matmul_flops("cpu", "float32") is None
 
 
-@pytest.mark.parametrize(
-    "timed", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.study)]
-)
+@pytest.mark.study
+@pytest.mark.parametrize("timed", [False, True])
 def test_operations_and_times_of_the_reference_model(tmp_path, timed):
     """Operations as promised; times only where nothing else runs, in a process of its own fully optimised."""
     out = tmp_path / "out.json"

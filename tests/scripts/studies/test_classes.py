@@ -46,7 +46,7 @@ def test_the_jackknife_gives_the_error_of_a_mean_and_of_a_ratio():
     assert sampling.exponent([1, 10, 100], np.array([3.0, 0.3, 0.03])) == pytest.approx(-1)
 
 
-@pytest.mark.slow  # compiles a dozen programs
+@pytest.mark.study  # compiles a dozen programs
 def test_blocks_are_followed_through_training():
     found = block_structure.study(TRAINING)
     claims = {claim.statement: claim for claim in found.claims}

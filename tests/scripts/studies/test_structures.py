@@ -112,7 +112,7 @@ def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_study_of_small_decoders(tmp_path):
     arguments = "--sizes 4 1 1 4 2 1 --train-steps 20 --length 8 --sequences 4 --budgets 1 8 --trained-tokens 0 --out"
     run_command(script, *arguments.split(), str(tmp_path))

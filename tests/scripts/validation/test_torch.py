@@ -280,9 +280,8 @@ def test_every_family_agrees(family, dtype, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=pytest.mark.slow if f == "deepseek_v3" else pytest.mark.study)
-     for f in ("deepseek_v3", "gpt_oss", "mixtral")],
-)  # fmt: skip
+    [pytest.param(family, marks=pytest.mark.study) for family in ("deepseek_v3", "gpt_oss", "mixtral")],
+)
 def test_mixtures_of_experts_agree_in_float32(family, tmp_path, monkeypatch):
     """Also the bias by which experts are chosen, which in torch is no parameter."""
     monkeypatch.setattr(script, "MODES", ("none",))

@@ -49,6 +49,7 @@ def test_one_token_has_the_gauss_newton_blocks_themselves(model):
     assert sum(size > 1e-6 for size in sizes) == 2 + 5  # queries and keys of a single token do nothing
 
 
+@pytest.mark.slow
 def test_factors_of_a_sequence_are_sums_over_its_jacobians(model):
     rows = np.array([[3, 7, 1, 7, 20]], np.int32)
     tokens, name = jnp.asarray(rows[0, :-1]), "layers/0/attention/key/kernel"
