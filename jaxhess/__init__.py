@@ -34,6 +34,7 @@ from jaxhess.operators import (
 )
 from jaxhess.operators.adapters import as_lineax, as_scipy
 from jaxhess.operators.audit import audit
+from jaxhess.pytrees import register_dataclass
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted
 from jaxhess.slq.random_matrix import LimitLaw, generalized_marchenko_pastur, marchenko_pastur, semicircle
 from jaxhess.slq.run import Progress, spectrum
@@ -94,6 +95,7 @@ __all__ = [
     "module_function",
     "plan",
     "random_probe",
+    "register_dataclass",
     "residual_bytes",
     "semicircle",
     "spectrum",

@@ -12,6 +12,7 @@ import numpy as np
 from jaxhess import DecoderConfig, Hessian, LinearOperator, MatrixOperator, Microbatches
 from jaxhess.data import TokenBatch
 from jaxhess.models import LanguageModel, abstract_params, model_shardings
+from jaxhess.pytrees import register_dataclass
 
 TINY = DecoderConfig(
     vocab_size=9,
@@ -78,7 +79,7 @@ def relative(x, y) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Diagonal(LinearOperator):
     """A diagonal matrix; its vectors are trees like its entries."""

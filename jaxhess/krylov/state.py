@@ -17,10 +17,11 @@ from jaxhess.krylov import inner
 from jaxhess.krylov.basis import HOST, moved, on_memory, stacked_sharding, write_row, zeros
 from jaxhess.krylov.storage import Reorthogonalize, Storage
 from jaxhess.operators.blocks import Blocks
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector, named_sharding
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanczosState:
     """Lanczos runs that advance together, one or several, after `step` products each; there is room for `m`.

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxhess.distributed.gather import gathered
 from jaxhess.distributed.mesh import constrain, partition_spec
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import in_order
 
 Carry = TypeVar("Carry")
@@ -41,7 +42,7 @@ class Slice(NamedTuple):
     softcap: float | None = None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slices:
     """The output matrix cut along the vocabulary.

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxhess.errors import InputError
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, cast, named_sharding, scale, widen
 
 
@@ -157,7 +158,7 @@ class LinearOperator(abc.ABC):
         return _matrix(self, batch_size)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class SumOperator(LinearOperator):
     """The sum of operators on the same vectors; `A + B` and `A - B` make it. Products are added in at least float32."""
@@ -176,7 +177,7 @@ class SumOperator(LinearOperator):
         return self.terms[0].shape_dtype
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScaledOperator(LinearOperator):
     """`factor` times an operator; `factor * A` makes it. The factor is data: changing it compiles nothing again.
@@ -195,7 +196,7 @@ class ScaledOperator(LinearOperator):
         return self.operator.shape_dtype
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShiftedOperator(LinearOperator):
     """`A + shift I`; `A.shifted(shift)` makes it. The shift is data."""
@@ -212,7 +213,7 @@ class ShiftedOperator(LinearOperator):
         return self.operator.shape_dtype
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank(LinearOperator):
     """`sum_i values_i q_i q_i'`, of rank k; `A.deflated(pairs)` subtracts it. The vectors need not be orthonormal.

@@ -15,10 +15,11 @@ from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.blocks import Blocks
 from jaxhess.operators.facts import describe, explain_non_finite
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector, cast, widen
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockDiagonal(LinearOperator):
     """The block-diagonal part of an operator, `sum_b P_b A P_b`, P_b the projector on block b.

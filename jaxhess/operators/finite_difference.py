@@ -22,6 +22,7 @@ from jaxhess.operators.precision import exact_operator, product_dtypes
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.operators.routing import changed_share, chosen_experts, has_routing
 from jaxhess.operators.step_size import add_gradient, balanced_length, rounding_unit
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector, cast, norm, random_key, random_probe, size, widen
 
 Per = Literal["coordinate", "unit"]
@@ -35,7 +36,7 @@ or more.
 """
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FiniteDifferenceHessian(LossOperator):
     """The Hessian of `sum of losses / sum of counts`, by two gradients at shifted parameters.

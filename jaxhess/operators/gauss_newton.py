@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxhess.errors import InputError
 from jaxhess.operators.loss import LossOperator
 from jaxhess.operators.microbatches import Microbatches
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector
 
 
@@ -40,7 +41,7 @@ class LikelihoodLoss(Protocol):
         """What the sum is divided by."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class GaussNewton(LossOperator):
     """The generalised Gauss-Newton matrix `sum_t w_t J_t' (diag(p_t) - p_t p_t') J_t / count` (Schraudolph 2002).
@@ -82,7 +83,7 @@ class GaussNewton(LossOperator):
         return product, loss.count(batch)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class EmpiricalFisher(GaussNewton):
     """The empirical Fisher matrix `sum_t w_t g_t g_t' / count`, g_t the gradient of prediction t's loss.
@@ -104,7 +105,7 @@ class EmpiricalFisher(GaussNewton):
         return self._through_outputs(v, batch, loss.labels(batch))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class MonteCarloFisher(GaussNewton):
     """The Fisher matrix with its expectation over targets replaced by targets drawn from the model.

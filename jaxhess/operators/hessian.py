@@ -8,10 +8,11 @@ from typing import Any
 import jax
 
 from jaxhess.operators.loss import LossOperator
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hessian(LossOperator):
     """The Hessian of `sum of losses / sum of counts` over all batches, by forward-over-reverse differentiation.

@@ -21,10 +21,11 @@ from jaxhess.operators.loss import divided
 from jaxhess.operators.matmul import with_matmul_precision
 from jaxhess.operators.microbatches import Microbatches, sum_over_microbatches
 from jaxhess.operators.precision import exact_operator
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector, cast
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearizedHessian(LinearOperator):
     """The exact Hessian from `jax.linearize` of the gradient, made by `linearize`.

@@ -25,13 +25,14 @@ from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
 from jaxhess.operators.precision import exact_operator, product_dtypes, product_eps
 from jaxhess.operators.restriction import Restriction, leaf_name, restriction
 from jaxhess.operators.routing import has_routing, margins
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector, cast, check_accumulation_dtype, named_sharding, widen
 
 Loss = Callable[[Any, Any], Any]
 """`loss(params, batch)`: `(sum, count)`, or a plain scalar, which counts as one."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossOperator(LinearOperator):
     """Curvature of `sum of losses / sum of counts` over all batches.

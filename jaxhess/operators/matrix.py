@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxhess.errors import InputError
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.precision import exact_operator
+from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class MatrixOperator(LinearOperator):
     """A dense symmetric matrix [n, n]; its vectors are arrays [n].

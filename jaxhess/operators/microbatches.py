@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhess.errors import InputError
+from jaxhess.pytrees import register_dataclass
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Microbatches:
     """Batches of one shape, stacked: every leaf of `stacked` has a leading axis that runs over them.

@@ -32,6 +32,7 @@ from jaxhess.krylov import compile_segment
 from jaxhess.models import LanguageModel, initialize
 from jaxhess.plan.compiled import gradient
 from jaxhess.plan.hardware import peak_matmul_flops
+from jaxhess.pytrees import register_dataclass
 from jaxhess.slq.spectrum import json_ready
 from jaxhess.vectors import Vector, check_seed, random_key
 from scripts.benchmarks.peers import peer_rows
@@ -177,7 +178,7 @@ def _hessian(options: Options, model: LanguageModel, sequences: int) -> jaxhess.
     return jaxhess.Hessian(model.loss(), model.params, jaxhess.Microbatches(placed))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _VectorsOnly(jaxhess.LinearOperator):
     """Multiplies by one entry for each of the vector's: a Lanczos run over it is nothing but work on vectors."""

@@ -15,6 +15,7 @@ import optax
 
 import jaxhess
 from jaxhess.krylov.errors import student_factor
+from jaxhess.pytrees import register_dataclass
 from jaxhess.structure.fidelity import Fidelity, compared, full_and_own
 from jaxhess.vectors import Vector, norm, random_key, size, widen
 from scripts.studies.harness import ModelOptions
@@ -72,7 +73,7 @@ class ProductOptions(ModelOptions):
     """Also Gauss-Newton and the empirical Fisher matrix, and exact products in bfloat16."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Difference(jaxhess.LinearOperator):
     """Products by central differences with a shift of step times v: what the paper's formula says.
@@ -99,7 +100,7 @@ class Difference(jaxhess.LinearOperator):
         return self.central.shape_dtype
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Realised(jaxhess.LinearOperator):
     """Exact products along the shift that weights in a narrow dtype can make, scaled as `Difference` scales its own.
