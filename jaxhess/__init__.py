@@ -36,8 +36,9 @@ from jaxhess.operators.adapters import as_lineax, as_scipy
 from jaxhess.operators.audit import audit
 from jaxhess.pytrees import register_dataclass
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted
+from jaxhess.slq.lanczos_runs import Progress
 from jaxhess.slq.random_matrix import LimitLaw, generalized_marchenko_pastur, marchenko_pastur, semicircle
-from jaxhess.slq.run import Progress, spectrum
+from jaxhess.slq.run import spectrum
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.structure.coupling import CouplingMap, coupling_map
 from jaxhess.structure.spectra import BlockSpectra, block_spectra

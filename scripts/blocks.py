@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import run_options  # beside this file, as the next
-import spectrum as spectrum_command
+import run_parts
 import tyro
+from remat_choice import choose_remat
 from rich.console import Console
 
 import jaxhess
@@ -34,7 +35,7 @@ from jaxhess.structure.coupling import CouplingProgress
 
 Hidden = Annotated[Any, tyro.conf.Suppress]
 MAP, SPECTRA = "unfinished", "unfinished-spectra"
-FREE = {*spectrum_command.FREE, "together"}
+FREE = {*run_parts.FREE, "together"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,20 +76,20 @@ def run(options: Options) -> BlockRun:
     if not probes and not options.spectra:
         raise InputError("--products 0 without --spectra leaves nothing to compute.")
     console = terminal(quiet=processes.index() > 0)
-    clock = spectrum_command.Clock()
+    clock = run_parts.Clock()
     with run_folder(options) as (output, checkpoints):
-        config = spectrum_command.read_config(options)
+        config = run_parts.read_config(options)
         chosen_blocks(options, config)  # before the weights are loaded
         begun = checkpoints[0] if probes else checkpoints[1]
         mesh = jaxhess.make_mesh(options.mesh)
-        tokens = spectrum_command.read_data(options, config)
+        tokens = run_parts.read_data(options, config)
         clock.stop("data")
-        config = spectrum_command.choose_remat(options, config, mesh, begun, console)
-        checkpoints = [spectrum_command.identified(c, options, config, tokens, FREE) for c in checkpoints]
-        model = spectrum_command.load(options, config, mesh)
+        config = choose_remat(options, config, mesh, begun, console)
+        checkpoints = [run_parts.identified(c, options, config, tokens, FREE) for c in checkpoints]
+        model = run_parts.load(options, config, mesh)
         batches = jaxhess.Microbatches(tokens.microbatches(options.microbatch, mesh))
         clock.stop("load")
-        operator = spectrum_command.build(options, model, batches, console)
+        operator = run_parts.build(options, model, batches, console)
         blocks = jaxhess.Blocks.by(operator, *options.by)
         console.print(
             f"{options.model}: {model.num_params:,} parameters in {config.dtype}; {tokens.num_sequences} sequences of "
@@ -105,7 +106,7 @@ def run(options: Options) -> BlockRun:
         result = BlockRun(
             dataclasses.replace(
                 spectra.spectra[0].run if spectra else mapped(options, operator, probes),
-                job=spectrum_command.job_record(options, model, tokens, batches, mesh, clock.seconds),
+                job=run_parts.job_record(options, model, tokens, batches, mesh, clock.seconds),
             ),
             coupling,
             spectra,
@@ -180,7 +181,7 @@ def with_spectra(
     console: Console,
 ) -> jaxhess.BlockSpectra:
     """The spectra of all blocks."""
-    with spectrum_command.ProgressBar(console) as bar:
+    with run_parts.ProgressBar(console) as bar:
         return jaxhess.block_spectra(
             operator,
             blocks,

@@ -2,12 +2,14 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxhess import DecoderConfig, Hessian, LinearOperator, MatrixOperator, Microbatches
 from jaxhess.data import TokenBatch
@@ -129,6 +131,18 @@ def run_command(script: ModuleType, *arguments: str) -> None:
         script.main()
     finally:
         sys.argv = previous
+
+
+def check_refused(capsys: pytest.CaptureFixture, script: ModuleType, out: Path, sentence: str, *arguments: str) -> None:
+    """The script ends with status 2 and one line on stderr that has this sentence, and makes no folder `out`."""
+    with pytest.raises(SystemExit) as ended:
+        run_command(script, *arguments, "--out", str(out))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sentence in error
+    assert not out.exists()
 
 
 def matrix(eigenvalues, seed: int = 0) -> np.ndarray:

@@ -46,6 +46,7 @@ class Estimate:
         positive: The quantity is a norm or a mean of squares: its interval is one of its logarithm.
         bounds: Of the value that these same probes would give after any number of further Lanczos steps; None where the
             steps taken are enough.
+        most: The largest value that the quantity can have; an interval ends there.
     """
 
     value: float
@@ -53,6 +54,7 @@ class Estimate:
     freedom: float
     positive: bool = False
     bounds: tuple[float, float] | None = None
+    most: float = math.inf
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The interval that contains the true value with this probability: sampling error on top of `bounds`.
@@ -66,15 +68,16 @@ class Estimate:
         if self.positive and self.value > 0:
             with np.errstate(over="ignore"):
                 factor = float(np.exp(student_factor(self.freedom, level) * self.standard_error / self.value))
-            return low / factor, high * factor
+            return low / factor, min(high * factor, self.most)
         half = student_factor(self.freedom, level) * self.standard_error
-        return low - half, high + half
+        return low - half, min(high + half, self.most)
 
     def times(self, factor: float) -> Estimate:
         """Of `factor` >= 0 times the quantity."""
         bounds = None if self.bounds is None else (factor * self.bounds[0], factor * self.bounds[1])
         value, error = factor * self.value, factor * self.standard_error
-        return dataclasses.replace(self, value=value, standard_error=error, bounds=bounds)
+        most = self.most if math.isinf(self.most) else factor * self.most
+        return dataclasses.replace(self, value=value, standard_error=error, bounds=bounds, most=most)
 
     def to_dict(self) -> dict[str, Any]:
         """What of it is recorded: without bounds where there are none."""

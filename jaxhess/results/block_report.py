@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxhess.files.run_folder import json_ready
-from jaxhess.krylov.errors import Estimate
 from jaxhess.results.block_figures import (
     coupling_figure,
     distance_figure,
@@ -19,6 +18,7 @@ from jaxhess.results.block_figures import (
 from jaxhess.results.block_files import BlockRun
 from jaxhess.results.figures import png
 from jaxhess.results.page import Picture, Section, Table, facts, page
+from jaxhess.results.report import estimate_words
 from jaxhess.slq.extremes import Extreme
 from jaxhess.structure.approximations import approximations
 from jaxhess.structure.coupling import CouplingMap
@@ -76,9 +76,9 @@ def _headline(run: BlockRun) -> Iterator[Sequence[str]]:
     if (loss := run.record.inputs.loss) is not None:
         yield "loss", f"{loss:.6g}", "as recorded with the run"
     if (found := run.coupling) is not None:
-        yield "Frobenius norm", *_words(found.frobenius_norm())
+        yield "Frobenius norm", *estimate_words(found.frobenius_norm())
         error = found.relative_error(np.eye(len(found.names), dtype=bool))
-        yield "what block-diagonal misses, |H − S| / |H|", *_words(error)
+        yield "what block-diagonal misses, |H − S| / |H|", *estimate_words(error)
         yield (
             "the same of a product, median over probes",
             f"{np.median(found.whole_error):.3g}",
@@ -101,7 +101,7 @@ def _map_sections(found: CouplingMap, images: dict[str, bytes]) -> Iterator[Sect
     )
     sizes = found.sizes.astype(float)
     kinds = [
-        (name, f"{sizes @ kept @ sizes:.3g}", *_words(found.relative_error(kept)))
+        (name, f"{sizes @ kept @ sizes:.3g}", *estimate_words(found.relative_error(kept)))
         for name, kept in approximations(found.names).items()
     ]
     head: tuple[str, ...] = ("approximation", "entries kept", "|H − S| / |H|", "how sure")
@@ -112,7 +112,7 @@ def _map_sections(found: CouplingMap, images: dict[str, bytes]) -> Iterator[Sect
     own = np.diag(found.coupling)
     errors, traces = found.row_error(np.eye(len(own), dtype=bool)), found.trace()
     rows = [
-        (name, f"{size:,}", f"{own[b]:.4g}", *_words(traces[b]), f"{errors[b].value:.3g}", *_fidelity(found, b))
+        (name, f"{size:,}", f"{own[b]:.4g}", *estimate_words(traces[b]), f"{errors[b].value:.3g}", *_fidelity(found, b))
         for b, (name, size) in enumerate(zip(found.names, found.sizes, strict=True))
     ]
     head = ("block", "parameters", "|H_aa|", "trace", "how sure", "rows missed", "error of a product", "cosine")
@@ -123,7 +123,7 @@ def _spectra_sections(found: BlockSpectra, images: dict[str, bytes]) -> Iterator
     rows = []
     for name, spectrum in zip(found.names, found.spectra, strict=True):
         ends = [_end(extreme) for extreme in spectrum.extreme()]
-        rows.append((name, f"{spectrum.dim:,}", *ends, *_words(spectrum.trace())))
+        rows.append((name, f"{spectrum.dim:,}", *ends, *estimate_words(spectrum.trace())))
     head = ("block", "parameters", "smallest Ritz value", "largest Ritz value", "trace", "how sure")
     yield Section(
         "Spectra of the diagonal blocks",
@@ -145,10 +145,3 @@ def _fidelity(found: CouplingMap, b: int) -> list[str]:
 def _range(values: np.ndarray) -> str:
     known = values[np.isfinite(values)]
     return f"{known.min():.3g} to {known.max():.3g} over probes" if known.size > 1 else "one probe"
-
-
-def _words(estimate: Estimate) -> tuple[str, str]:
-    low, high = estimate.interval()
-    if np.isnan(low):
-        return f"{estimate.value:.4g}", "error not known"
-    return f"{estimate.value:.4g}", f"95%: {low:.4g} to {high:.4g}"

@@ -158,10 +158,10 @@ def _headline(spectrum: Spectrum) -> Iterator[Sequence[str]]:
     smallest, largest = spectrum.extreme()
     yield "largest Ritz value", _number(largest.value, 6), _extreme_words(largest)
     yield "smallest Ritz value", _number(smallest.value, 6), _extreme_words(smallest)
-    yield "trace", *_estimate_words(spectrum.trace())
+    yield "trace", *estimate_words(spectrum.trace())
     mean = spectrum.moment(1)
-    yield "mean eigenvalue (trace / dim)", *_estimate_words(mean)
-    yield "Frobenius norm", *_estimate_words(spectrum.frobenius_norm())
+    yield "mean eigenvalue (trace / dim)", *estimate_words(mean)
+    yield "Frobenius norm", *estimate_words(spectrum.frobenius_norm())
 
 
 def _extreme_words(extreme: Extreme) -> str:
@@ -180,7 +180,8 @@ def _density_caption(spectrum: Spectrum) -> str:
     return DENSITY_CAPTION.format(width=f"{density.width / (high - low):.1%}", zero=zero)
 
 
-def _estimate_words(estimate: Estimate) -> tuple[str, str]:
+def estimate_words(estimate: Estimate) -> tuple[str, str]:
+    """The value, and its 95% interval in words, for a table."""
     low, high = estimate.interval()
     if math.isnan(low):
         return _number(estimate.value, 4), "error not known: too few probes or steps"

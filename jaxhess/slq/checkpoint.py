@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from jaxhess.errors import InputError
 from jaxhess.files.lock import LOCK, lock, unlock
 from jaxhess.files.orbax import quiet, reading
 from jaxhess.files.output import writing
-from jaxhess.files.run_folder import dotted, read_json
+from jaxhess.files.run_folder import dotted, json_ready, read_json
 from jaxhess.krylov.basis import HOST
+from jaxhess.operators.facts import MEASURED
 from jaxhess.vectors import checksum
 
 FORMAT = "jaxhess-unfinished-3"
@@ -165,7 +167,7 @@ class Saver:
         self.folder = folder = Path(checkpoint.folder).absolute()
         self._saved: dict[str, Any] = {}
         self._lock: int | None = None
-        identity = {"format": FORMAT, **checkpoint.identity, **identity}
+        identity = {"format": FORMAT, **checkpoint.identity, **mesh_independent(json_ready(identity))}
 
         def claim() -> None:
             with writing(folder):
@@ -246,6 +248,15 @@ class Saver:
         with writing(self.folder), quiet():
             self.manager.save(step, args=ocp.args.Composite(**items), force=True)
 
+    def save_or_warn(self, step: int, record: dict[str, Any], state: Any = None, must: bool = False) -> None:
+        """Saves. On a full disk a run in one process goes on without the save, unless it `must` be made."""
+        try:
+            self.save(step, record, state)
+        except InputError as error:  # the disk is full, above all
+            if must or processes.count() > 1:
+                raise
+            warnings.warn(f"{error} The run goes on and tries again at the next save.", stacklevel=2)
+
     def _reading(self, step: int | None) -> contextlib.AbstractContextManager[None]:
         return reading(self.folder / STEPS / str(step), self._cure)
 
@@ -261,6 +272,13 @@ class Saver:
         if self._lock is not None:
             unlock(self.folder, self._lock)
             self._lock = None
+
+
+def mesh_independent(facts: dict[str, Any]) -> dict[str, Any]:
+    """What of a record is the same on any mesh."""
+    if not isinstance(facts, dict):
+        return facts
+    return {k: mesh_independent(v) for k, v in facts.items() if not k.endswith("_per_device") and k not in MEASURED}
 
 
 @contextlib.contextmanager

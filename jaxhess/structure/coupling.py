@@ -19,7 +19,6 @@ import numpy.typing as npt
 from jaxhess.distributed import processes
 from jaxhess.distributed.memory import most_that_fit
 from jaxhess.errors import InputError
-from jaxhess.files.run_folder import json_ready
 from jaxhess.krylov.errors import Estimate, across_probes, of_forms, of_squares, relative_variance
 from jaxhess.krylov.products import check_count, everywhere
 from jaxhess.operators.base import LinearOperator
@@ -28,7 +27,8 @@ from jaxhess.operators.block_names import in_model_order
 from jaxhess.operators.blocks import Blocks
 from jaxhess.operators.facts import checksum, describe, non_finite, shares_work, validated
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted, Saver, termination
-from jaxhess.slq.run import mesh_independent, save_or_warn
+from jaxhess.structure.fidelity import lengths as fidelity_lengths
+from jaxhess.structure.fidelity import of_lengths
 from jaxhess.vectors import Distribution, Vector, random_key, random_probe, widen
 
 Array = npt.NDArray[np.float64]
@@ -115,10 +115,10 @@ class CouplingMap:
         with np.errstate(divide="ignore", invalid="ignore"):
             return coupling / diagonal / diagonal[:, None]
 
-    def frobenius_norm(self, kept: npt.NDArray[np.bool_] | None = None) -> Estimate:
-        """|H|_F, or that of the blocks H_ab for which `kept` [B, B] is true, with its sampling error."""
+    def frobenius_norm(self) -> Estimate:
+        """|H|_F, with its sampling error."""
         unit, squares = self._squares
-        sums = squares.sum((1, 2)) if kept is None else np.where(self._pattern(kept), squares, 0).sum((1, 2))
+        sums = squares.sum((1, 2))
         spread = of_squares(sums)
         value = math.sqrt(sums.mean())
         error = spread.error / (2 * value) if value > 0 else spread.error
@@ -257,7 +257,7 @@ def coupling_map(
         "map": {"probes": probes, "seed": seed, "distribution": distribution},
         "operator": describe(BlockDiagonal(operator, blocks)),
         "inputs": validated(operator),
-        "parameters": checksum(operator) if checkpoint is not None else None,
+        "parameters": None if checkpoint is None else checksum(operator),
     }
 
     def program(k: int) -> jax.stages.Compiled:
@@ -269,7 +269,7 @@ def coupling_map(
         saver = None
         asked = threading.Event()
         if checkpoint is not None:
-            saver = stack.enter_context(contextlib.closing(Saver(checkpoint, mesh_independent(json_ready(identity)))))
+            saver = stack.enter_context(contextlib.closing(Saver(checkpoint, identity)))
             asked = stack.enter_context(termination())
             saved = saver.latest() or {}
             found, together = list(saved.get("probes", [])), together or saved.get("together")
@@ -277,8 +277,8 @@ def coupling_map(
             sharing = len(blocks) if shares_work(operator) else 1
             together = most_that_fit(program, sharing, lambda _: jax.tree.leaves(operator.shape_dtype))
         for p in range(len(found), probes):
-            parts = _probe_parts(operator, blocks, together, key, p, distribution)
-            values = [np.asarray(x, np.float64) for x in parts]
+            drawn = _probe_parts(operator, blocks, together, key, p, distribution)
+            values = [np.asarray(x, np.float64) for x in drawn]
             if not all(np.isfinite(x).all() for x in values):
                 probe = random_probe(jax.random.fold_in(key, p), operator.shape_dtype, distribution)
                 raise non_finite(f"A product with probe {p + 1}", operator, probe)
@@ -287,26 +287,25 @@ def coupling_map(
                 callback(CouplingProgress(p + 1, probes, time.perf_counter() - began))
             if saver is not None:
                 stop = processes.any_says(asked.is_set())
-                save_or_warn(saver, p + 1, {"probes": found, "together": together}, must=stop)
+                saver.save_or_warn(p + 1, {"probes": found, "together": together}, must=stop)
                 if stop:
                     raise Interrupted(f"stopped by SIGTERM after probe {p + 1}; what was done is saved")
-    lengths, forms, ours, theirs, apart, inner = (np.array([probe[name] for probe in found]) for name in _PARTS)
-    whole = [np.sqrt((x**2).sum(1)) for x in (ours, theirs, apart)]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return CouplingMap(
-            blocks.names,
-            blocks.sizes,
-            lengths,
-            forms,
-            fidelity_error=(apart / theirs).T,
-            fidelity_cosine=np.where((ours > 0) & (theirs > 0), inner, np.nan).T,
-            whole_error=whole[2] / whole[1],
-            whole_cosine=(inner * ours * theirs).sum(1) / whole[0] / whole[1],
-            distribution=distribution,
-        )
+    lengths, forms, *parts = (np.array([probe[name] for probe in found]) for name in _PARTS)
+    fidelity = of_lengths(*parts)
+    return CouplingMap(
+        blocks.names,
+        blocks.sizes,
+        lengths,
+        forms,
+        fidelity_error=fidelity.error[:, :-1].T,
+        fidelity_cosine=fidelity.cosine[:, :-1].T,
+        whole_error=fidelity.error[:, -1],
+        whole_cosine=fidelity.cosine[:, -1],
+        distribution=distribution,
+    )
 
 
-_PARTS = ("lengths", "forms", "own_lengths", "all_lengths", "missed_lengths", "cosines")
+_PARTS = ("lengths", "forms", "full", "own", "missed", "inner")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 5))
@@ -330,24 +329,17 @@ def _probe_parts(
     (own, everything), (lengths, forms) = over_blocks(operator, blocks, v, together, add, (zeros, zeros))
     count = len(blocks)
     lengths, forms = (x.reshape(-1, count)[:count] for x in (lengths, forms))
-    missed = jax.tree.map(jnp.subtract, everything, own)
-    own_length, all_length = blocks.norm(own), blocks.norm(everything)
-    # The angle, from vectors of length about one: their products neither overflow nor vanish.
-    units = [
-        jax.tree.map(lambda e, n: e / jnp.where(n > 0, n, 1), x, blocks.spread(n, x))
-        for x, n in ((own, own_length), (everything, all_length))
-    ]
-    values = [lengths.T, jnp.diagonal(forms), own_length, all_length, blocks.norm(missed), blocks.dot(*units)]
+    values = [lengths.T, jnp.diagonal(forms), *fidelity_lengths(blocks, everything, own)]
     return [everywhere(operator, x) for x in values]
 
 
 def _root_of_ratio(part: Array, whole: Array) -> Estimate:
-    """sqrt(mean part / mean whole) with its jackknife error."""
+    """sqrt(mean part / mean whole), at most 1, with its jackknife error."""
     if whole.sum() == 0:
         return Estimate(math.nan, math.nan, math.nan, positive=True)
     value = math.sqrt(part.sum() / whole.sum())
     if len(part) < 2:
-        return Estimate(value, math.nan, math.nan, positive=True)
+        return Estimate(value, math.nan, math.nan, positive=True, most=1)
     left = np.sqrt((part.sum() - part).clip(0) / np.maximum(whole.sum() - whole, np.finfo(float).tiny))
     error = math.sqrt((len(part) - 1) / len(part) * ((left - left.mean()) ** 2).sum())
-    return Estimate(value, error, len(part) - 1, positive=True)
+    return Estimate(value, error, len(part) - 1, positive=True, most=1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
+from scipy.special import ndtr, rel_entr
 
 from jaxhess.errors import InputError
 from jaxhess.slq.spectrum import Spectrum
@@ -54,7 +54,9 @@ def jensen_shannon(spectra: Sequence[Spectrum], normalised: bool = False) -> Arr
     distances = np.zeros((len(found), len(found)))
     for a, p in enumerate(found):
         for b in range(a):
-            distances[a, b] = distances[b, a] = math.sqrt(max(0.0, _divergence(p, found[b])))
+            mean = (p + found[b]) / 2
+            bits = float((rel_entr(p, mean) + rel_entr(found[b], mean)).sum()) / (2 * math.log(2))
+            distances[a, b] = distances[b, a] = math.sqrt(max(0.0, bits))  # rounding may leave less than nothing
     return distances
 
 
@@ -104,6 +106,7 @@ def masses(spectrum: Spectrum, largest: float, scale: float = 1.0) -> Array:
             found[half:] += bins
         else:
             found[: half - 1] += bins[::-1]
+    found[found < np.finfo(float).tiny] = 0  # half of the smallest number is zero
     return found / found.sum()
 
 
@@ -159,14 +162,3 @@ def _of_probes(spectrum: Spectrum, chosen: slice) -> Spectrum:
         spectrum.dim,
         step_errors=errors[chosen] if errors.size else errors,
     )
-
-
-def _divergence(p: Array, q: Array) -> float:
-    """Jensen-Shannon, in bits."""
-    mean = (p + q) / 2
-
-    def relative_entropy(x: Array) -> float:
-        some = (x > 0) & (mean > 0)  # half of the smallest number is zero
-        return float((x[some] * np.log2(x[some] / mean[some])).sum())
-
-    return (relative_entropy(p) + relative_entropy(q)) / 2

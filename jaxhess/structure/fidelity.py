@@ -121,16 +121,35 @@ def full_and_own(
 
 def compared(blocks: Blocks, full: Vector, own: Vector, numbers: Sequence[int] | None = None) -> Fidelity:
     """The fidelity of products that are there already; see `block_fidelity`."""
-    full_length, own_length, missed, inner = (np.asarray(x, np.float64) for x in _lengths(blocks, full, own))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        whole = [np.sqrt((x**2).sum()) for x in (full_length, own_length, missed)]
-        dot = (inner * full_length * own_length)[full_length * own_length > 0].sum()
-        cosines = np.append(np.where(full_length * own_length > 0, inner, np.nan), dot / whole[0] / whole[1])
-    parts = [np.append(x, y) for x, y in zip((full_length, own_length, missed), whole, strict=True)]
+    found = of_lengths(*(np.asarray(x, np.float64) for x in _lengths(blocks, full, own)))
     if numbers is not None and len(set(numbers)) < len(blocks):
-        for values in (*parts, cosines):
+        for values in found:
             values[~np.isin(np.arange(len(blocks) + 1), numbers)] = np.nan
-    return Fidelity(parts[0], parts[1], parts[2], cosines)
+    return found
+
+
+def of_lengths(full: Array, own: Array, missed: Array, inner: Array) -> Fidelity:
+    """The fidelity from what `lengths` gives for each block, [..., B], with that of all blocks together."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole = [np.sqrt((x**2).sum(-1, keepdims=True)) for x in (full, own, missed)]
+        dot = (inner * full * own).sum(-1, keepdims=True)
+        cosines = [np.where((full > 0) & (own > 0), inner, np.nan), dot / whole[0] / whole[1]]
+    parts = [np.concatenate(pair, axis=-1) for pair in zip((full, own, missed), whole, strict=True)]
+    return Fidelity(parts[0], parts[1], parts[2], np.concatenate(cosines, axis=-1))
+
+
+def lengths(blocks: Blocks, full: Vector, own: Vector) -> list[jax.Array]:
+    """[B] |y|, |d|, |y - d|, and the inner product of y / |y| and d / |d|, zero where one is zero; see `Fidelity`."""
+    found = [blocks.norm(full), blocks.norm(own), blocks.norm(jax.tree.map(jnp.subtract, full, own))]
+    # Vectors of length about one: their products neither overflow nor vanish.
+    units = [
+        jax.tree.map(lambda e, n: e / jnp.where(n > 0, n, 1), x, blocks.spread(n, x))
+        for x, n in zip((full, own), found[:2], strict=True)
+    ]
+    return [*found, blocks.dot(*units)]
+
+
+_lengths = jax.jit(lengths, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -141,15 +160,3 @@ def _part(blocks: Blocks, v: Vector, b: jax.Array) -> Vector:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _with_own(blocks: Blocks, own: Vector, b: jax.Array, product: Vector) -> Vector:
     return jax.tree.map(jnp.add, own, blocks.part(product, b))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _lengths(blocks: Blocks, full: Vector, own: Vector) -> list[jax.Array]:
-    """[B] |y|, |d|, |y - d|, and the inner product of y / |y| and d / |d|."""
-    lengths = [blocks.norm(full), blocks.norm(own), blocks.norm(jax.tree.map(jnp.subtract, full, own))]
-    # Vectors of length about one: their products neither overflow nor vanish.
-    units = [
-        jax.tree.map(lambda e, n: e / jnp.where(n > 0, n, 1), x, blocks.spread(n, x))
-        for x, n in zip((full, own), lengths[:2], strict=True)
-    ]
-    return [*lengths, blocks.dot(*units)]

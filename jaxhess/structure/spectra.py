@@ -21,7 +21,8 @@ from jaxhess.operators.block_diagonal import BlockDiagonal
 from jaxhess.operators.blocks import Blocks
 from jaxhess.operators.facts import shares_work
 from jaxhess.slq.checkpoint import Checkpoint
-from jaxhess.slq.run import Progress, RunOptions, run_lanczos
+from jaxhess.slq.lanczos_runs import Progress
+from jaxhess.slq.run import RunOptions, run_lanczos
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.vectors import Distribution
 

@@ -10,7 +10,7 @@ import pytest
 import jaxhess
 from jaxhess.models import ExpertsConfig, initialize
 from jaxhess.operators.facts import describe, validate
-from jaxhess.slq.run import mesh_independent
+from jaxhess.slq.checkpoint import mesh_independent
 from jaxhess.vectors import norm
 
 SIZES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import TINY, random_model, run_command
+from small_models import TINY, check_refused, random_model, run_command
 
 import convert
 import jaxhess
@@ -74,9 +74,7 @@ def test_what_is_read_back_is_what_was_found(finished):
 @pytest.mark.slow
 def test_the_numbers_are_those_of_the_library(model, finished):
     loaded = convert.load(model)
-    tokens = script.spectrum_command.read_data(
-        script.Options(str(model), "random", 8, sequences=4, probes=2), loaded.config
-    )
+    tokens = script.run_parts.read_data(script.Options(str(model), "random", 8, sequences=4, probes=2), loaded.config)
     operator = jaxhess.Hessian(loaded.loss(), loaded.params, jaxhess.Microbatches(tokens.microbatches(2)))
     found = jaxhess.coupling_map(operator, jaxhess.Blocks.by(loaded.params, "layers"), probes=2)
     np.testing.assert_allclose(np.load(finished / "blocks.npz")["coupling"], found.coupling, rtol=1e-4)
@@ -147,13 +145,7 @@ def test_a_map_alone_and_spectra_alone(model, tmp_path):
     ids=str,
 )
 def test_bad_input_is_one_sentence(model, tmp_path, capsys, options, words):
-    with pytest.raises(SystemExit) as caught:
-        run_command(script, "--model", str(model), *QUICK, *options, "--out", str(tmp_path / "out"))
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert words in error
+    check_refused(capsys, script, tmp_path / "out", words, "--model", str(model), *QUICK, *options)
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path, finished):

@@ -128,6 +128,9 @@ def test_errors_of_approximations_are_those_of_the_dense_matrix():
     maps = [drawn_map(a, groups, 10, seed) for seed in range(400)]
     inside = [holds(found.relative_error(kept), true) for found in maps]
     rows = [holds(found.row_error(kept)[0], true_row) for found in maps]
+    few = [drawn_map(a, groups, 2, seed).relative_error(np.eye(4, dtype=bool)) for seed in range(9)]
+    assert max(estimate.interval()[1] for estimate in few) == 1  # and no more, though its logarithm knows no end
+    assert max(dataclasses.replace(estimate, most=np.inf).interval()[1] for estimate in few) > 1
     trace = [list(map(holds, found.trace(), traces)) for found in maps]
     assert 0.9 <= np.mean(inside) <= 0.99
     assert 0.88 <= np.mean(rows) <= 0.995

@@ -1,6 +1,7 @@
 """The spectra of all blocks in one run are those of the dense diagonal blocks; distances are those of measures."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,6 +150,17 @@ def test_distances_are_those_of_distributions():
     assert jensen_shannon([one, other], normalised=True)[0, 1] == pytest.approx(0, abs=1e-6)
     negative = spectrum_of([-1.0], [1.0])
     assert jensen_shannon([one, negative], normalised=True)[0, 1] == pytest.approx(1, abs=1e-3)
+
+
+def test_masses_whose_half_would_vanish_leave_a_distance_finite():
+    """The tail of a weight of 1e-190, 24 standard deviations away, is about 1e-317: below the normal numbers."""
+    one, other = (
+        SimpleNamespace(ritz_values=np.array([[-1.0, 1.0]]), weights=np.array([[1.0, weight]]), num_probes=1)
+        for weight in (1e-190, 0.0)
+    )
+    found = masses(one, 1.0)
+    assert found[found > 0].min() >= np.finfo(float).tiny
+    assert jensen_shannon([one, other])[0, 1] == pytest.approx(0, abs=1e-9)
 
 
 def test_normalised_distances_do_not_see_a_scale():

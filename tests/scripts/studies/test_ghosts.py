@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import Diagonal, run_command
+from small_models import Diagonal, check_refused
 
 from jaxhess import Storage
 from scripts.studies import ghosts as script
@@ -42,11 +42,4 @@ def test_ghosts_appear_without_reorthogonalisation_only():
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_command(script, *arguments.split(), "--out", str(tmp_path / "out"))
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert sentence in error
-    assert not (tmp_path / "out").exists()
+    check_refused(capsys, script, tmp_path / "out", sentence, *arguments.split())

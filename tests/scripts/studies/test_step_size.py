@@ -1,7 +1,7 @@
 """The step-size study: a folder with the table and the plot, and one sentence for every bad input."""
 
 import pytest
-from small_models import run_command
+from small_models import check_refused, run_command
 
 from jaxhess.results.study import Study
 from scripts.studies import step_size as script
@@ -50,11 +50,4 @@ def test_the_folder_holds_a_study_in_which_the_step_matters_and_is_kept(tmp_path
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_command(script, *QUICK.split(), *arguments.split(), "--out", str(tmp_path / "out"))
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert sentence in error
-    assert not (tmp_path / "out").exists()
+    check_refused(capsys, script, tmp_path / "out", sentence, *QUICK.split(), *arguments.split())

@@ -4,7 +4,7 @@ import types
 
 import numpy as np
 import pytest
-from small_models import run_command
+from small_models import check_refused, run_command
 
 from jaxhess.models import abstract_params
 from jaxhess.results.study import Study
@@ -104,12 +104,7 @@ def test_letters_are_read_in_runs(tmp_path):
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run_command(script, *arguments.split(), "--out", str(tmp_path / "out"))
-    error = " ".join(capsys.readouterr().err.split())
-    assert error.startswith("error: ")
-    assert sentence in error
-    assert not (tmp_path / "out").exists()
+    check_refused(capsys, script, tmp_path / "out", sentence, *arguments.split())
 
 
 @pytest.mark.study
