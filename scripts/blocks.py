@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 import run_options  # beside this file, as the next
@@ -33,7 +32,6 @@ from jaxhess.results.block_report import report_files
 from jaxhess.slq.record import Probes, RunRecord, inputs_record, operator_record
 from jaxhess.structure.coupling import CouplingProgress
 
-Hidden = Annotated[Any, tyro.conf.Suppress]
 MAP, SPECTRA = "unfinished", "unfinished-spectra"
 FREE = {*run_parts.FREE, "together"}
 
@@ -60,11 +58,11 @@ class Options(run_options.Options):
     """Resume the unfinished run in --out; if there is none, start one. Model, data and the options that determine the
     numbers must be the same; --mesh, --microbatch, --query-chunk, --logit-chunk, --attention, --remat and
     --residual-gb may differ; what --remat auto chose, and how many blocks go together, is kept."""
-    audit: Hidden = False
-    eigenpairs: Hidden = 0
-    eigenpair_tolerance: Hidden = 1e-3
-    eigenpair_steps: Hidden = 100
-    batch_size: Hidden = None
+    audit: tyro.conf.Suppress[bool] = False
+    eigenpairs: tyro.conf.Suppress[int] = 0
+    eigenpair_tolerance: tyro.conf.Suppress[float] = 1e-3
+    eigenpair_steps: tyro.conf.Suppress[int] = 100
+    batch_size: tyro.conf.Suppress[int | None] = None
 
 
 def run(options: Options) -> BlockRun:
