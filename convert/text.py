@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 from convert.json_files import one_line, shown
 from convert.tokenizer import load_tokenizer
@@ -13,6 +15,7 @@ from jaxhess.errors import InputError
 from jaxhess.vectors import check_seed
 
 HUB = "hub:"
+Sample = Literal["start", "random"]
 
 
 def load_blocks(
@@ -22,6 +25,7 @@ def load_blocks(
     seq_len: int,
     vocab_size: int,
     sequences: int | None = None,
+    sample: Sample = "start",
     seed: int = 0,
 ) -> TokenBlocks:
     """Blocks of `data` in the tokens of `model`: text without special tokens, the end-of-text token between documents.
@@ -33,8 +37,9 @@ def load_blocks(
         model: Path or hub id whose tokenizer is used; only read when the data are text.
         seq_len: Predicted tokens per block.
         vocab_size: Of the model.
-        sequences: Blocks taken, from the beginning; None: all (`random` needs a number).
-        seed: Of random tokens.
+        sequences: Blocks taken; None: all (`random` needs a number).
+        sample: Which blocks are taken: those at the start, or drawn at random from all of them, which are then read.
+        seed: Of random tokens, and of which blocks are drawn.
 
     Raises:
         InputError: One sentence that names the source and what would be right.
@@ -44,6 +49,14 @@ def load_blocks(
         if sequences is None:
             raise InputError("Random tokens have no end: give the number of sequences.")
         return random_blocks(seq_len=seq_len, vocab_size=vocab_size, sequences=sequences, seed=seed)
+    if sample == "random":
+        if data.startswith(HUB):
+            raise InputError(
+                f"{data} is streamed and has no known end, so that no sequences can be drawn from all of it: leave "
+                "--sample out, or give a file."
+            )
+        every = load_blocks(data, model, seq_len=seq_len, vocab_size=vocab_size)
+        return every.sampled(sequences or every.num_sequences, seed)
     if not data.startswith(HUB):
         path = Path(data).expanduser()
         there = processes.exists(path)
@@ -63,24 +76,13 @@ def load_blocks(
             )
         return ids
 
+    sizes: Any = {"seq_len": seq_len, "vocab_size": vocab_size, "sequences": sequences}
+    sizes |= {"encode": encode, "end_of_text": tokenizer.eos_token_id}
     if data.startswith(HUB):
-        return pack(
-            hub_documents(data.removeprefix(HUB)),
-            encode,
-            seq_len=seq_len,
-            vocab_size=vocab_size,
-            sequences=sequences,
-            end_of_text=tokenizer.eos_token_id,
-            name=data,
-        )
-    return read_blocks(
-        path,
-        seq_len=seq_len,
-        vocab_size=vocab_size,
-        sequences=sequences,
-        encode=encode,
-        end_of_text=tokenizer.eos_token_id,
-    )
+        blocks = pack(hub_documents(data.removeprefix(HUB)), name=data, **sizes)
+    else:
+        blocks = read_blocks(path, **sizes)
+    return dataclasses.replace(blocks, separator=tokenizer.eos_token_id)
 
 
 def hub_documents(address: str) -> Iterator[str]:

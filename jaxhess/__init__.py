@@ -1,7 +1,7 @@
 """Exact Hessian spectra of language models, sharded, with error bars."""
 
 from jaxhess import plan
-from jaxhess.data import TokenBlocks
+from jaxhess.data import Sampling, TokenBlocks
 from jaxhess.distributed.mesh import make_mesh
 from jaxhess.errors import InputError
 from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
@@ -36,6 +36,7 @@ from jaxhess.operators.adapters import as_lineax, as_scipy
 from jaxhess.operators.audit import audit
 from jaxhess.pytrees import register_dataclass
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted
+from jaxhess.slq.data_errors import eigenvalue_errors
 from jaxhess.slq.lanczos_runs import Progress
 from jaxhess.slq.random_matrix import LimitLaw, generalized_marchenko_pastur, marchenko_pastur, semicircle
 from jaxhess.slq.run import spectrum
@@ -73,6 +74,7 @@ __all__ = [
     "MonteCarloFisher",
     "Progress",
     "RopeConfig",
+    "Sampling",
     "SoftmaxCrossEntropy",
     "Spectrum",
     "Storage",
@@ -84,6 +86,7 @@ __all__ = [
     "conjugate_gradients",
     "coupling_map",
     "diagonal",
+    "eigenvalue_errors",
     "frobenius_norm",
     "generalized_marchenko_pastur",
     "hutch_plus_plus",

@@ -34,9 +34,13 @@ class Options:
     seq_len: int = 128
     """Predicted tokens per sequence."""
     sequences: int = 16
-    """Sequences taken from the start of the data; the loss is the mean over all their tokens."""
-    microbatch: int = 8
-    """Sequences whose activations exist at once; changes memory and speed, not the result."""
+    """Sequences taken; the loss is the mean over all their tokens."""
+    sample: Literal["start", "random"] = "start"
+    """Which sequences: the first ones of the data, or drawn at random from all of it, by --seed. Errors over the data
+    are about any text like the first ones, or about all of the data."""
+    microbatch: int = 4
+    """Sequences whose activations exist at once; changes memory and speed, not the result. Errors over the data come
+    from the scatter between microbatches: the more there are, the surer these errors are, and two are needed."""
     operator: Literal["hessian", "gauss-newton", "empirical-fisher", "monte-carlo-fisher"] = "hessian"
     """The matrix whose spectrum is computed. All but the first are positive semi-definite: Gauss-Newton (the Fisher
     matrix of the softmax), the outer products of per-token gradients (empirical), and the same at targets drawn from

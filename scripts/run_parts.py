@@ -89,6 +89,7 @@ def read_data(options: Options, config: jaxhess.DecoderConfig) -> jaxhess.TokenB
         seq_len=options.seq_len,
         vocab_size=config.vocab_size,
         sequences=options.sequences,
+        sample=options.sample,
         seed=options.seed,
     )
     if len(set(processes.gathered(blocks.fingerprint()))) > 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import EIGENVECTORS, EXPORTS, RUN_FILES
 from jaxhess.operators.audit import audit
+from jaxhess.results.data_section import NO_DATA_ERROR
 from jaxhess.results.files import contents
 from jaxhess.results.report import LOST_WARNING, report_files
-from jaxhess.slq.record import EigenpairRecord
+from jaxhess.slq.record import DataError, EigenpairRecord
 
 UNFINISHED = "unfinished"
 
@@ -54,7 +56,8 @@ def run(options: Options) -> jaxhess.Spectrum:
         clock.stop("operator")
         noise = audit(operator, seed=options.seed) if options.audit else None
         clock.stop("audit")
-        result, state = solve(options, operator, checkpoint, console)
+        sampling = blocks.sampling(batches.stacked.tokens.shape[1])
+        result, state = solve(options, operator, sampling, checkpoint, console)
         job = job_record(options, model, blocks, batches, mesh, clock.seconds)
         result = _recorded(result, noise=noise, job=job)
         result = write(options, operator, result, state, output, console)
@@ -84,7 +87,11 @@ def run_folder(options: Options) -> Iterator[tuple[Output, jaxhess.Checkpoint]]:
 
 
 def solve(
-    options: Options, operator: jaxhess.LinearOperator, checkpoint: jaxhess.Checkpoint, console: Console
+    options: Options,
+    operator: jaxhess.LinearOperator,
+    sampling: jaxhess.Sampling,
+    checkpoint: jaxhess.Checkpoint,
+    console: Console,
 ) -> tuple[jaxhess.Spectrum, jaxhess.LanczosState | None]:
     """The spectrum; and the state of the last probes, where its basis can serve the eigenpairs."""
     if options.overwrite and not options.resume:
@@ -109,6 +116,7 @@ def solve(
             distribution=options.probe_distribution,
             checkpoint=checkpoint if options.checkpoint_every else None,
             callback=show,
+            sampling=sampling,
         )
     return result, state
 
@@ -156,7 +164,9 @@ def with_eigenpairs(
         console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{'' if converged else ', not converged'})")
     pairs.save(output.nested(EIGENVECTORS), overwrite=True)
     values, residuals, converged = (tuple(x.tolist()) for x in (pairs.values, pairs.residuals, pairs.converged))
-    return _recorded(result, eigenpairs=EigenpairRecord(values, residuals, converged, pairs.steps, EIGENVECTORS))
+    spreads = jaxhess.eigenvalue_errors(operator, pairs, result.run.sampling)
+    data = tuple(x and DataError(x.error, x.freedom, None if math.isnan(x.bias) else x.bias) for x in spreads)
+    return _recorded(result, eigenpairs=EigenpairRecord(values, residuals, converged, pairs.steps, EIGENVECTORS, data))
 
 
 def _recorded(result: jaxhess.Spectrum, **facts: Any) -> jaxhess.Spectrum:
@@ -174,6 +184,11 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
         console.print(f"{name + ' Ritz':15s} {value.value:.6g}  (residual bound {value.residual_bound:.2g})")
     console.print(f"trace           {trace}")
     console.print(f"Frobenius norm  {frobenius}")
+    for name, estimate in (("trace", trace), ("Frobenius norm", frobenius)):
+        if estimate.data is not None:
+            console.print(f"{name} of all the data, as far as these sequences tell: {estimate.for_population()}")
+    if trace.data is None:
+        console.print(NO_DATA_ERROR)
     noise = result.run.noise
     if noise and noise.floor:
         console.print(

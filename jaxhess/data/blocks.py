@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxhess.data.sampling import Sampling
 from jaxhess.distributed.mesh import batch_sharding, data_shards
 from jaxhess.errors import InputError
 from jaxhess.vectors import check_seed
@@ -46,6 +47,8 @@ class TokenBlocks:
         tokens: [N, T + 1] int32; other integer types are converted.
         weights: [N, T] float32, not negative: `weights[n, t]` is the weight of predicting `tokens[n, t + 1]`, 1 where
             it counts and 0 where it is padding.
+        separator: Token between two documents; None: not known.
+        population: Sequences from which these were drawn at random (`sampled`); None: they were not.
 
     Raises:
         InputError: Tokens that are not integers or negative, shapes that do not fit, weights that are no real numbers,
@@ -54,6 +57,8 @@ class TokenBlocks:
 
     tokens: np.ndarray
     weights: np.ndarray
+    separator: int | None = None
+    population: int | None = None
 
     def __post_init__(self) -> None:
         tokens, weights = np.asarray(self.tokens), np.asarray(self.weights)
@@ -86,6 +91,38 @@ class TokenBlocks:
     def seq_len(self) -> int:
         """Predicted tokens of a block, T."""
         return self.weights.shape[1]
+
+    def sampled(self, count: int, seed: int = 0) -> TokenBlocks:
+        """So many of the blocks, drawn at random without replacement; the seed decides which, and in which order.
+
+        Raises:
+            InputError: There are fewer blocks; the count is below 1.
+        """
+        check_sizes(self.seq_len, count)
+        check_seed(seed)
+        if count > self.num_sequences:
+            raise InputError(
+                f"{count} sequences cannot be drawn from {self.num_sequences}: take fewer, or shorter ones."
+            )
+        rows = np.random.default_rng(seed).permutation(self.num_sequences)[:count]
+        return dataclasses.replace(
+            self, tokens=self.tokens[rows], weights=self.weights[rows], population=self.num_sequences
+        )
+
+    def sampling(self, microbatch: int) -> Sampling:
+        """What an error over the data of microbatches of so many of these blocks is about.
+
+        Blocks that were `sampled` stand for all blocks they were drawn from. Others, taken in order, stand for any text
+        like theirs. There a microbatch in which no document begins counts as one with the microbatch before; where no
+        document begins at all it is not known where they do, and every microbatch counts for itself.
+        """
+        if self.population is not None:
+            return Sampling(self.num_sequences, self.population)
+        begins = (self.tokens == self.separator).any(1) if self.separator is not None else np.zeros(0, bool)
+        if not begins.any():
+            return Sampling(self.num_sequences)
+        new = [bool(begins[k : k + microbatch].any()) for k in range(0, self.num_sequences, microbatch)]
+        return Sampling(self.num_sequences, clusters=tuple(np.cumsum([True, *new[1:]]).tolist()))
 
     def fingerprint(self) -> str:
         """SHA-256 (64 hexadecimal digits) of what the loss depends on.

@@ -22,11 +22,13 @@ from jaxhess.files.output import Output, writing
 from jaxhess.files.run_folder import read_arrays
 from jaxhess.krylov.ghosts import classify, unflagged
 from jaxhess.krylov.lanczos import lanczos_segment, lanczos_vectors
+from jaxhess.krylov.products import everywhere
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.state import LanczosState, extended, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator, compiled_mv
 from jaxhess.operators.facts import non_finite, validated
+from jaxhess.operators.forms import num_microbatches, product_and_forms
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.vectors import Vector, add_scaled, norm, random_key, random_probe, scale
@@ -58,6 +60,9 @@ class Eigenpairs:
         residuals: [k] |H y - value y|, each by one more product: an eigenvalue of a symmetric H lies within it.
         converged: [k] bool, whether the residual is within the tolerance, relative to the largest |Ritz value|.
         steps: Lanczos steps taken.
+        microbatch_forms: [k, microbatches, 4], of every eigenvector y what single microbatches contribute to its
+            product: y'S_b y, 0, |S_b y|^2 and c_b (`jaxhess.operators.forms`), for `eigenvalue_spreads`. Empty where
+            the operator does not tell microbatches apart, or after `load`.
     """
 
     values: np.ndarray
@@ -65,6 +70,7 @@ class Eigenpairs:
     residuals: np.ndarray
     converged: np.ndarray
     steps: int
+    microbatch_forms: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes the vectors as an Orbax checkpoint, sharded as they are, with `eigenpairs.npz` beside it.
@@ -224,8 +230,8 @@ def leading_eigenpairs(
     else:
         del state
         vectors = _second_pass(operator, start_lanczos([probe], steps, storage), coefficients)
-    vectors, residuals = _measured(operator, vectors, values)
-    return Eigenpairs(values, vectors, residuals, residuals <= limit, size)
+    vectors, residuals, forms = _measured(operator, vectors, values)
+    return Eigenpairs(values, vectors, residuals, residuals <= limit, size, forms)
 
 
 def _check(operator: LinearOperator, count: int, which: str, tolerance: float, steps: int) -> None:
@@ -296,14 +302,25 @@ def _accumulator(treedef: Any, arrays: tuple, count: int) -> tuple[Any, Any]:
     return jax.jit(zeros, out_shardings=shardings), jax.jit(add, donate_argnums=0, out_shardings=shardings)
 
 
-def _measured(operator: LinearOperator, vectors: Vector, values: np.ndarray) -> tuple[Vector, np.ndarray]:
-    """The vectors at length one, and the norms of their residuals, by one product each."""
-    residuals = np.zeros(len(values))
+def _measured(operator: LinearOperator, vectors: Vector, values: np.ndarray) -> tuple[Vector, np.ndarray, np.ndarray]:
+    """The vectors at length one, the norms of their residuals, and the microbatches' forms; by one product each."""
+    residuals, forms = np.zeros(len(values)), []
     for k, value in enumerate(values):
         y = _taken(vectors, jnp.int32(k))
-        residuals[k] = float(_residual(compiled_mv(operator, y), jnp.asarray(value), y))
+        if num_microbatches(operator) > 1:
+            product, found = _with_forms(operator, y)
+            forms.append(np.asarray(found, np.float64))
+        else:
+            product = compiled_mv(operator, y)
+        residuals[k] = float(_residual(product, jnp.asarray(value), y))
         vectors = _replaced(vectors, jnp.int32(k), y)
-    return vectors, residuals
+    return vectors, residuals, np.array(forms)
+
+
+@jax.jit
+def _with_forms(operator: LinearOperator, y: Vector) -> tuple[Vector, jax.Array]:
+    product, forms = product_and_forms(operator, y)
+    return product, everywhere(operator, forms)
 
 
 @jax.jit

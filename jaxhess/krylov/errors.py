@@ -24,6 +24,21 @@ from jaxhess.errors import InputError
 
 Array = npt.NDArray[np.float64]
 
+
+class DataSpread(NamedTuple):
+    """How far a value depends on which sequences were taken.
+
+    Attributes:
+        error: Square root of the estimated variance over draws of the sequences.
+        freedom: Degrees of freedom of that estimate.
+        bias: By how much the value is too large on average, because the sequences are few; NaN: not known.
+    """
+
+    error: float
+    freedom: float
+    bias: float = 0.0
+
+
 DISAGREE = 1e-3
 """Chance at which the scatter of probes of random signs counts as smaller than the variance on the sphere."""
 
@@ -47,6 +62,7 @@ class Estimate:
         bounds: Of the value that these same probes would give after any number of further Lanczos steps; None where the
             steps taken are enough.
         most: The largest value that the quantity can have; an interval ends there.
+        data: Beside the error over probes, that over the data; None: not known.
     """
 
     value: float
@@ -55,6 +71,7 @@ class Estimate:
     positive: bool = False
     bounds: tuple[float, float] | None = None
     most: float = math.inf
+    data: DataSpread | None = None
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The interval that contains the true value with this probability: sampling error on top of `bounds`.
@@ -77,12 +94,27 @@ class Estimate:
         bounds = None if self.bounds is None else (factor * self.bounds[0], factor * self.bounds[1])
         value, error = factor * self.value, factor * self.standard_error
         most = self.most if math.isinf(self.most) else factor * self.most
-        return dataclasses.replace(self, value=value, standard_error=error, bounds=bounds, most=most)
+        data = self.data and self.data._replace(error=factor * self.data.error, bias=factor * self.data.bias)
+        return dataclasses.replace(self, value=value, standard_error=error, bounds=bounds, most=most, data=data)
+
+    def for_population(self) -> Estimate:
+        """Of the same quantity for all the data that the sequences stand for: bias removed, both errors in one.
+
+        Degrees of freedom by Satterthwaite (1946). NaN throughout where the error over data or the bias is not known.
+        """
+        data = self.data or DataSpread(math.nan, math.nan, math.nan)
+        variances = np.square([self.standard_error, data.error])
+        parts = [v**2 / f for v, f in zip(variances, (self.freedom, data.freedom), strict=True) if v != 0]
+        freedom = float(variances.sum()) ** 2 / sum(parts) if sum(parts) else math.inf
+        error = float(np.sqrt(variances.sum() + 0 * data.bias))
+        return dataclasses.replace(self, value=self.value - data.bias, standard_error=error, freedom=freedom, data=None)
 
     def to_dict(self) -> dict[str, Any]:
         """What of it is recorded: without bounds where there are none."""
         fields: dict[str, Any] = {"value": self.value, "standard_error": self.standard_error, "freedom": self.freedom}
         fields["interval_95"] = self.interval()
+        if self.data is not None:
+            fields["data"] = self.data._asdict()
         return fields if self.bounds is None else {**fields, "quadrature_bounds": self.bounds}
 
     def __str__(self) -> str:

@@ -21,9 +21,10 @@ from jaxhess.krylov.basis import (
     unstacked_sharding,
     write_row,
 )
-from jaxhess.krylov.state import LanczosState, cached_program, over_runs, run_axes
+from jaxhess.krylov.state import FORM_STEPS, LanczosState, cached_program, over_runs, run_axes
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.blocks import Blocks
+from jaxhess.operators.forms import product_and_forms
 from jaxhess.vectors import Vector, cast, dot, in_order, scale
 
 BREAKDOWN = 32
@@ -124,7 +125,8 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list
     wide = state.alphas.dtype
     beta_before = jnp.where(j > 0, state.betas[..., jnp.maximum(j - 1, 0)], 0)
     length, length_before = _length(q, wide), _length(state.previous, wide)
-    product = in_order(operator.wide_mv(q), shardings)
+    product, forms = _product(operator, state, length, length_before)
+    product = in_order(product, shardings)
     taken = [(-beta_before / length_before, state.previous)]
     alpha = inner.dot(blocks, _left_over(blocks, product, length, taken), q, wide) / length
     taken.append((-alpha / length, q))
@@ -172,7 +174,22 @@ def _lanczos_step(operator: LinearOperator, state: LanczosState, shardings: list
         previous=previous,
         current=stored,
         basis=_with_following(state, stored, previous),
+        forms=forms,
     )
+
+
+def _product(
+    operator: LinearOperator, state: LanczosState, length: jax.Array, length_before: jax.Array
+) -> tuple[Vector, jax.Array | None]:
+    """The product with q_j; and the microbatches' forms, with those of this step where it is one of the first."""
+    q, j = state.current, state.step
+    if state.forms is None:
+        return operator.wide_mv(q), None
+    product, found = product_and_forms(operator, q, state.previous, state.alphas.dtype)
+    found = found / jnp.stack([length**2, length * length_before, length**2, jnp.ones_like(length)])
+    row = jnp.minimum(j, FORM_STEPS - 1)
+    kept = (j < FORM_STEPS) & ~state.broken
+    return product, state.forms.at[row].set(jnp.where(kept, found, state.forms[row]))
 
 
 def _left_over(

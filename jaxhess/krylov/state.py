@@ -17,8 +17,12 @@ from jaxhess.krylov import inner
 from jaxhess.krylov.basis import HOST, moved, on_memory, stacked_sharding, write_row, zeros
 from jaxhess.krylov.storage import Reorthogonalize, Storage
 from jaxhess.operators.blocks import Blocks
+from jaxhess.operators.forms import FORMS
 from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector, named_sharding
+
+FORM_STEPS = 2
+"""Steps whose microbatches' forms are kept: what the first three moments of the spectrum need."""
 
 
 @register_dataclass
@@ -51,6 +55,8 @@ class LanczosState:
         previous, current: Vectors q_{j-1} and q_j with a leading axis over runs, in the vector dtype.
         basis: Lanczos vectors [runs, rows, ...], zero where not yet computed: all m of them ("full"), or the last r in
             a ring where q_j has row j mod r. None for "none".
+        forms: [runs, 2, microbatches, 4], what single microbatches contribute to the first two steps, one beside the
+            other: q_j'S_b q_j, q_{j-1}'S_b q_j, |S_b q_j|^2 and c_b (`jaxhess.operators.forms`). None: not kept.
         reorthogonalize: As in `Storage`. Static.
         blocks: Of which every vector holds a run each. Static; None: whole vectors.
     """
@@ -64,6 +70,7 @@ class LanczosState:
     previous: Vector
     current: Vector
     basis: Vector | None
+    forms: jax.Array | None
     reorthogonalize: Reorthogonalize = dataclasses.field(metadata={"static": True})
     blocks: Blocks | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -80,7 +87,11 @@ class LanczosState:
 
 
 def start_lanczos(
-    probes: Iterable[Vector], steps: int, storage: Storage = Storage(), blocks: Blocks | None = None
+    probes: Iterable[Vector],
+    steps: int,
+    storage: Storage = Storage(),
+    blocks: Blocks | None = None,
+    microbatches: int = 0,
 ) -> LanczosState:
     """The state before the first step of as many runs as there are probes, in the probes' shardings.
 
@@ -100,6 +111,8 @@ def start_lanczos(
         steps: What the state has room for.
         storage: What is kept, and how.
         blocks: Start a run in each block of every probe; steps are then those of a `BlockDiagonal` operator.
+        microbatches: Of an operator whose microbatches' forms are to be kept (`operators.forms.num_microbatches`);
+            0: none are.
 
     Raises:
         InputError: `steps` is below 1; no probe, or not of floating point; several and a basis in the host's memory;
@@ -113,7 +126,7 @@ def start_lanczos(
         raise InputError("A Lanczos run needs at least one probe.")
     if storage.basis_memory == "host" and len(drawn) > 1:
         raise InputError("A basis in the host's memory is that of one run: one probe after the other.")
-    abstract = abstract_lanczos(drawn[0], steps, storage, len(drawn), blocks)
+    abstract = abstract_lanczos(drawn[0], steps, storage, len(drawn), blocks, microbatches)
     leaves, treedef = jax.tree.flatten(dataclasses.replace(abstract, basis=None))
     state: LanczosState = _starter(treedef, tuple(leaves))(drawn)
     del drawn  # before there is a basis
@@ -124,7 +137,12 @@ def start_lanczos(
 
 
 def abstract_lanczos(
-    like: Vector, steps: int, storage: Storage = Storage(), runs: int = 1, blocks: Blocks | None = None
+    like: Vector,
+    steps: int,
+    storage: Storage = Storage(),
+    runs: int = 1,
+    blocks: Blocks | None = None,
+    microbatches: int = 0,
 ) -> LanczosState:
     """A state as `jax.ShapeDtypeStruct`s with shardings, for so many runs with vectors like these.
 
@@ -175,6 +193,7 @@ def abstract_lanczos(
         previous=vectors(runs),
         current=vectors(runs),
         basis=basis,
+        forms=scalars((runs, FORM_STEPS, microbatches, FORMS), wide) if microbatches else None,
         reorthogonalize=storage.reorthogonalize,
         blocks=blocks,
     )
@@ -218,6 +237,7 @@ def extended(state: LanczosState, steps: int) -> LanczosState:
         previous=previous,
         current=current,
         basis=jax.tree.unflatten(treedef, basis),
+        forms=None if state.forms is None else first(state.forms),
     )
 
 
@@ -260,7 +280,8 @@ def run_axes(state: LanczosState) -> Any:
     fields = {
         f.name: zero for f in dataclasses.fields(LanczosState) if f.name not in ("step", "reorthogonalize", "blocks")
     }
-    fields["basis"] = None if state.basis is None else 0
+    for name in ("basis", "forms"):
+        fields[name] = None if getattr(state, name) is None else 0
     static = {"reorthogonalize": state.reorthogonalize, "blocks": state.blocks}
     return LanczosState(step=None, **static, **fields)  # type: ignore[arg-type]
 

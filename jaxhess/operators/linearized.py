@@ -19,7 +19,7 @@ from jaxhess.operators.facts import checksum, describe, explain_non_finite
 from jaxhess.operators.hessian import Hessian
 from jaxhess.operators.loss import divided
 from jaxhess.operators.matmul import with_matmul_precision
-from jaxhess.operators.microbatches import Microbatches, sum_over_microbatches
+from jaxhess.operators.microbatches import Microbatches, sum_and_each
 from jaxhess.operators.precision import exact_operator
 from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector, cast
@@ -53,19 +53,23 @@ class LinearizedHessian(LinearOperator):
     count: jax.Array
 
     def mv(self, v: Vector) -> Vector:
+        return self.product_and_each(v, lambda _: ())[0]
+
+    def product_and_each(self, v: Vector, each: Callable[[tuple[Vector, jax.Array]], Any]) -> tuple[Vector, Any]:
+        """As that of `Hessian`."""
         pairs = zip(self.hessian.batches, self.residuals, strict=True)
         groups = tuple(Microbatches((batches.stacked, kept.stacked)) for batches, kept in pairs)
 
-        def summed(direction: Vector) -> Vector:
-            def product(pair: tuple[Any, list[jax.Array]]) -> Vector:
+        def summed(direction: Vector) -> tuple[Any, Any]:
+            def product(pair: tuple[Any, list[jax.Array]]) -> tuple[Vector, jax.Array]:
                 batch, kept = pair
-                push, _ = _linearize(self.hessian, self.hessian.params, batch)
-                return self.hessian.pin(_refilled(push, self.hessian, batch, kept)(direction))
+                push, count = _linearize(self.hessian, self.hessian.params, batch)
+                return self.hessian.pin(_refilled(push, self.hessian, batch, kept)(direction)), count
 
-            return sum_over_microbatches(product, groups, self.hessian.accumulation_dtype)
+            return sum_and_each(product, each, groups, self.hessian.accumulation_dtype)
 
-        total = with_matmul_precision(summed, self.hessian.matmul_precision)(cast(v, self.hessian.free))
-        return self.hessian.pin(divided(total, self.count, v))
+        (total, _), found = with_matmul_precision(summed, self.hessian.matmul_precision)(cast(v, self.hessian.free))
+        return self.hessian.pin(divided(total, self.count, v)), found
 
     @property
     def shape_dtype(self) -> Vector:

@@ -21,7 +21,7 @@ from jaxhess.files.run_folder import json_ready
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.facts import checksum, describe, explain_non_finite, validate
 from jaxhess.operators.matmul import ALGORITHMS, MatmulPrecision, check_matmul_precision, with_matmul_precision
-from jaxhess.operators.microbatches import as_groups, sum_over_microbatches
+from jaxhess.operators.microbatches import as_groups, sum_and_each, sum_over_microbatches
 from jaxhess.operators.precision import exact_operator, product_dtypes, product_eps
 from jaxhess.operators.restriction import Restriction, leaf_name, restriction
 from jaxhess.operators.routing import has_routing, margins
@@ -123,16 +123,20 @@ class LossOperator(LinearOperator):
 
     def mv(self, v: Vector) -> Vector:
         """The product in the dtypes of v. The direction is rounded to the parameters' dtypes first."""
+        return self.product_and_each(v, lambda _: ())[0]
 
-        def summed(direction: Vector) -> tuple[Vector, jax.Array]:
+    def product_and_each(self, v: Vector, each: Callable[[tuple[Vector, jax.Array]], Any]) -> tuple[Vector, Any]:
+        """The product, and each(`product_sum`) of every microbatch, [microbatches, ...]."""
+
+        def summed(direction: Vector) -> tuple[Any, Any]:
             def product(batch: Any) -> tuple[Vector, jax.Array]:
                 total, count = self.product_sum(direction, batch)
                 return self.pin(total), count
 
-            return sum_over_microbatches(product, self.groups, self.accumulation_dtype)
+            return sum_and_each(product, each, self.groups, self.accumulation_dtype)
 
-        total, count = with_matmul_precision(summed, self.matmul_precision)(cast(v, self.free))
-        return self.pin(divided(total, count, v))
+        (total, count), found = with_matmul_precision(summed, self.matmul_precision)(cast(v, self.free))
+        return self.pin(divided(total, count, v)), found
 
     @property
     def groups(self) -> tuple:

@@ -74,17 +74,33 @@ def sum_over_microbatches(f: Callable[[Any], Any], groups: tuple[Microbatches, .
 
     One batch is evaluated directly: no accumulator beside its result. Several run one after the other in a scan.
     """
+    return sum_and_each(f, lambda _: (), groups, dtype)[0]
+
+
+def sum_and_each(
+    f: Callable[[Any], Any], each: Callable[[Any], Any], groups: tuple[Microbatches, ...], dtype: str = "float32"
+) -> tuple[Any, Any]:
+    """That sum, and each(f(batch)) of every batch: a pytree of arrays [batches, ...]."""
     total: Any = None
+    rows = []
     for group in groups:
         if len(group) == 1:
-            part = _widen(f(jax.tree.map(lambda x: x[0], group.stacked)), dtype)
+            own = f(jax.tree.map(lambda x: x[0], group.stacked))
+            part = _widen(own, dtype)
             total = part if total is None else _add(total, part)
+            rows.append(jax.tree.map(lambda x: x[None], each(own)))
             continue
         if total is None:
             abstract = jax.eval_shape(lambda g: f(jax.tree.map(lambda x: x[0], g)), group.stacked)
             total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, dtype)), abstract)
-        total, _ = jax.lax.scan(lambda acc, batch: (_add(acc, f(batch)), None), total, group.stacked)
-    return total
+
+        def step(acc: Any, batch: Any) -> tuple[Any, Any]:
+            own = f(batch)
+            return _add(acc, own), each(own)
+
+        total, found = jax.lax.scan(step, total, group.stacked)
+        rows.append(found)
+    return total, jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
 
 
 def _add(total: Any, part: Any) -> Any:

@@ -167,7 +167,8 @@ class Job:
 
     def state(self, mesh: Any) -> LanczosState:
         """The abstract state of a Lanczos run."""
-        return abstract_lanczos(self.params(mesh), self.steps, self.storage, self.batch_size)
+        told_apart = 0 if self.hvp == "finite-difference" or self.microbatches == 1 else self.microbatches
+        return abstract_lanczos(self.params(mesh), self.steps, self.storage, self.batch_size, microbatches=told_apart)
 
 
 @functools.cache

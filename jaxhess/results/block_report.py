@@ -18,7 +18,7 @@ from jaxhess.results.block_figures import (
 from jaxhess.results.block_files import BlockRun
 from jaxhess.results.figures import png
 from jaxhess.results.page import Picture, Section, Table, facts, page
-from jaxhess.results.report import estimate_words
+from jaxhess.results.words import estimate_words
 from jaxhess.slq.extremes import Extreme
 from jaxhess.structure.approximations import approximations
 from jaxhess.structure.coupling import CouplingMap

@@ -7,6 +7,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from jaxhess.slq.spectrum import Spectrum
 
 NAMES = ("ritz_values", "weights", "residual_bounds", "error_bounds", "ghosts")
 INPUT_ARRAYS = ("alphas", "betas", "sizes", "dim", "step_errors")
+FORMS = "microbatch_forms"
 
 
 def save(spectrum: Spectrum, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -54,7 +56,7 @@ def contents(spectrum: Spectrum) -> dict[str, bytes]:
     run = json_ready(dataclasses.asdict(spectrum.run))
     record = {"format": FORMAT, "run": run, "info": spectrum.info, "summary": summary(spectrum)}
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **{name: getattr(spectrum, name) for name in (*NAMES, *INPUT_ARRAYS)})
+    np.savez(buffer, allow_pickle=False, **{name: getattr(spectrum, name) for name in (*NAMES, *INPUT_ARRAYS, FORMS)})
     return {ARRAYS: buffer.getvalue(), RECORD: (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()}
 
 
@@ -97,7 +99,9 @@ def load(path: str | os.PathLike[str], dim: int | None = None) -> Spectrum:
             warn_of_narrow_vectors(path, info, arrays)
             arrays.setdefault("step_errors", np.zeros(0))
         alphas, betas, sizes, rows, errors = (arrays[name] for name in INPUT_ARRAYS)
-        return Spectrum(alphas, betas, sizes, int(rows), left, run=run, step_errors=errors)
+        forms = arrays.get(FORMS, np.zeros(0))  # runs of earlier versions have none
+        known: Any = {"step_errors": errors, FORMS: forms}
+        return Spectrum(alphas, betas, sizes, int(rows), left, run=run, **known)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path / ARRAYS} is corrupt or not a spectrum: {error}") from None
 

@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 
 from jaxhess.files.output import Output
 from jaxhess.files.run_folder import REPORT_FILES, json_ready
-from jaxhess.krylov.errors import Estimate
 from jaxhess.krylov.ghosts import relative_tolerance
 from jaxhess.operators.audit import Noise
+from jaxhess.results.data_section import data_section
 from jaxhess.results.figures import CENTRAL_MASS, density_figure, distribution_figure, png, stem_figure
 from jaxhess.results.page import Picture, Section, Table, facts, page
 from jaxhess.results.summary import checks
+from jaxhess.results.words import estimate_words, number
 from jaxhess.slq.extremes import Extreme
 from jaxhess.slq.record import EigenpairRecord, RunRecord
 from jaxhess.slq.spectrum import Spectrum
@@ -124,6 +125,7 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
         Section("Every probe", [Table(PROBE_HEAD, list(_probes(spectrum)))]),
         Section("Ghosts", list(_ghosts(spectrum))),
         *_eigenpairs(spectrum.run.eigenpairs),
+        data_section(spectrum),
         Section("Checks", [Table(("identity", "largest violation over probes"), list(_checks(spectrum))), CHECKS_NOTE]),
         *_noise(spectrum.run.noise),
         *_routing(spectrum.run.inputs.details),
@@ -154,10 +156,10 @@ def _subtitle(spectrum: Spectrum) -> str:
 
 def _headline(spectrum: Spectrum) -> Iterator[Sequence[str]]:
     if (loss := spectrum.run.inputs.loss) is not None:
-        yield "loss", _number(loss, 6), "as recorded with the run"
+        yield "loss", number(loss, 6), "as recorded with the run"
     smallest, largest = spectrum.extreme()
-    yield "largest Ritz value", _number(largest.value, 6), _extreme_words(largest)
-    yield "smallest Ritz value", _number(smallest.value, 6), _extreme_words(smallest)
+    yield "largest Ritz value", number(largest.value, 6), _extreme_words(largest)
+    yield "smallest Ritz value", number(smallest.value, 6), _extreme_words(smallest)
     yield "trace", *estimate_words(spectrum.trace())
     mean = spectrum.moment(1)
     yield "mean eigenvalue (trace / dim)", *estimate_words(mean)
@@ -165,12 +167,12 @@ def _headline(spectrum: Spectrum) -> Iterator[Sequence[str]]:
 
 
 def _extreme_words(extreme: Extreme) -> str:
-    bound = f"residual bound {_number(extreme.residual_bound, 2)}: an eigenvalue lies that close, or within rounding"
+    bound = f"residual bound {number(extreme.residual_bound, 2)}: an eigenvalue lies that close, or within rounding"
     if math.isnan(extreme.residual_bound):
         bound = "residual bound unknown: the norm after the last step is not there"
     if math.isnan(extreme.spread):
         return bound + "; one probe, so no spread to judge rounding by"
-    return bound + f"; the probes' own values scatter by {_number(extreme.spread, 2)} (standard deviation)"
+    return bound + f"; the probes' own values scatter by {number(extreme.spread, 2)} (standard deviation)"
 
 
 def _density_caption(spectrum: Spectrum) -> str:
@@ -178,14 +180,6 @@ def _density_caption(spectrum: Spectrum) -> str:
     low, high = density.along(2) if density.linthresh is None else np.arcsinh(density.along(2) / density.linthresh)
     zero = REFLECTED if density.reflected else NOT_REFLECTED
     return DENSITY_CAPTION.format(width=f"{density.width / (high - low):.1%}", zero=zero)
-
-
-def estimate_words(estimate: Estimate) -> tuple[str, str]:
-    """The value, and its 95% interval in words, for a table."""
-    low, high = estimate.interval()
-    if math.isnan(low):
-        return _number(estimate.value, 4), "error not known: too few probes or steps"
-    return _number(estimate.value, 4), f"95%: {_number(low, 4)} to {_number(high, 4)}"
 
 
 def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:
@@ -199,14 +193,14 @@ def _probes(spectrum: Spectrum) -> Iterator[Sequence[str]]:
     )
     for probe, (theta, bounds, size, broke, alphas) in enumerate(rows):
         steps = f"{size} (broke down)" if broke else str(size)
-        smallest, largest = ((_number(theta[i], 6), _number(bounds[i], 2)) for i in (0, size - 1))
-        yield str(probe + 1), steps, *smallest, *largest, _number(spectrum.dim * alphas[0], 4)
+        smallest, largest = ((number(theta[i], 6), number(bounds[i], 2)) for i in (0, size - 1))
+        yield str(probe + 1), steps, *smallest, *largest, number(spectrum.dim * alphas[0], 4)
 
 
 def _ghosts(spectrum: Spectrum) -> Iterator[str | Table]:
     found = spectrum.ghosts.any()
     measured = spectrum.run.lanczos.orthogonality or ()
-    lost = [_number(np.nan if x is None else x, 2).replace("unknown", "not measured") for x in measured]
+    lost = [number(np.nan if x is None else x, 2).replace("unknown", "not measured") for x in measured]
     lost = lost if len(lost) == spectrum.num_probes else []
     head = ["probe", "Ritz values", "copies", "spurious", "left"]
     yield Table(
@@ -215,12 +209,12 @@ def _ghosts(spectrum: Spectrum) -> Iterator[str | Table]:
     )
     theta = spectrum.ritz_values[np.isfinite(spectrum.ritz_values)]
     tolerance = 2 * relative_tolerance(spectrum.num_steps, spectrum.run.rounding) * float(np.abs(theta).max())
-    yield GHOSTS_NOTE.format(tolerance=_number(tolerance, 2)) if found else NO_GHOSTS_NOTE
+    yield GHOSTS_NOTE.format(tolerance=number(tolerance, 2)) if found else NO_GHOSTS_NOTE
     if found:
         rows = sorted(_outliers(spectrum), key=lambda row: (-float(f"{abs(row[1]):.4g}"), row[0]))
         yield Table(
             ("probe", "value", "Ritz values merged", "residual bound", "weight × parameters"),
-            [(str(p), _number(v, 6), str(n), _number(b, 2), _number(w, 2)) for p, v, n, b, w in rows[:MOST_OUTLIERS]],
+            [(str(p), number(v, 6), str(n), number(b, 2), number(w, 2)) for p, v, n, b, w in rows[:MOST_OUTLIERS]],
             "Outliers with their copies merged",
         )
         left = len(rows) - MOST_OUTLIERS
@@ -257,7 +251,7 @@ def _eigenpairs(pairs: EigenpairRecord | None) -> Iterator[Section]:
     if pairs is None:
         return
     rows = [
-        (str(i), *("–" if x is None else _number(x, d) for x, d in zip(row, (6, 2), strict=True)))
+        (str(i), *("–" if x is None else number(x, d) for x, d in zip(row, (6, 2), strict=True)))
         for i, row in enumerate(zip(pairs.values, pairs.residuals, strict=False), 1)
     ]
     table = Table(("", "eigenvalue", "residual |Hv − value v| / |v|"), rows)
@@ -283,7 +277,7 @@ def _noise(noise: Noise | None) -> Iterator[Section]:
         if found is not None:
             numbers += [(text.format("random direction"), found.random)]
             numbers += [(text.format("direction of large curvature"), found.leading)]
-    rows = [("reference", noise.reference), *((text, _number(x, 2)) for text, x in numbers if x is not None)]
+    rows = [("reference", noise.reference), *((text, number(x, 2)) for text, x in numbers if x is not None)]
     yield Section("Noise of the products", [Table(("measured on the operator of this run", "value"), rows), NOISE_NOTE])
 
 
@@ -294,15 +288,15 @@ def _routing(details: Mapping[str, Any]) -> Iterator[Section]:
         return
     rows = [("choices, one for each token and layer", f"{found['choices']:,}")]
     rows += [
-        ("smallest margin" if q == "0" else f"margin, {float(q):.1%} quantile", _number(value, 2))
+        ("smallest margin" if q == "0" else f"margin, {float(q):.1%} quantile", number(value, 2))
         for q, value in found.get("margin", {}).items()
     ]
-    rows += [(f"{name} load of an expert", _number(value, 3)) for name, value in found.get("load", {}).items()]
+    rows += [(f"{name} load of an expert", number(value, 3)) for name, value in found.get("load", {}).items()]
     shift = details.get("shift_of_a_random_vector")
     if isinstance(shift, Mapping) and "changed_experts" in shift:
         rows += [
             ("choices that differ between the two shifts", f"{shift['changed_experts']:.3%}"),
-            ("what they change in a product, relative", _number(shift["jumped"], 2)),
+            ("what they change in a product, relative", number(shift["jumped"], 2)),
         ]
     yield Section("Choice of experts", [Table(("measured at these parameters", "value"), rows), ROUTING_NOTE])
 
@@ -316,12 +310,3 @@ def _record(run: RunRecord, info: dict[str, Any]) -> Iterator[Table]:
     for title, values in ({"run": plain} | {n: v for n, v in parts.items() if isinstance(v, dict)}).items():
         if (table := facts(values, title)).rows:
             yield table
-
-
-def _number(x: float, digits: int) -> str:
-    """Rounded to so many digits, plain where that is readable: 120, 0.00058, 3.2e−13; "unknown" for NaN."""
-    if math.isnan(x):
-        return "unknown"
-    rounded = float(f"{x:.{digits}g}")
-    text = f"{rounded:.0f}" if 10**digits <= abs(rounded) < 1e6 else f"{x:.{digits}g}"
-    return text.replace("-", "\N{MINUS SIGN}")

@@ -30,7 +30,7 @@ from jaxhess.krylov.basis import HOST
 from jaxhess.operators.facts import MEASURED
 from jaxhess.vectors import checksum
 
-FORMAT = "jaxhess-unfinished-3"
+FORMAT = "jaxhess-unfinished-4"
 IDENTITY, STEPS = "identity.json", "steps"
 SAVE = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
 """Names of saves, whole and begun, in the folder of steps."""

@@ -14,11 +14,12 @@ from jaxhess.distributed import processes
 from jaxhess.distributed.memory import most_that_fit
 from jaxhess.files.typed import read_as
 from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonality_loss
-from jaxhess.krylov.state import LanczosState, abstract_lanczos, start_lanczos
+from jaxhess.krylov.state import FORM_STEPS, LanczosState, abstract_lanczos, start_lanczos
 from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.blocks import Blocks
 from jaxhess.operators.facts import non_finite, shares_work
+from jaxhess.operators.forms import FORMS, num_microbatches
 from jaxhess.slq.checkpoint import Interrupted, Saver
 from jaxhess.slq.record import CompiledRecord, ProgramMemory
 from jaxhess.vectors import Vector
@@ -78,10 +79,13 @@ class LanczosRuns:
     blocks: Blocks | None = None
 
     def __post_init__(self) -> None:
+        found = num_microbatches(self.operator)
+        self.microbatches = found if found > 1 and self.blocks is None else 0
         self.width = 1 if self.blocks is None else len(self.blocks)
         rows = self.probes * self.width
         self.alphas, self.betas, self.step_errors = (np.full((rows, self.steps), np.nan) for _ in range(3))
         self.sizes = np.zeros(rows, np.int64)
+        self.forms = np.full((rows, FORM_STEPS, self.microbatches, FORMS), np.nan)
         self.orthogonality = np.full(rows, np.nan)
         self.seconds = 0.0
         self.batch_size = 0
@@ -90,7 +94,8 @@ class LanczosRuns:
 
     def template(self, runs: int = 1) -> LanczosState:
         """The abstract state of so many probes together."""
-        return abstract_lanczos(self.operator.shape_dtype, self.steps, self.storage, runs, self.blocks)
+        like = self.operator.shape_dtype
+        return abstract_lanczos(like, self.steps, self.storage, runs, self.blocks, self.microbatches)
 
     def advance(
         self, batch_size: int | None, saver: Saver | None = None, stop: Callable[[], bool] = lambda: False
@@ -99,8 +104,12 @@ class LanczosRuns:
         first, begun = 0, None
         if saver is not None and (record := saver.latest()) is not None:
             first = self._resume_from(record)
+            now, self.microbatches = self.microbatches, record["microbatches"]
             if record["step"] > 0:  # these probes advance together to their end
                 begun = saver.restore(self.template(record["runs"]))
+            if self.microbatches != now:  # cut otherwise than before: what is known of single ones does not go together
+                self._drop_forms()
+                begun = None if begun is None else dataclasses.replace(begun, forms=None)
         began = time.perf_counter() - self.seconds
         if self.batch_size == 0 or batch_size is not None:
             self.batch_size = self._evenly(batch_size) if batch_size else self._choose_batch_size()
@@ -173,7 +182,8 @@ class LanczosRuns:
     def _start(self, first: int) -> LanczosState:
         """The next batch. A short batch is filled with copies of its last probe, so that nothing compiles again."""
         numbers = [min(first + k, self.probes - 1) for k in range(self.batch_size)]
-        return start_lanczos((self.draw(p) for p in numbers), self.steps, self.storage, self.blocks)
+        probes = (self.draw(p) for p in numbers)
+        return start_lanczos(probes, self.steps, self.storage, self.blocks, self.microbatches)
 
     def _segments(self, state: LanczosState, every: int | None) -> Iterator[LanczosState]:
         """The state after each segment, which end at multiples of `every` too; a second or so each."""
@@ -199,6 +209,8 @@ class LanczosRuns:
         for name in COEFFICIENTS:
             found = np.asarray(getattr(state, name)).reshape(-1, self.steps)[:count]
             getattr(self, name)[chosen] = np.where(beyond, np.nan, found)
+        if self.microbatches:
+            self.forms[chosen] = np.asarray(state.forms)[:count]
         bad = ~beyond & ~np.isfinite(self.alphas[chosen] + self.betas[chosen])
         if bad.any():
             row, step = np.argwhere(bad)[0]
@@ -228,6 +240,8 @@ class LanczosRuns:
             "sizes": self.sizes[:rows].tolist(),
             **{name: [[float(x).hex() for x in row] for row in getattr(self, name)[:rows]] for name in COEFFICIENTS},
             "orthogonality": [float(x).hex() for x in self.orthogonality[:rows]],
+            "microbatches": self.microbatches,
+            "forms": [float(x).hex() for x in self.forms[:rows].ravel()],
         }
         saver.save_or_warn(probe * self.steps + step, record, state, must)
 
@@ -240,7 +254,13 @@ class LanczosRuns:
         for name in COEFFICIENTS:
             getattr(self, name)[:rows] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
         self.orthogonality[:rows] = [float.fromhex(x) for x in record["orthogonality"]]
+        if record["microbatches"] == self.microbatches:
+            self.forms[:rows] = np.reshape([float.fromhex(x) for x in record["forms"]], self.forms[:rows].shape)
         return probe
+
+    def _drop_forms(self) -> None:
+        self.microbatches = 0
+        self.forms = self.forms[:, :, :0]
 
 
 def _next_length(length: int, done: int, seconds: float) -> int:

@@ -13,8 +13,10 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, JsonValue
 
+from jaxhess.data.sampling import Sampling
 from jaxhess.errors import InputError
 from jaxhess.files.typed import read_as
+from jaxhess.krylov.errors import DataSpread, Estimate
 from jaxhess.krylov.ghosts import FLOAT32_ROUNDING, relative_tolerance
 from jaxhess.krylov.storage import Reorthogonalize, Storage
 from jaxhess.operators.audit import Noise
@@ -149,6 +151,20 @@ class CompiledRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataError:
+    """As `jaxhess.krylov.errors.DataSpread`; None: the bias is not known, or is not that of an extreme eigenvalue."""
+
+    error: Length
+    freedom: Length
+    bias: Number | None = None
+
+    def of(self, value: float) -> Estimate:
+        """A value without any error over probes, and with this one."""
+        bias = math.nan if self.bias is None else self.bias
+        return Estimate(value, 0.0, math.inf, data=DataSpread(self.error, self.freedom, bias))
+
+
+@dataclasses.dataclass(frozen=True)
 class EigenpairRecord:
     """Leading eigenpairs that were computed beside the spectrum; what is no finite number is None.
 
@@ -156,6 +172,7 @@ class EigenpairRecord:
         values, residuals, converged: As in `jaxhess.Eigenpairs`.
         steps: Lanczos steps that they took.
         vectors: The folder of the eigenvectors, in the run folder.
+        data: Of every value the error over the data, or None; nothing: it is not known.
     """
 
     values: tuple[Number | None, ...]
@@ -163,6 +180,7 @@ class EigenpairRecord:
     converged: tuple[bool, ...] = ()
     steps: Count | None = None
     vectors: str | None = None
+    data: tuple[DataError | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +206,7 @@ class RunRecord:
         program: What was compiled; None where nothing was.
         seconds: Of Lanczos with compilation, over all resumed parts.
         job: Model, data, devices and options of the command; None for a call in Python.
+        sampling: How the sequences were chosen; None: not known.
 
     Raises:
         InputError: `rounding` is not between 0 and 1.
@@ -203,6 +222,7 @@ class RunRecord:
     program: CompiledRecord | None = None
     seconds: Length | None = None
     job: CommandRecord | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         relative_tolerance(1, self.rounding)

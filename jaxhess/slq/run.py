@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxhess.data.sampling import Sampling
 from jaxhess.distributed.memory import bytes_per_device, devices_of, host_bytes, total_bytes
 from jaxhess.errors import InputError
 from jaxhess.files.run_folder import json_ready
@@ -36,6 +37,7 @@ def spectrum(
     distribution: Distribution = "normal",
     checkpoint: Checkpoint | None = None,
     callback: Callable[[Progress], None] | None = None,
+    sampling: Sampling | None = None,
     info: dict[str, Any] | None = None,
 ) -> Spectrum:
     """The spectral distribution of `operator` by stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017, section 3).
@@ -61,6 +63,8 @@ def spectrum(
         distribution: Of the probes' entries.
         checkpoint: Where the unfinished run is saved, and whether to resume it.
         callback: Called on the host after each compiled segment.
+        sampling: How the sequences were chosen, for errors over the data; None: at random, from a text without end.
+            These errors need an operator of two microbatches or more, and cost three inner products for each.
         info: Anything to keep with the result; no number depends on it.
 
     Raises:
@@ -76,7 +80,8 @@ def spectrum(
         step_errors=run.step_errors,
         sizes=run.sizes,
         dim=operator.dim,
-        run=record,
+        run=dataclasses.replace(record, sampling=sampling),
+        microbatch_forms=run.forms,
         info=info or {},
     )
 

@@ -37,6 +37,7 @@ from jaxhess.krylov.ghosts import (
 )
 from jaxhess.krylov.quadrature import Quadrature
 from jaxhess.slq.coefficients import Coefficients, checked, quadratures
+from jaxhess.slq.data_errors import moment_spread, read_forms
 from jaxhess.slq.density import Axis, Density, SpectrumLimits, smoothed
 from jaxhess.slq.extremes import Extremes, extremes
 from jaxhess.slq.functions import bounds_of_mean, evaluated, excess
@@ -72,6 +73,9 @@ class Spectrum:
         run: How it was made. Standard errors, ghosts and the slack of bounds depend on it (`RunRecord`).
         step_errors: [probes, steps] float64, what each step left out of the recurrence (`LanczosState.step_errors`); it
             is part of `residual_bounds`. Empty: not known, and taken for zero.
+        microbatch_forms: [probes, 2, microbatches, 4] float64, what single microbatches contribute to the first two
+            steps (`LanczosState.forms`). Trace, norm and moments then have an error over the data beside that over
+            probes: `Estimate.data`. Empty: not known.
 
     Standard errors are those of sampling the probes: `jaxhess.krylov.errors` says how, and `docs/numerics.md` has
     the measured coverage of their intervals. They are the sphere's, as far as the steps taken know it. For probes
@@ -89,19 +93,21 @@ class Spectrum:
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: RunRecord = dataclasses.field(default=RunRecord(), kw_only=True)
     step_errors: Array = dataclasses.field(default_factory=lambda: np.zeros(0), kw_only=True)
+    microbatch_forms: Array = dataclasses.field(default_factory=lambda: np.zeros(0), kw_only=True)
 
     def __post_init__(self) -> None:
         coefficients = checked(self.alphas, self.betas, self.sizes, self.step_errors)
         if int(self.dim) != self.dim or self.dim < 1:
             raise InputError(f"dim must be a positive number of parameters, got {self.dim}")
         cleaned = {**coefficients._asdict(), "dim": int(self.dim), "info": json_ready(self.info)}
+        cleaned["microbatch_forms"] = read_forms(self.microbatch_forms, len(coefficients.alphas))
         for name, value in cleaned.items():
             object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Spectrum):
             return NotImplemented
-        arrays = ("alphas", "betas", "sizes", "step_errors")
+        arrays = ("alphas", "betas", "sizes", "step_errors", "microbatch_forms")
         same = all(np.array_equal(getattr(self, n), getattr(other, n), True) for n in arrays)
         return same and all(getattr(self, n) == getattr(other, n) for n in ("dim", "info", "run"))
 
@@ -211,7 +217,8 @@ class Spectrum:
             spread = self._spread(values, nodes, scatter, float(self._beyond_gauss(2 * k).mean()), fourth)
             if even and spread is not scatter:  # In the logarithm the error of the variance cancels that of the value.
                 spread = spread._replace(freedom=np.inf)
-        return Estimate(float(values.mean()), *spread, positive=even)
+        data = moment_spread(k, self.microbatch_forms, self.alphas, self.betas, self.run.sampling)
+        return Estimate(float(values.mean()), *spread, positive=even, data=data)
 
     def trace(self) -> Estimate:
         """tr(H), dim times the first moment."""
@@ -225,7 +232,12 @@ class Spectrum:
         second = self.moment(2)
         norm = float(np.sqrt(self.dim) * np.sqrt(second.value))
         slope = norm / (2 * second.value) if second.value > 0 else 0.0
-        return dataclasses.replace(second, value=norm, standard_error=slope * second.standard_error)
+        data = second.data
+        if data is not None:
+            left = second.value - data.bias  # of H without the scatter of the sequences; none: they are too few
+            true = norm * math.sqrt(left / second.value) if left > 0 else math.nan
+            data = data._replace(error=slope * data.error, bias=norm - true)
+        return dataclasses.replace(second, value=norm, standard_error=slope * second.standard_error, data=data)
 
     def trace_function(self, f: Callable[[Array], npt.ArrayLike]) -> Estimate:
         """tr f(H), estimated by dim times the mean over probes of sum_i w_i f(theta_i) (Ubaru, Chen and Saad 2017).

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import tyro
@@ -79,7 +79,7 @@ class ModelOptions(StudyOptions):
         """The text, once the model is known to take it."""
         config = convert.load_config(self.model, None)
         config.check_length(self.seq_len)
-        sizes = {"seq_len": self.seq_len, "vocab_size": config.vocab_size, "sequences": self.sequences}
+        sizes: Any = {"seq_len": self.seq_len, "vocab_size": config.vocab_size, "sequences": self.sequences}
         return load_blocks(self.data, self.model, **sizes, seed=self.seed)
 
     def hessian(self, blocks: TokenBlocks, dtype: str) -> jaxhess.Hessian:

@@ -157,8 +157,13 @@ def study(options: Options) -> Study:
 def trained_norms(options: Options) -> models.DenseProblem:
     """The curvature of the trained model in scripts/tiny, in its norms before attention."""
     model = convert.load(str(TINY), dtype="float32").configured(remat=False)
-    sizes = {"seq_len": options.trained_tokens, "vocab_size": model.config.vocab_size}
-    blocks = load_blocks(str(TINY / "sample.txt"), str(TINY), **sizes, sequences=1 + options.held_out, seed=0)
+    blocks = load_blocks(
+        str(TINY / "sample.txt"),
+        str(TINY),
+        seq_len=options.trained_tokens,
+        vocab_size=model.config.vocab_size,
+        sequences=1 + options.held_out,
+    )
     tokens = np.asarray(blocks.tokens, np.int32)
     return models.problem("trained model, norms before attention", model, tokens[:1], tokens[1:], NORMS)
 

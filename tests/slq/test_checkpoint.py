@@ -115,7 +115,7 @@ def test_another_run_is_refused_and_the_difference_named(tmp_path, change, sente
 def test_an_unfinished_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path):
     stopped_at(OPERATOR, tmp_path, 0, 7, **RUN)
     path = tmp_path / "identity.json"
-    path.write_text(path.read_text().replace("unfinished-3", "unfinished-2"))
+    path.write_text(path.read_text().replace("unfinished-4", "unfinished-3"))
     with pytest.raises(ValueError, match="of an earlier version of jaxhess"):
         spectrum(OPERATOR, **RUN, checkpoint=Checkpoint(tmp_path, resume=True))
 

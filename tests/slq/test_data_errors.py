@@ -1,0 +1,162 @@
+"""Errors over data: closed forms, 200 subsamples of a finite corpus, and what is said where there are none."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import network
+
+from jaxhess import (
+    Checkpoint,
+    FiniteDifferenceHessian,
+    Hessian,
+    InputError,
+    Microbatches,
+    Sampling,
+    Spectrum,
+    Storage,
+    eigenvalue_errors,
+    leading_eigenpairs,
+    spectrum,
+)
+from jaxhess.krylov.split import split_bias
+from jaxhess.slq.data_errors import data_spread, moment_spread
+
+POPULATION, SEQUENCES, MICROBATCHES, PROBES = 400, 80, 8, 8
+NUMBERS = np.random.default_rng(0)
+INPUTS = (NUMBERS.normal(size=(POPULATION, 6)) * [3, 2, 1, 1, 0.5, 0.5]).astype(np.float32)
+LABELS = (NUMBERS.integers(0, 3, POPULATION) + (INPUTS[:, 0] > 0)) % 3
+PARAMS = {name: jnp.asarray(NUMBERS.normal(size=s) / 2, jnp.float32) for name, s in (("a", (6, 8)), ("b", (8, 3)))}
+
+
+def classifier_loss(params, batch):
+    inputs, labels = batch
+    logits = jnp.tanh(inputs @ params["a"]) @ params["b"]
+    return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels]), len(labels)
+
+
+def classifier(rows, microbatches=MICROBATCHES):
+    parts = INPUTS[rows].reshape(microbatches, -1, 6), LABELS[rows].reshape(microbatches, -1)
+    return Hessian(classifier_loss, PARAMS, Microbatches(jax.tree.map(jnp.asarray, parts)))
+
+
+def test_intervals_cover_the_whole_corpus():
+    """Two standard errors, probes and data together, hold the corpus's own values in 90 to 99% of 200 subsamples."""
+    matrix = np.asarray(classifier(np.arange(POPULATION), 1).to_matrix(), np.float64)
+    truths = {"trace": np.trace(matrix), "norm": np.linalg.norm(matrix), "largest": np.linalg.eigvalsh(matrix)[-1]}
+    inside = {name: [] for name in truths}
+    sampling = Sampling(SEQUENCES, POPULATION)
+    for seed in range(200):
+        operator = classifier(np.random.default_rng(1 + seed).permutation(POPULATION)[:SEQUENCES])
+        result = spectrum(operator, steps=4, probes=PROBES, seed=seed, sampling=sampling, storage=Storage("none"))
+        pairs = leading_eigenpairs(operator, 1, which="largest", steps=30, seed=seed)
+        (data,) = eigenvalue_errors(operator, pairs, sampling)
+        found = {name: x.for_population() for name, x in (("trace", result.trace()), ("norm", result.frobenius_norm()))}
+        for name, estimate in found.items():
+            inside[name].append(abs(estimate.value - truths[name]) <= 2 * estimate.standard_error)
+        inside["largest"].append(abs(pairs.values[0] - data.bias - truths["largest"]) <= 2 * data.error)
+    shares = {name: np.mean(x) for name, x in inside.items()}
+    assert all(0.9 <= share <= 0.99 for share in shares.values()), shares
+
+
+@pytest.mark.usefixtures("float64")
+def test_errors_of_diagonal_batches_are_the_textbook_ones():
+    """Counts that differ: the variance of a ratio of means (Cochran 1977, section 6.4), with the correction."""
+    diagonals = NUMBERS.uniform(1, 2, (5, 3))
+    counts = np.array([1.0, 2.0, 2.0, 1.0, 3.0])
+
+    def loss(w, batch):
+        d, count = batch
+        return count * jnp.sum(d * w**2) / 2, count
+
+    operator = Hessian(loss, jnp.ones(3), Microbatches((jnp.asarray(diagonals), jnp.asarray(counts))))
+    result = spectrum(operator, steps=3, probes=2, storage=Storage("none", scalar_dtype="float64"))
+    forms = result.microbatch_forms
+    np.testing.assert_allclose(forms[:, 0, :, 3], np.tile(counts, (2, 1)))
+    ratio = forms[:, 0, :, 0].sum(1) / counts.sum()
+    np.testing.assert_allclose(ratio, result.alphas[:, 0], rtol=1e-12)
+    one = dataclasses.replace(result, alphas=result.alphas[:1], betas=result.betas[:1], sizes=result.sizes[:1],
+                              step_errors=result.step_errors[:1], microbatch_forms=forms[:1])  # fmt: skip
+    residuals = forms[0, 0, :, 0] - ratio[0] * counts
+    variance = (1 - 0.25) / 5 / counts.mean() ** 2 * np.sum(residuals**2) / 4
+    found = moment_spread(1, one.microbatch_forms, one.alphas, one.betas, Sampling(5, 20))
+    assert found.freedom == 4
+    np.testing.assert_allclose(found.error, np.sqrt(variance), rtol=1e-12)
+
+
+def test_clusters_are_added_up_and_the_scatter_of_single_probes_is_left_to_the_probes():
+    parts = NUMBERS.normal(size=(1, 6))
+    parts -= parts.mean()
+    merged = data_spread(parts, Sampling(6, clusters=(0, 0, 1, 1, 2, 2)))
+    np.testing.assert_allclose(merged, data_spread(parts.reshape(1, 3, 2).sum(2), Sampling(3)))
+    common = np.sqrt(6 / 5) * np.linalg.norm(parts)
+    np.testing.assert_allclose(data_spread(np.repeat(parts, 4, 0), Sampling(6)).error, common)
+    scattered = NUMBERS.normal(size=(4000, 6)) * 5  # without anything in common: next to nothing is the data's
+    assert data_spread(scattered - scattered.mean(1, keepdims=True), Sampling(6)).error < 0.5
+    assert data_spread(parts, Sampling(6, 6)).error == 0
+
+
+def test_the_bias_of_the_largest_eigenvalue_is_that_over_all_samples():
+    """E of the largest eigenvalue of means of 16 random matrices less that of their mean, against splitting one."""
+    rng = np.random.default_rng(1)
+    base = np.diag([10.0, 1.0, 0.0])
+
+    def sample():
+        noise = rng.normal(size=(16, 3, 3))
+        return (base + noise + noise.transpose(0, 2, 1)).astype(np.float32)
+
+    draws = [sample() for _ in range(400)]
+    excess = np.array([np.linalg.eigvalsh(x.mean(0))[-1] for x in draws]) - 10
+    estimates = []
+    for x in draws[:40]:
+        operator = Hessian(lambda w, m: w @ m @ w / 2, jnp.zeros(3), Microbatches(jnp.asarray(x)))
+        values, vectors = np.linalg.eigh(x.mean(0))
+        estimates.append(split_bias(operator, float(values[-1]), jnp.asarray(vectors[:, -1], jnp.float32), steps=3))
+    error = 3 * np.hypot(np.std(estimates) / np.sqrt(40), excess.std() / np.sqrt(400))
+    assert abs(np.mean(estimates) - excess.mean()) < error
+
+
+def test_where_there_is_no_error_over_data_none_is_given():
+    operator = network(sizes=(4,))
+    alone = spectrum(operator, steps=2, probes=2)
+    several = network(sizes=(2, 2))
+    differences = FiniteDifferenceHessian(several.loss, several.params, several.batches, step=1e-2)
+    for result in (alone, spectrum(differences, steps=2, probes=2)):
+        assert result.trace().data is None
+        assert np.isnan(result.trace().for_population().interval()).all()
+    one_step = spectrum(several, steps=1, probes=2)
+    assert one_step.trace().data is not None and one_step.frobenius_norm().data is None
+    assert spectrum(several, steps=2, probes=2).moment(4).data is None
+    with pytest.raises(InputError, match="microbatch_forms must be"):
+        dataclasses.replace(alone, microbatch_forms=np.ones((2, 2, 3)))
+
+
+def test_forms_are_kept_when_a_run_is_saved_and_when_it_is_resumed(tmp_path):
+    operator = network(sizes=(2, 2, 2))
+    whole = spectrum(operator, steps=4, probes=3, batch_size=1, sampling=Sampling(6, 60))
+    whole.save(tmp_path / "run")
+    assert Spectrum.load(tmp_path / "run") == whole
+    assert whole.trace().to_dict()["data"]["error"] == whole.trace().data.error
+
+    class Killed(Exception):
+        pass
+
+    def stop(progress):
+        if progress.probe == 1 and progress.step >= 2:
+            raise Killed
+
+    def resumed(operator, folder):
+        options = {"steps": 4, "probes": 3, "batch_size": 1}
+        with pytest.raises(Killed):
+            spectrum(network(sizes=(2, 2, 2)), **options, checkpoint=Checkpoint(folder, every=1), callback=stop)
+        return spectrum(operator, **options, checkpoint=Checkpoint(folder, every=1, resume=True))
+
+    np.testing.assert_array_equal(resumed(operator, tmp_path / "a").microbatch_forms, whole.microbatch_forms)
+    (batch,) = operator.batches
+    joined = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch.stacked)
+    cut = dataclasses.replace(operator, batches=(Microbatches(joined),))
+    other = resumed(cut, tmp_path / "b")  # all in one microbatch from there on
+    assert other.trace().data is None
+    np.testing.assert_allclose(other.trace().value, whole.trace().value, rtol=1e-4)
