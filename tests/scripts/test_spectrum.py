@@ -213,10 +213,16 @@ def test_eigenpairs_come_from_the_basis_of_the_spectrum(tmp_path, monkeypatch):
     """Into a new folder, with one report, and without a second Lanczos run."""
     out, started = tmp_path / "out", []
     monkeypatch.setattr("jaxhess.krylov.eigenpairs.start_lanczos", lambda *args: started.append(args))
-    run_command(script, *QUICK, "--no-audit", "--out", str(out), "--eigenpairs", "1", "--eigenpair-steps", "3")
+    several = ["--sequences", "16", "--microbatch", "8", "--sample", "random"]
+    pairs = ["--eigenpairs", "1", "--eigenpair-steps", "3"]
+    run_command(script, *QUICK, *several, "--no-audit", "--out", str(out), *pairs)
     found = Spectrum.load(out)
     assert not started
     assert found.run.eigenpairs.values[0] in found.ritz_values[0]
+    assert found.run.sampling.population > 1000 and found.run.sampling.sequences == 16
+    assert found.run.eigenpairs.data[0].error > 0 and found.trace().data.error > 0
+    report = (out / "report.html").read_text()
+    assert "Beyond these sequences" in report and "more sequences" in report
     assert "eigenvalue" in (out / "report.html").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert not (out / script.UNFINISHED).exists()
