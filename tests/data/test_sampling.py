@@ -11,7 +11,8 @@ BLOCKS = TokenBlocks(np.arange(60).reshape(12, 5) + 1, np.ones((12, 4)))
 def test_a_random_sample_is_without_replacement_and_the_seeds_own():
     sample = BLOCKS.sampled(7, seed=3)
     rows = {tuple(row) for row in sample.tokens.tolist()}
-    assert len(rows) == 7 and rows <= {tuple(row) for row in BLOCKS.tokens.tolist()}
+    assert len(rows) == 7
+    assert rows <= {tuple(row) for row in BLOCKS.tokens.tolist()}
     assert sample.fingerprint() == BLOCKS.sampled(7, seed=3).fingerprint() != BLOCKS.sampled(7, seed=4).fingerprint()
     assert sample.sampling(2) == Sampling(7, population=12)
     assert BLOCKS.sampled(12).sampling(2).fraction == 1
