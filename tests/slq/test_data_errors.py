@@ -127,7 +127,8 @@ def test_where_there_is_no_error_over_data_none_is_given():
         assert result.trace().data is None
         assert np.isnan(result.trace().for_population().interval()).all()
     one_step = spectrum(several, steps=1, probes=2)
-    assert one_step.trace().data is not None and one_step.frobenius_norm().data is None
+    assert one_step.trace().data is not None
+    assert one_step.frobenius_norm().data is None
     assert spectrum(several, steps=2, probes=2).moment(4).data is None
     with pytest.raises(InputError, match="microbatch_forms must be"):
         dataclasses.replace(alone, microbatch_forms=np.ones((2, 2, 3)))
