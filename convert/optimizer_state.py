@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from convert.configs import family_of, hugging_face_config
 from convert.json_files import one_line, shown
@@ -88,8 +87,8 @@ def load_preconditioner(
               taken to be in the order of the model in `transformers`: in one group, or those that are decayed first,
               in two, as the Trainer does it. Shapes of all tensors are compared; two of one shape that a program of
               one's own had exchanged could not be told apart.
-            - `.npz`: D itself, under our parameters' names (`layers/mlp/up/kernel`), from whatever optimiser. From optax
-              it is `jaxhess.adam_preconditioner`.
+            - `.npz`: D itself, under our parameters' names (`layers/mlp/up/kernel`), from whatever optimiser. From
+              optax it is `jaxhess.adam_preconditioner`.
         model: Whose parameters these are.
         eps: In place of the saved one.
         bias_correction: Divide by `1 - beta2^step`, as Adam does.
@@ -154,10 +153,9 @@ class _Moment:
 def _read_torch(file: Path, model: LanguageModel, eps: float | None, bias_correction: bool) -> Preconditioner:
     config = model.config
     loaded = load_torch(file, "no plain state of an optimizer")
-    parts = [loaded.get(key) for key in ("state", "param_groups")] if isinstance(loaded, dict) else []
-    if not parts or not isinstance(parts[0], dict) or not isinstance(parts[1], list):
+    state, groups = (loaded.get(key) if isinstance(loaded, dict) else None for key in ("state", "param_groups"))
+    if not isinstance(state, dict) or not isinstance(groups, list) or not groups:
         raise InputError(f"{file} is no state of a PyTorch optimizer: it has no state and param_groups.")
-    state, groups = parts
     shapes, normalised = _transformers_parameters(config)
     named = _named(file, state, groups, shapes, normalised)
     moments = {name: _moment(file, name, *found, eps, bias_correction) for name, found in named.items()}
@@ -258,8 +256,9 @@ def _difference(
         for name, key in zip(of_group, own, strict=False):
             own_state = state.get(key)
             moment = own_state.get("exp_avg_sq") if isinstance(own_state, dict) else None
-            if hasattr(moment, "shape") and tuple(moment.shape) != shapes[name]:
-                return f"the second moment of {name} has shape {list(moment.shape)}, the parameter {list(shapes[name])}"
+            shape = getattr(moment, "shape", None)
+            if shape is not None and tuple(shape) != shapes[name]:
+                return f"the second moment of {name} has shape {list(shape)}, the parameter {list(shapes[name])}"
         if len(of_group) != len(own):
             first = of_group[len(own)] if len(own) < len(of_group) else of_group[-1]
             where = "there is none of" if len(own) < len(of_group) else "there are more after"
@@ -334,5 +333,5 @@ def _read_npz(file: Path, model: LanguageModel) -> Vector:
                 f"{list(x.shape)}."
             )
         wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-        found.append(jax.make_array_from_callback(wide.shape, sharding, lambda index, wide=wide: wide[index]))
+        found.append(jax.make_array_from_callback(wide.shape, sharding, wide.__getitem__))
     return jax.tree.unflatten(jax.tree.structure(like), found)

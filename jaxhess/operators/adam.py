@@ -52,13 +52,17 @@ def adam_preconditioner(
             message names the first parameter.
     """
     if not 0 <= b2 < 1 or not 0 <= eps < math.inf or not 0 <= eps_root < math.inf:
-        raise InputError(f"b2 {b2}, eps {eps}, eps_root {eps_root}: 0 <= b2 < 1, and finite and not negative are right.")
+        raise InputError(
+            f"b2 {b2}, eps {eps}, eps_root {eps_root}: 0 <= b2 < 1, and finite and not negative are right."
+        )
     moments = _moments(state)
     found = []
     for path, like in jax.tree.flatten_with_path(params)[0]:
         name = leaf_name(path)
         if name not in moments:
-            raise InputError(f"The optimizer's state has no second moment of {name}: it is of another model, or masked.")
+            raise InputError(
+                f"The optimizer's state has no second moment of {name}: it is of another model, or masked."
+            )
         nu, count = moments.pop(name)
         if nu.shape != like.shape:
             raise InputError(
@@ -116,11 +120,13 @@ def _moments(state: Any) -> dict[str, tuple[jax.Array, int]]:
         )
     found: dict[str, tuple[jax.Array, int]] = {}
     for part in parts:
-        count = int(np.asarray(getattr(part.count, "value", part.count)))
+        count = int(np.asarray(jax.tree.leaves(part.count)[0]))  # of flax it is a variable
         for path, nu in jax.tree.flatten_with_path(part.nu)[0]:
             name = leaf_name(path)
             if name in found:
-                raise InputError(f"The optimizer's state has two second moments of {name}: give the part that is meant.")
+                raise InputError(
+                    f"The optimizer's state has two second moments of {name}: give the part that is meant."
+                )
             found[name] = (nu, count)
     return found
 
@@ -133,5 +139,5 @@ def _smallest(nu: jax.Array) -> tuple[jax.Array, jax.Array]:
 @jax.jit
 def _denominator(nu: jax.Array, correction: float, eps: float, eps_root: float) -> jax.Array:
     wide = jnp.promote_types(nu.dtype, jnp.float32)
-    correction, eps, eps_root = (jnp.asarray(x, wide) for x in (correction, eps, eps_root))
-    return jnp.sqrt(nu.astype(wide) / correction + eps_root) + eps
+    over, outside, inside = (jnp.asarray(x, wide) for x in (correction, eps, eps_root))
+    return jnp.sqrt(nu.astype(wide) / over + inside) + outside

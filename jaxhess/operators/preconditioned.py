@@ -107,7 +107,7 @@ def _range(diagonal: Vector) -> list[float]:
         InputError: One is not positive and finite; names its leaf.
     """
     ends = _ends(diagonal)
-    for (path, _), (low, high, finite) in zip(jax.tree.flatten_with_path(diagonal)[0], ends, strict=True):
+    for (path, _), (low, _, finite) in zip(jax.tree.flatten_with_path(diagonal)[0], ends, strict=True):
         if not (bool(finite) and float(low) > 0):
             found = f"has an entry {float(low):.3g}" if finite else "has entries that are NaN or infinite"
             raise InputError(

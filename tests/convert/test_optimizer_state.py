@@ -29,7 +29,9 @@ def trained(model, order="plain", steps=3, dtype=None, **options):
         groups = [{"params": named[::-1][::2]}, {"params": named[::-1][1::2]}]
     elif order == "trainer":
         decayed = get_parameter_names(model, [torch.nn.LayerNorm], PATTERNS)
-        groups = [{"params": [p for n, p in named if (n in decayed) == yes], "weight_decay": yes / 10} for yes in (1, 0)]
+        groups = [
+            {"params": [p for n, p in named if (n in decayed) == yes], "weight_decay": yes / 10} for yes in (1, 0)
+        ]
     else:
         groups = model.parameters()
     optimizer = torch.optim.AdamW(groups, **{"lr": 1e-3, "betas": (0.8, 0.97), "eps": 1e-6, **options})
@@ -131,7 +133,9 @@ def test_the_file_of_the_trainer_itself_is_read(family, tmp_path):
     reference = write_checkpoint(tmp_path / "model", family)
     ids = torch.from_numpy(tokens(8, 8, VOCAB)).long()
     options = {"max_steps": 2, "save_steps": 2, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True}
-    arguments = TrainingArguments(str(tmp_path / "run"), adam_beta2=0.97, adam_epsilon=1e-6, weight_decay=0.1, **options)
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), adam_beta2=0.97, adam_epsilon=1e-6, weight_decay=0.1, **options
+    )
     trainer = Trainer(reference, arguments, train_dataset=[{"input_ids": x, "labels": x} for x in ids])
     trainer.train()
     nu = moments_as_parameters(reference, trainer.optimizer.optimizer, tmp_path / "moments")
