@@ -61,9 +61,9 @@ class Options:
     layers: str | None = None
     """Only these layers, for example 0-3,-1."""
     precondition: Path | None = None
-    """The spectrum of D^-1 H, the sharpness that Adam sees, D being what it divides by. From an optimizer.pt of PyTorch's
-    Adam or AdamW, the folder of a checkpoint with one (as the Trainer saves it), or an .npz with a positive number for
-    every parameter, under its name here."""
+    """The spectrum of D^-1 H, the sharpness that Adam sees, D being what it divides by: from an optimizer.pt of
+    PyTorch's Adam or AdamW, the folder of a checkpoint with one (as the Trainer saves it), or an .npz with a positive
+    number for every parameter, under its name here."""
     steps: int = 30
     """Lanczos steps per probe: one product each."""
     probes: int = 4
