@@ -63,7 +63,7 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
     check_dtype(config.dtype)
     if config.tied_embeddings:
         processes.on_first(lambda: _check_tied(family, rows, source))
-    return LanguageModel(config, processes.on_every(lambda: _parameters(config, source, rows, mesh)), mesh)
+    return LanguageModel(config, processes.on_every(lambda: read_parameters(config, source, rows, mesh)), mesh)
 
 
 def load_config(path_or_hub_id: str | Path, dtype: str | None = None) -> DecoderConfig:
@@ -141,7 +141,12 @@ def stored_dtype(hf_config: dict[str, Any], rows: list[Row], source: TensorSourc
     return str(jnp.result_type(*found))
 
 
-def _parameters(config: DecoderConfig, source: TensorSource, rows: list[Row], mesh: Mesh | None) -> Params:
+def read_parameters(config: DecoderConfig, source: TensorSource, rows: list[Row], mesh: Mesh | None) -> Params:
+    """The parameters in these tensors, in the configuration's dtype, each in its place on the mesh.
+
+    Raises:
+        InputError: A value is NaN or infinite; the message names its tensor.
+    """
     shardings = parameter_shardings(config, mesh)
     abstract = abstract_params(config)
     params: Params = {}

@@ -95,7 +95,7 @@ class Source:
         """A copy of one slice of a tensor, in the file's dtype."""
         tensor = self.tensors[name]
         if tensor.file.suffix != ".safetensors":
-            return _as_numpy(self._pickles[tensor.file][name][slices])
+            return as_numpy(self._pickles[tensor.file][name][slices])
         # Opened for each slice: what a closed file had mapped no longer counts as this process's memory.
         with _open_safetensors(tensor.file) as file:
             return file.get_slice(name)[slices]
@@ -109,7 +109,7 @@ class Source:
     def _pickle_header(self, file: Path) -> dict[str, StoredTensor]:
         self._pickles[file] = tensors = _load_pickle(file)
         for name, tensor in tensors.items():
-            _check_plain(name, tensor, file)
+            check_plain(name, tensor, file)
         return {
             name: StoredTensor(file, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()
         }
@@ -175,7 +175,27 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
 
 
 def _load_pickle(file: Path) -> dict[str, Any]:
-    """Tensors of a `.bin` file, mapped from the file rather than read where its format allows."""
+    """Tensors of a `.bin` file."""
+    loaded = load_torch(file, "no plain state dictionary")
+    import torch
+
+    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        raise InputError(f"{file} is no state dictionary of tensors.")
+    return loaded
+
+
+def load_torch(file: Path, otherwise: str) -> Any:
+    """What `torch.save` wrote, if it is of tensors and plain values; no code of the file is run.
+
+    Tensors are mapped from the file rather than read where its format allows.
+
+    Args:
+        file: Its path.
+        otherwise: What it may be if it cannot be read, for the message: "no plain state dictionary".
+
+    Raises:
+        InputError: torch is not installed, or the file cannot be read.
+    """
     try:
         import torch
     except ImportError:
@@ -185,21 +205,18 @@ def _load_pickle(file: Path) -> dict[str, Any]:
         ) from None
     try:
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            loaded = torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
+            return torch.load(file, map_location="cpu", weights_only=True)  # written before torch 1.6
     except Exception as error:  # pickle, zip and torch each have errors of their own
         # torch's own words on a foreign class advise to let the file run code.
         reason = "other things than tensors" if isinstance(error, pickle.UnpicklingError) else one_line(error)
-        raise InputError(f"{file} is truncated, damaged, or no plain state dictionary: {reason}.") from error
-    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-        raise InputError(f"{file} is no state dictionary of tensors.")
-    return loaded
+        raise InputError(f"{file} is truncated, damaged, or {otherwise}: {reason}.") from error
 
 
-def _check_plain(name: Any, tensor: Any, file: Path) -> None:
+def check_plain(name: Any, tensor: Any, file: Path) -> None:
     """Refuses what a state dictionary of weights has not, but torch can store: all but dense tensors under names."""
     import torch
 
@@ -216,7 +233,8 @@ def _check_plain(name: Any, tensor: Any, file: Path) -> None:
         raise InputError(f"Tensor {shown(name)[1:-1]} in {file} is {kind}; weights must be dense, with their values.")
 
 
-def _as_numpy(tensor: Any) -> np.ndarray:
+def as_numpy(tensor: Any) -> np.ndarray:
+    """A copy, in the same dtype."""
     import torch
 
     tensor = tensor.detach().clone()

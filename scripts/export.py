@@ -1,4 +1,7 @@
-"""A run for other tools: spectrum.csv and quadrature.json, and its eigenvectors by Hugging Face parameter names."""
+"""A run for other tools: spectrum.csv and quadrature.json, and its eigenvectors by Hugging Face parameter names.
+
+Those of a preconditioned run are no directions of the weights, and are left out.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ def run(options: Options) -> list[Path]:
         raise InputError(f"{options.run} is a file: give --out, a folder for spectrum.csv and quadrature.json.")
     spectrum = Spectrum.load(options.run, options.dim)
     out = options.out or options.run
-    found = spectrum.run.eigenpairs if options.run.is_dir() else None
+    weights = spectrum.run.operator is None or spectrum.run.operator.kind != "Preconditioned"
+    found = spectrum.run.eigenpairs if options.run.is_dir() and weights else None
     contents: dict[str, Content] = {}
     if found:
         pairs = Eigenpairs.load(options.run / EIGENVECTORS)

@@ -126,6 +126,7 @@ def job_of(options: Options) -> planning.Job:
         "operator": options.operator != "hessian",
         "restrict": bool(options.restrict),
         "layers": options.layers is not None,
+        "precondition": options.precondition is not None,
         "eigenpairs": options.eigenpairs > 0,
         "shift": options.shift == "float32" and options.hvp == "finite-difference",
     }

@@ -64,6 +64,10 @@ class Options:
     'layers/mlp/up/*'. By default all."""
     layers: str | None = None
     """Only these layers, for example 0-3,-1."""
+    precondition: Path | None = None
+    """The spectrum of D^-1 H, the sharpness that Adam sees, D being what it divides by: from an optimizer.pt of
+    PyTorch's Adam or AdamW, the folder of a checkpoint with one (as the Trainer saves it), or an .npz with a positive
+    number for every parameter, under its name here."""
     steps: int = 30
     """Lanczos steps per probe: one product each."""
     probes: int = 4
@@ -146,6 +150,8 @@ def check(options: Options) -> None:
         raise InputError(f"--fisher-samples {options.fisher_samples} must be at least 1.")
     if options.operator != "hessian" and options.hvp != "exact":
         raise InputError(f"--hvp {options.hvp} works only with --operator hessian; leave --hvp out.")
+    if options.precondition is not None and not options.precondition.exists():
+        raise InputError(f"--precondition {options.precondition}: there is no such file or folder.")
     if options.residual_gb is not None and not 0 < options.residual_gb < math.inf:
         raise InputError(f"--residual-gb {options.residual_gb} must be a positive number.")
     if isinstance(options.step, float) and not 0 < options.step < math.inf:

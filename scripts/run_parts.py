@@ -30,13 +30,24 @@ from jaxhess.slq.run import check_basis_fits
 from jaxhess.vectors import random_key
 
 FREE = {
-    *("model", "data", "mesh", "microbatch", "query_chunk", "logit_chunk", "remat", "batch_size", "residual_gb"),
+    *(
+        "model",
+        "data",
+        "precondition",
+        "mesh",
+        "microbatch",
+        "query_chunk",
+        "logit_chunk",
+        "remat",
+        "batch_size",
+        "residual_gb",
+    ),
     "attention",
     *("audit", "out", "overwrite", "resume", "checkpoint_every"),
     *("eigenpairs", "eigenpair_tolerance", "eigenpair_steps"),
 }
-"""Options that may differ when a run is resumed: where things lie (weights and tokens are compared themselves), how
-the work is cut, and what comes after it."""
+"""Options that may differ when a run is resumed: where things lie (weights, tokens and preconditioners are compared
+themselves), how the work is cut, and what comes after it."""
 
 
 def job_record(
@@ -136,8 +147,10 @@ def build(options: Options, model: jaxhess.LanguageModel, batches: Any, console:
     """The operator that the options name, on the parameters that they name.
 
     Raises:
-        InputError: Lanczos vectors or kept arrays do not fit into memory, or there are not so many eigenpairs.
+        InputError: Lanczos vectors or kept arrays do not fit into memory, there are not so many eigenpairs, or the
+            preconditioner is not one for this model.
     """
+    diagonal = None if options.precondition is None else read_diagonal(options.precondition, model, console)
     arguments = (model.loss(options.logit_chunk), model.params, batches)
     precision: Any = {"accumulation_dtype": options.accumulation_dtype, "matmul_precision": options.matmul_precision}
     operator: jaxhess.LossOperator
@@ -162,6 +175,8 @@ def build(options: Options, model: jaxhess.LanguageModel, batches: Any, console:
     layers = layer_numbers(options.layers, model.config.num_layers)
     if options.restrict or layers is not None:
         operator = operator.restrict(*options.restrict, layers=layers)
+    if diagonal is not None and operator.restriction is not None:
+        diagonal = operator.restriction.take(diagonal)
     steps = max(options.steps, options.eigenpair_steps if options.eigenpairs else 0)
     check_basis_fits(operator, steps, options.storage)
     if options.eigenpairs > operator.dim:
@@ -172,8 +187,21 @@ def build(options: Options, model: jaxhess.LanguageModel, batches: Any, console:
         def announce(kept: int) -> None:
             console.print(f"Linearising keeps {kept / 1e9:.3g} GB on each device.")
 
-        return jaxhess.linearize(operator, budget, announce)
-    return operator
+        linearized = jaxhess.linearize(operator, budget, announce)
+        return linearized if diagonal is None else linearized.preconditioned(diagonal)
+    return operator if diagonal is None else operator.preconditioned(diagonal)
+
+
+def read_diagonal(path: Path, model: jaxhess.LanguageModel, console: Console) -> Any:
+    """What --precondition names, a tree like all parameters; where its file tells, Adam's threshold is printed."""
+    found = convert.load_preconditioner(path, model)
+    rate, b1 = found.learning_rate, found.b1
+    if rate and b1 is not None:
+        console.print(
+            f"Adam with learning rate {rate:.3g} and beta1 {b1:.3g} is stable where the eigenvalues of D^-1 H are "
+            f"below {jaxhess.adam_threshold(rate, b1):.6g}."
+        )
+    return found.diagonal
 
 
 class ProgressBar:

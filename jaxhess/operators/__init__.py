@@ -1,5 +1,6 @@
 """Symmetric linear operators: what curvature is measured through."""
 
+from jaxhess.operators.adam import adam_preconditioner, adam_threshold
 from jaxhess.operators.base import LinearOperator, LowRank, ScaledOperator, ShiftedOperator, SumOperator
 from jaxhess.operators.block_diagonal import BlockDiagonal
 from jaxhess.operators.blocks import Blocks
@@ -10,6 +11,7 @@ from jaxhess.operators.linearized import LinearizedHessian, linearize, residual_
 from jaxhess.operators.loss import LossOperator
 from jaxhess.operators.matrix import MatrixOperator
 from jaxhess.operators.microbatches import Microbatches
+from jaxhess.operators.preconditioned import Preconditioned
 from jaxhess.operators.restriction import Restriction
 
 __all__ = [
@@ -27,10 +29,13 @@ __all__ = [
     "MatrixOperator",
     "Microbatches",
     "MonteCarloFisher",
+    "Preconditioned",
     "Restriction",
     "ScaledOperator",
     "ShiftedOperator",
     "SumOperator",
+    "adam_preconditioner",
+    "adam_threshold",
     "linearize",
     "residual_bytes",
 ]

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.flatten_util
@@ -17,6 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxhess.errors import InputError
 from jaxhess.pytrees import register_dataclass
 from jaxhess.vectors import Vector, add_scaled, basis_dot, basis_sum, cast, named_sharding, scale, widen
+
+if TYPE_CHECKING:
+    from jaxhess.operators.preconditioned import Preconditioned
 
 
 class Pairs(Protocol):
@@ -143,6 +146,20 @@ class LinearOperator(abc.ABC):
                 f"An operator is deflated by eigenpairs, with values and vectors, not by {type(pairs).__name__}."
             )
         return self - LowRank(pairs.values, pairs.vectors)
+
+    def preconditioned(self, diagonal: Vector) -> Preconditioned:
+        """`D^-1/2 A D^-1/2`, whose eigenvalues are those of `D^-1 A`: see `Preconditioned`.
+
+        Args:
+            diagonal: The entries of D, positive, in a tree like the operator's vectors. It is laid out like these.
+
+        Raises:
+            InputError: It is not like the operator's vectors, or an entry is not positive and finite; the message names
+                the first leaf.
+        """
+        from jaxhess.operators.preconditioned import preconditioned
+
+        return preconditioned(self, diagonal)
 
     def to_matrix(self, batch_size: int = 16) -> jax.Array:
         """The matrix [dim, dim], in the order of `jax.flatten_util.ravel_pytree`; for small problems and tests.
@@ -308,18 +325,18 @@ def _matrix(operator: LinearOperator, batch_size: int) -> jax.Array:
     return columns.reshape(-1, flat.size)[: flat.size].T
 
 
-def check_structure(v: Vector, expected: Vector) -> None:
+def check_structure(v: Vector, expected: Vector, what: str = "vector") -> None:
     """Raises InputError where a vector is not like the expected one; names the first leaf that differs."""
     found, wanted_structure = str(jax.tree.structure(v)), str(jax.tree.structure(expected))
     if found != wanted_structure:
-        raise InputError(f"The vector has structure {found}; it must be that of the parameters, {wanted_structure}.")
+        raise InputError(f"The {what} has structure {found}; it must be that of the parameters, {wanted_structure}.")
     wanted, _ = jax.tree.flatten_with_path(expected)
     for (path, leaf), given in zip(wanted, jax.tree.leaves(v), strict=True):
         name = jax.tree_util.keystr(path)
         if not jnp.issubdtype(jnp.result_type(given), jnp.floating):
-            raise InputError(f"The vector's leaf {name} has dtype {jnp.result_type(given)}; it must be floating point.")
+            raise InputError(f"The {what}'s leaf {name} has dtype {jnp.result_type(given)}; it must be floating point.")
         if jnp.shape(given) != leaf.shape:
-            raise InputError(f"The vector's leaf {name} has shape {jnp.shape(given)}; it must be {leaf.shape}.")
+            raise InputError(f"The {what}'s leaf {name} has shape {jnp.shape(given)}; it must be {leaf.shape}.")
 
 
 def _check_scalar(what: str, value: Any) -> None:

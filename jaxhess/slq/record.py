@@ -93,7 +93,7 @@ class OperatorRecord:
         accumulation_dtype: Of sums over microbatches.
         restriction: None: none. A text is that of an earlier version, which kept no other.
         terms: Of a sum.
-        operator: Of a multiple, or of one that is shifted.
+        operator: Of a multiple, or of one that is shifted or preconditioned.
         details: All else, by name: the factor, the shift, the step of finite differences, whether matrix products were
             emulated.
         matmul_precision: Of matrix products in float32; None: there are none, or it is not known.
@@ -111,6 +111,8 @@ class OperatorRecord:
     @property
     def matrix_name(self) -> str:
         """The matrix in words."""
+        if self.kind == "Preconditioned" and self.operator is not None:
+            return f"preconditioned {self.operator.matrix_name}"
         name = MATRIX_NAMES.get(self.kind, "operator")
         return f"{name}, block {self.restriction}" if self.restriction else name
 

@@ -53,6 +53,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change():
     ("arguments", "message"),
     [
         (["--operator", "gauss-newton"], "There is no plan for --operator gauss-newton"),
+        (["--precondition", "optimizer.pt"], "There is no plan for --precondition optimizer.pt"),
         (["--card", "V100"], "The card 'V100' is not in the table; it has A100-80GB, H100, H200, B200."),
         (["--compiler", "gpu"], "--compiler gpu compiles for one card: add --card, one of A100-80GB"),
         (["--price", "-1"], "--price -1.0 must be a number, 0 or more"),
