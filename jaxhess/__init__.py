@@ -37,6 +37,7 @@ from jaxhess.operators.audit import audit
 from jaxhess.pytrees import register_dataclass
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted
 from jaxhess.slq.lanczos_runs import Progress
+from jaxhess.slq.near_zero import NearZero, near_zero
 from jaxhess.slq.random_matrix import LimitLaw, generalized_marchenko_pastur, marchenko_pastur, semicircle
 from jaxhess.slq.run import spectrum
 from jaxhess.slq.spectrum import Spectrum
@@ -71,6 +72,7 @@ __all__ = [
     "MatrixOperator",
     "Microbatches",
     "MonteCarloFisher",
+    "NearZero",
     "Progress",
     "RopeConfig",
     "SoftmaxCrossEntropy",
@@ -94,6 +96,7 @@ __all__ = [
     "make_mesh",
     "marchenko_pastur",
     "module_function",
+    "near_zero",
     "plan",
     "random_probe",
     "register_dataclass",
