@@ -41,6 +41,7 @@ from jaxhess.pytrees import register_dataclass
 from jaxhess.slq.checkpoint import Checkpoint, Interrupted
 from jaxhess.slq.data_errors import eigenvalue_errors
 from jaxhess.slq.lanczos_runs import Progress
+from jaxhess.slq.near_zero import NearZero, near_zero
 from jaxhess.slq.random_matrix import LimitLaw, generalized_marchenko_pastur, marchenko_pastur, semicircle
 from jaxhess.slq.run import spectrum
 from jaxhess.slq.spectrum import Spectrum
@@ -75,6 +76,7 @@ __all__ = [
     "MatrixOperator",
     "Microbatches",
     "MonteCarloFisher",
+    "NearZero",
     "Preconditioned",
     "Progress",
     "RopeConfig",
@@ -103,6 +105,7 @@ __all__ = [
     "make_mesh",
     "marchenko_pastur",
     "module_function",
+    "near_zero",
     "plan",
     "random_probe",
     "register_dataclass",

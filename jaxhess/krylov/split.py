@@ -19,13 +19,14 @@ from jaxhess.operators.forms import num_microbatches
 from jaxhess.operators.linearized import LinearizedHessian
 from jaxhess.operators.loss import LossOperator, _losses
 from jaxhess.operators.microbatches import Microbatches
+from jaxhess.operators.preconditioned import Preconditioned
 from jaxhess.vectors import Vector
 
 STEPS, TOLERANCE = 10, 1e-3
 """Lanczos steps between two looks at a half's eigenvalue, and its residual bound, relative to it, that suffices."""
 
 
-def halves(operator: LinearOperator) -> tuple[LossOperator, LossOperator, float]:
+def halves(operator: LinearOperator) -> tuple[LinearOperator, LinearOperator, float]:
     """The operators of the first and of the other microbatches, and the share of the first in the count.
 
     Examples:
@@ -42,6 +43,9 @@ def halves(operator: LinearOperator) -> tuple[LossOperator, LossOperator, float]
     count = num_microbatches(operator)
     if count < 2:
         raise InputError("Halves need an operator that adds up two microbatches or more.")
+    if isinstance(operator, Preconditioned):
+        first, second, share = halves(operator.operator)
+        return *(dataclasses.replace(operator, operator=half) for half in (first, second)), share
     whole: Any = operator.hessian if isinstance(operator, LinearizedHessian) else operator
     names = ["batches", *(["drawn"] if hasattr(whole, "drawn") else [])]
     ends = np.cumsum([len(group) for group in whole.batches])
@@ -99,7 +103,7 @@ def split_bias(operator: LinearOperator, value: float, vector: Vector, steps: in
     return share * found[0] + (1 - share) * found[1] - value  # type: ignore[operator]
 
 
-def _extreme(operator: LossOperator, value: float, vector: Vector, steps: int) -> float | None:
+def _extreme(operator: LinearOperator, value: float, vector: Vector, steps: int) -> float | None:
     state = start_lanczos([vector], steps, Storage("none"))
     for end in (*range(STEPS, steps, STEPS), steps):
         state = lanczos_segment(operator, state, end)

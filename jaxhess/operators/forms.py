@@ -16,6 +16,7 @@ from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.finite_difference import FiniteDifferenceHessian
 from jaxhess.operators.linearized import LinearizedHessian
 from jaxhess.operators.loss import LossOperator
+from jaxhess.operators.preconditioned import Preconditioned
 from jaxhess.vectors import Vector, dot, widen
 
 FORMS = 4
@@ -50,6 +51,11 @@ def _(operator: FiniteDifferenceHessian) -> int:
 @num_microbatches.register
 def _(operator: LinearizedHessian) -> int:
     return num_microbatches(operator.hessian)
+
+
+@num_microbatches.register
+def _(operator: Preconditioned) -> int:
+    return num_microbatches(operator.operator)
 
 
 def product_and_forms(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,6 +46,12 @@ class Preconditioned(LinearOperator):
 
     def mv(self, v: Vector) -> Vector:
         return cast(self.scaled(self.operator.mv(self.scaled(widen(v)))), v)
+
+    def product_and_each(self, v: Vector, each: Callable[[tuple[Vector, jax.Array]], Any]) -> tuple[Vector, Any]:
+        """As that of A, where A has one: `D^-1/2 S D^-1/2 v` of every microbatch's S."""
+        inner: Any = self.operator
+        product, found = inner.product_and_each(self.scaled(v), lambda part: each((self.scaled(part[0]), part[1])))
+        return self.scaled(product), found
 
     def scaled(self, v: Vector) -> Vector:
         """`D^-1/2 v`, in the dtypes of v."""

@@ -18,6 +18,7 @@ from jaxhess.operators.audit import Noise
 from jaxhess.results.data_section import data_section
 from jaxhess.results.figures import CENTRAL_MASS, density_figure, distribution_figure, png, stem_figure
 from jaxhess.results.page import Picture, Section, Table, facts, page
+from jaxhess.results.ritz_table import ritz_tables
 from jaxhess.results.summary import checks
 from jaxhess.results.words import estimate_words, number
 from jaxhess.slq.extremes import Extreme
@@ -121,7 +122,10 @@ def _page(spectrum: Spectrum, images: dict[str, bytes]) -> str:
             "Density of eigenvalues, smoothed",
             [Picture("Density of eigenvalues", images["density"], _density_caption(spectrum))],
         ),
-        Section("Ritz values and weights", [Picture("Ritz values and their weights", images["stem"], STEM_CAPTION)]),
+        Section(
+            "Ritz values and weights",
+            [Picture("Ritz values and their weights", images["stem"], STEM_CAPTION), *ritz_tables(spectrum)],
+        ),
         Section("Every probe", [Table(PROBE_HEAD, list(_probes(spectrum)))]),
         Section("Ghosts", list(_ghosts(spectrum))),
         *_eigenpairs(spectrum.run.eigenpairs),

@@ -2,52 +2,11 @@
 
 import numpy as np
 import pytest
+from known_spectra import MATRICES, lanczos_of_diagonal
 
 from jaxhess.krylov.bounds import distribution_bounds
 from jaxhess.krylov.ghosts import relative_tolerance
 from jaxhess.krylov.quadrature import quadrature
-
-BREAKDOWN = 32  # Rounding units, as in the library's own iteration.
-
-
-def _matrices(n=300):
-    rng = np.random.default_rng(1)
-    symmetric, factor = rng.normal(size=(n, n)), rng.normal(size=(n, 2 * n))
-    marchenko_pastur = np.linalg.eigvalsh(factor @ factor.T / (2 * n))
-    marchenko_pastur[-5:] = [5, 8, 13, 21, 50]
-    return {
-        "semicircle": np.linalg.eigvalsh((symmetric + symmetric.T) / np.sqrt(2 * n)),
-        "Marchenko-Pastur and outliers": marchenko_pastur,
-        "six values": np.repeat([-3.0, -1.0, 0.5, 1.0, 2.0, 7.0], n // 6),
-        "six decades": np.concatenate([np.geomspace(1e-6, 1, 40), -np.geomspace(1e-5, 0.3, 17)]),
-        "indefinite": np.concatenate([np.linspace(-2, -1, n // 2), np.linspace(1, 2, n // 2), [30.0, -20.0]]),
-        "rank-deficient": np.concatenate([np.zeros(n - 30), np.linspace(1, 4, 30)]),
-        "bulk far below outliers": np.concatenate([rng.normal(size=n) * 1e-3, [1, 2, 5, 10, 40.0, -1, -0.5]]),
-    }
-
-
-MATRICES = _matrices()
-
-
-def _lanczos(eigenvalues, steps, dtype, seed):
-    """alphas, betas, the squares of the normalised start vector and whether it broke down; fully re-orthogonalised."""
-    diagonal = eigenvalues.astype(dtype)
-    q = np.random.default_rng(seed).normal(size=diagonal.size).astype(dtype)
-    q /= np.linalg.norm(q)
-    basis, alphas, betas = [q], [], []
-    for _ in range(steps):
-        w = diagonal * basis[-1]
-        alphas.append(w @ basis[-1])
-        for _ in range(2):
-            for b in basis:
-                w -= (b @ w) * b
-        betas.append(np.linalg.norm(w))
-        reach = np.abs(alphas).max() + np.max(betas)
-        if betas[-1] <= BREAKDOWN * np.finfo(dtype).eps * reach:
-            break
-        basis.append(w / betas[-1])
-    masses = q.astype(np.float64) ** 2
-    return np.array(alphas, float), np.array(betas, float), masses / masses.sum(), len(alphas) < steps
 
 
 def _distribution(eigenvalues, masses, x):
@@ -67,7 +26,7 @@ def test_bounds_contain_the_distribution_of_the_probe_at_between_and_beside_eige
     places = np.unique(eigenvalues)
     widths = []
     for steps in (1, 2, 3, 5, 20, 60):
-        alphas, betas, masses, broke = _lanczos(MATRICES[name], steps, dtype, seed=steps)
+        alphas, betas, masses, broke = lanczos_of_diagonal(MATRICES[name], steps, dtype, seed=steps)
         theta, weights, *_ = quadrature(alphas, betas)
         slack = relative_tolerance(theta.size, eps) * np.abs(theta).max() + (betas[-1] if broke else 0)
         beside = [sign * amount for sign in (-1, 1) for amount in (1e-15, 0.5 * slack, slack, 2 * slack)]

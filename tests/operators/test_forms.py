@@ -12,25 +12,29 @@ from jaxhess import FiniteDifferenceHessian, GaussNewton, MatrixOperator, Microb
 from jaxhess.operators.forms import num_microbatches, product_and_forms
 
 
+def positive(like):
+    return jax.tree.map(lambda x: 1 + x**2, random_vector(like, 2))
+
+
 def flat(vector):
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(vector)])
 
 
-def expected(operator, v, u):
-    """From the operator of each microbatch alone, times its count."""
+def expected(operator, v, u, change=lambda operator: operator):
+    """From the operator of each microbatch alone, changed as the whole one is, times its count."""
     rows = []
     for group in operator.batches:
         for k in range(len(group)):
             one = Microbatches(jax.tree.map(lambda x, k=k: x[k : k + 1], group.stacked))
             alone = dataclasses.replace(operator, batches=(one,))
             _, count = operator.loss(operator.params, jax.tree.map(lambda x: x[0], one.stacked))
-            product = float(count) * flat(alone @ v)
+            product = float(count) * flat(change(alone) @ v)
             rows.append([flat(v) @ product, flat(u) @ product, product @ product, float(count)])
     return np.array(rows)
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", ["exact", "linearized", "restricted", "gauss-newton"])
+@pytest.mark.parametrize("kind", ["exact", "linearized", "restricted", "gauss-newton", "preconditioned"])
 def test_forms_are_those_of_each_microbatch(kind):
     operator = network("float64", sizes=(2, 2, 1))  # two groups, one of them of two
     if kind == "restricted":
@@ -38,12 +42,15 @@ def test_forms_are_those_of_each_microbatch(kind):
     if kind == "gauss-newton":
         language = language_operator("float64", num_layers=1)
         operator = GaussNewton(language.loss, language.params, language.batches)
+    change = {"linearized": linearize, "preconditioned": lambda a: a.preconditioned(positive(a.shape_dtype))}.get(
+        kind, lambda a: a
+    )
     v, u = (random_vector(operator.shape_dtype, k) for k in range(2))
-    whole = linearize(operator) if kind == "linearized" else operator
+    whole = change(operator)
     product, forms = jax.jit(lambda *x: product_and_forms(*x, "float64"))(whole, v, u)
     assert num_microbatches(whole) == len(forms)
-    np.testing.assert_allclose(forms, expected(operator, v, u), rtol=1e-10)
-    np.testing.assert_allclose(flat(product), flat(operator @ v), atol=1e-12 * np.abs(flat(product)).max())
+    np.testing.assert_allclose(forms, expected(operator, v, u, change), rtol=1e-10)
+    np.testing.assert_allclose(flat(product), flat(whole @ v), atol=1e-12 * np.abs(flat(product)).max())
 
 
 def test_forms_are_the_same_on_eight_devices():
