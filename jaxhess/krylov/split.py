@@ -45,7 +45,8 @@ def halves(operator: LinearOperator) -> tuple[LinearOperator, LinearOperator, fl
         raise InputError("Halves need an operator that adds up two microbatches or more.")
     if isinstance(operator, Preconditioned):
         first, second, share = halves(operator.operator)
-        return *(dataclasses.replace(operator, operator=half) for half in (first, second)), share
+        diagonal = operator.diagonal
+        return Preconditioned(first, diagonal), Preconditioned(second, diagonal), share
     whole: Any = operator.hessian if isinstance(operator, LinearizedHessian) else operator
     names = ["batches", *(["drawn"] if hasattr(whole, "drawn") else [])]
     ends = np.cumsum([len(group) for group in whole.batches])
