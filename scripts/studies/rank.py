@@ -3,9 +3,9 @@
     python -m scripts.studies.rank
 
 With no options: the small GPT-NeoX model and the text in scripts/tiny, and classifiers of scikit-learn's digits, four
-minutes on two cores. What would refute the claims: less weight than 0.99995 on one Ritz value of ten; less than half of
-all eigenvalues within a floor of zero; a rank that grows faster than neurons times classes, by a tenth in the
-exponent; a rank of more than half the parameters; fewer zeros than half of what lies near zero.
+minutes on two cores. What would refute the claims: weights of more than 5e-5 beside the largest of ten Ritz values;
+less than half of all eigenvalues within a floor of zero; a rank that grows faster than neurons times classes, by a
+tenth in the exponent; a rank of more than half the parameters; fewer zeros than half of what lies near zero.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Options(ModelOptions):
     """Sequences taken from the start of the data; two halves of them give the floor of the data."""
     steps: int = 40
     """Lanczos steps of the spectrum, and the most for an eigenvector."""
-    probes: int = 3
+    probes: int = 4
     """Its probes, two or more."""
     reorthogonalize: Literal["full", "none"] = "full"
     """With "none" no Lanczos vectors are kept."""
@@ -85,7 +85,7 @@ class Options(ModelOptions):
     """Of the classifiers; the claims are tested on each."""
     widths: tuple[int, ...] = (8, 16, 32)
     """Of both hidden layers, two or more."""
-    seeds: int = 2
+    seeds: int = 3
     """Initial weights and orders of the data, two or more; errors are over these."""
     train_steps: int = 300
     """Of Adam, 32 images each."""
@@ -119,7 +119,7 @@ class Options(ModelOptions):
 
 SMALL = Options(
     seq_len=16, sequences=2, microbatch=1, mesh="fsdp=1", steps=10, probes=2, formats=("int8",), rounded_steps=10,
-    samples=2, activations=("relu",), widths=(4, 8), train_steps=50, examples=200,
+    samples=2, seeds=2, activations=("relu",), widths=(4, 8), train_steps=50, examples=200,
 )  # fmt: skip
 
 
@@ -209,10 +209,10 @@ def model_claims(found: LanguageModelRank, model: str) -> Iterator[Claim]:
     """The same of the model at hand."""
     spectrum = found.spectrum
     place = "Section 4.1; Table 2"
-    peak = over_seeds(found.peaks)
     yield Claim(
         HESSFORMER, place, "After ten Lanczos steps one Ritz value near zero has nearly all of the weight.", "1.0000",
-        "largest weight of a Ritz value after ten steps, mean over probes", (0.99995, 1.0), *peak, model,
+        "one less the largest weight of a Ritz value after ten steps, mean over probes", (0.0, 5e-5),
+        *over_seeds(1 - found.peaks), model,
     )  # fmt: skip
     distances = {"1% of the largest": 0.01 * found.largest}
     distances |= {f"the floor of the {name}": x for name, x in found.floors.items()}

@@ -30,14 +30,14 @@ def tables(found: LanguageModelRank, counts: Sequence[RankCount]) -> Iterator[Ta
     yield Table(columns, within, f"Eigenvalues of {found.spectrum.dim:,} within floors")
     if found.roundings:
         yield Table(
-            ("weights in", "their change", "loss", "end", "before", "after", "shift", "first order", "of which up to"),
+            ("weights in", "their change", "loss", "end", "before", "after", "shift", "first order", "± at most"),
             [
                 (r.format, f"{r.weights:.2%}", f"{r.loss:.4f}", end, f"{s.before:.5g}", f"{s.after:.5g}",
                  f"{s.after - s.before:+.2g} ± {s.bound:.1g}", f"{s.first_order:+.2g}", f"{s.residual:.2g}")
                 for r in found.roundings
                 for end, s in (("smallest", r.smallest), ("largest", r.largest))
             ],
-            "Extreme eigenvalues after rounding the weights; an eigenvalue is within the last column of first order",
+            "Extreme eigenvalues after rounding the weights; first order: u'(H rounded - H)u of the eigenvector before",
         )  # fmt: skip
     if counts:
         head = ("activation", "w", "seed", "parameters", "loss", "rank", "Gauss-Newton's", "over neurons × classes")
