@@ -35,7 +35,7 @@ class RankCount:
         loss: After training.
         rank: Eigenvalues of the Hessian beyond `tolerance`.
         gauss_newton: The same of the Gauss-Newton matrix.
-        tolerance: Below which an eigenvalue may be zero: n eps |H| for eigvalsh (Golub and Van Loan 2013, section 8.1)
+        tolerance: Below which an eigenvalue may be zero: n eps |H| for eigvalsh (backward stable, with a factor of n)
             and |H - H'|_F for the entries, of which the asymmetry shows the rounding.
         eigenvalues: [n] of the Hessian, ascending.
     """
