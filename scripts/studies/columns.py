@@ -121,8 +121,8 @@ SMALL = Options(
     per_kind=1,
     sample=24,
     sample_kind=0,
-    repeats=2,
-    permutations=5,
+    repeats=3,
+    permutations=6,
     subsamples=(4,),
 )
 

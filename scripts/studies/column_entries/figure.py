@@ -35,12 +35,15 @@ def figure(
     relative.set_xlabel("magnitude of an entry over …")
     for panel in (sizes, relative):
         panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_ylim(top=3)
         panel.set_ylabel("share of entries per half decade")
         panel.legend(fontsize=9, frameon=False, loc="upper left")
     draw_classes(classes, by_kind)
     draw_bands(band, bands)
     for panel in (sizes, classes, relative, band):
         panel.grid(alpha=0.25, linewidth=0.6)
+        panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
     return drawn
 
@@ -48,8 +51,10 @@ def figure(
 def draw_histogram(panel: Axes, cumulative: Counts, total: int, color: str, label: str) -> None:
     """Shares between the points of `GRID`; what is at or below its first point is told in the legend."""
     shares = np.diff(cumulative) / total
-    below = cumulative[0] / total
-    panel.stairs(shares, GRID, color=color, linewidth=1.6, label=f"{label} ({below:.1%} at or below 1e-20)")
+    below = f"{cumulative[0] / total:.1%} at or below {GRID[0]:.0e}"
+    width, alpha = (4, 0.6) if label == "float32" else (1.6, 1.0)
+    shown = np.where(shares > 0, shares, np.nan)
+    panel.stairs(shown, GRID, baseline=None, color=color, linewidth=width, alpha=alpha, label=f"{label}: {below}")
 
 
 def draw_classes(panel: Axes, by_kind: list[ColumnEntries]) -> None:

@@ -21,11 +21,14 @@ THRESHOLDS = 10.0 ** np.arange(-12, 0)
 """Of the paper's tables."""
 EPSILON = 1e-7
 """The threshold of the tables that is next to float32's machine epsilon, 1.2e-7."""
-GRID = 10.0 ** np.arange(-20, 2.5, 0.5)
+GRID = 10.0 ** np.arange(-18, 8.5, 0.5)
 """Of histograms."""
+DIGIT = 0.1
+"""A number that is off by this share of itself has not one digit. (Of numbers that are noise and nothing else, 97%
+differ by more from another one.)"""
 CLASSES = ("exactly zero", "zero within float64's rounding", "below float32's noise", "nonzero in float32 too")
-"""What an entry is. The second changes by its own size, or more, if weights change in their last bit of float64. The
-third is a number in float64 of which float32 has not one digit."""
+"""What an entry is. Of the second not one digit stays if weights change in their last bit of float64; the third is a
+number in float64 of which float32 has not one digit."""
 
 
 class ColumnEntries(NamedTuple):
@@ -159,14 +162,11 @@ def kind_of(kinds: jaxhess.Blocks, index: int) -> str:
 def _codes(widest: Vector, noisy: Vector, again: Vector | None) -> Vector:
     """The class of each entry, as a float."""
 
-    def leaf(w: jax.Array, n: jax.Array, *a: jax.Array) -> jax.Array:
-        zero, lost = w == 0, abs(n.astype(w.dtype) - w) >= abs(w)
-        for other in a:
-            zero &= other == 0
-        rounding = jnp.any(jnp.stack([abs(other - w) >= abs(w) for other in a]), axis=0) if a else jnp.zeros_like(zero)
-        return jnp.select([zero, rounding, lost], [0.0, 1.0, 2.0], 3.0).astype(jnp.float32)
+    def leaf(w: jax.Array, n: jax.Array, a: jax.Array) -> jax.Array:
+        rounding, lost = (abs(other.astype(w.dtype) - w) >= DIGIT * abs(w) for other in (a, n))
+        return jnp.select([(w == 0) & (a == 0), rounding, lost], [0.0, 1.0, 2.0], 3.0).astype(jnp.float32)
 
-    return jax.tree.map(leaf, widest, noisy, *([] if again is None else [again]))
+    return jax.tree.map(leaf, widest, noisy, widest if again is None else again)
 
 
 @jax.jit
