@@ -57,6 +57,8 @@ def columns(operator: LinearOperator, indices: Indices, batch_size: int = 1) -> 
         found = _products(operator, _places(operator.shape_dtype, _padded(chosen, batch_size)))
         for k, index in enumerate(chosen.tolist()):
             column = jax.tree.map(lambda x, k=k: x[k], found)
+            if k == len(chosen) - 1:
+                del found  # before somebody works on the last one
             if not bool(_finite(column)):
                 unit = jax.tree.map(lambda x: x[0], _units(operator, _places(operator.shape_dtype, np.array([index]))))
                 raise non_finite(f"The column of {entry_name(operator, index)}", operator, unit)
