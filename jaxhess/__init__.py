@@ -7,6 +7,7 @@ from jaxhess.errors import InputError
 from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
 from jaxhess.krylov.errors import Estimate
 from jaxhess.krylov.estimators import diagonal, frobenius_norm, hutchinson
+from jaxhess.krylov.influence import Influence, influence
 from jaxhess.krylov.lanczos import lanczos_segment
 from jaxhess.krylov.sketch import hutch_plus_plus, xtrace
 from jaxhess.krylov.solve import conjugate_gradients
@@ -64,6 +65,7 @@ __all__ = [
     "FiniteDifferenceHessian",
     "GaussNewton",
     "Hessian",
+    "Influence",
     "InputError",
     "Interrupted",
     "LanczosState",
@@ -99,6 +101,7 @@ __all__ = [
     "generalized_marchenko_pastur",
     "hutch_plus_plus",
     "hutchinson",
+    "influence",
     "lanczos_segment",
     "leading_eigenpairs",
     "linearize",

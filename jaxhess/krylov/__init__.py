@@ -1,4 +1,4 @@
-"""Krylov methods: Lanczos, quadrature, ghosts and bounds, eigenpairs, trace estimators, conjugate gradients.
+"""Krylov methods: Lanczos, quadrature, ghosts and bounds, eigenpairs, trace estimators, conjugate gradients, influence.
 
 `docs/numerics.md` has the measured cost and errors of every choice of re-orthogonalisation and storage, and how exact
 sums are.
@@ -18,6 +18,7 @@ quadrature and the Chebyshev-Markov-Stieltjes bounds.
 
 from jaxhess.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
 from jaxhess.krylov.estimators import diagonal, frobenius_norm, hutchinson
+from jaxhess.krylov.influence import Influence, influence
 from jaxhess.krylov.lanczos import compile_segment, lanczos_segment, orthogonality_loss
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.sketch import hutch_plus_plus, xtrace
@@ -27,6 +28,7 @@ from jaxhess.krylov.storage import Storage
 
 __all__ = [
     "Eigenpairs",
+    "Influence",
     "LanczosState",
     "Quadrature",
     "Solution",
@@ -38,6 +40,7 @@ __all__ = [
     "frobenius_norm",
     "hutch_plus_plus",
     "hutchinson",
+    "influence",
     "lanczos_segment",
     "leading_eigenpairs",
     "orthogonality_loss",

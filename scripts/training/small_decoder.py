@@ -45,7 +45,7 @@ def byte_batch(path: str | Path, seq_len: int, sequences: int) -> TokenBatch:
     return TokenBatch(jnp.asarray(tokens), jnp.ones((sequences, seq_len), jnp.float32))
 
 
-def decoder_problem(config: DecoderConfig, data: TokenBatch, batch: int) -> TrainingTask:
+def decoder_problem(config: DecoderConfig, data: TokenBatch, batch: int | None) -> TrainingTask:
     """Training of such a decoder from the random weights of a seed."""
     loss = initialize(config, random_key(0)).loss()
     return TrainingTask("decoder", loss, lambda seed: initialize(config, random_key(seed)).params, data, batch)
