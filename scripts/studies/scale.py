@@ -11,7 +11,7 @@ in larger models when the step of finite differences, the sample of the data or 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,14 @@ from scripts.studies.scales.ladder import DEPTHS, LADDER, TRAINING, WIDTHS, Reci
 from scripts.studies.scales.stability import (
     CAUSES,
     STATISTICS,
+    Slope,
     Stability,
+    exponents,
     parts,
     predicted_by_probe,
-    slope,
     stability,
 )
+from scripts.training.short_runs import over_seeds
 from scripts.training.small_decoder import byte_batch
 
 NAME = "scale"
@@ -74,8 +76,8 @@ class Options(StudyOptions):
     """Of finite differences, per coordinate; by default over the range that the paper recommends."""
     lanczos: int = 10
     """Lanczos steps."""
-    probes: int = 8
-    """Probes, two or more."""
+    probes: int = 32
+    """Probes of trace and Frobenius norm, two or more."""
     seed: int = 0
     """Of weights, the order of the data and probes."""
 
@@ -140,40 +142,42 @@ def study(options: Options) -> Study:
     )
 
 
-def _size(found: Stability) -> float:
-    return found.parameters
+def alike(groups: Mapping[str, list[Stability]]) -> list[Stability]:
+    """The models that were trained as long as each other."""
+    every = (f for name, found in groups.items() if name != "training" for f in found)
+    return list({f.rung: f for f in every}.values())
 
 
-SCALES: dict[str, Callable[[Stability], float]] = {
-    "size": _size,
-    "width": lambda f: f.rung.width,
-    "depth": lambda f: f.rung.layers,
-}
-"""Against what a group's variation is fitted."""
+def fits(groups: Mapping[str, list[Stability]]) -> Iterator[tuple[str, str, Slope]]:
+    """What is larger, the cause of the variation, and its exponent; width and depth are fitted together."""
+    found = alike(groups)
+    for cause in CAUSES:
+        yield "size", cause, exponents([[f.parameters for f in found]], found, cause)[0]
+    if "width" in groups:
+        for cause in CAUSES:
+            both = exponents([[f.rung.width for f in found], [f.rung.layers for f in found]], found, cause)
+            yield "width", cause, both[0]
+            yield "depth", cause, both[1]
 
 
 def claims(groups: Mapping[str, list[Stability]], every: Sequence[Stability], on: str) -> Iterator[Claim]:
     """Larger models are more stable: in all, by width, and by depth; and what explains it."""
     place = "Section 7.1; Figure 8; Open question 2"
-    for name, place_of in SCALES.items():
-        for cause in CAUSES if name in groups else ():
-            chosen = groups[name]
-            x = [place_of(f) for f in chosen]
-            what = {"size": "Larger", "width": "Wider", "depth": "Deeper"}[name]
-            range_ = f"{min(x):,} to {max(x):,}" + (" parameters" if name == "size" else "")
-            yield Claim(
-                FOUNDATION, place, f"{what} models are more stable against {WORDS[cause]}.",
-                "more stable than their smaller counterparts" if name == "size" else "to be varied independently",
-                f"exponent of the relative variation in {name}, {range_}: less than zero", (None, 0.0),
-                *slope(x, chosen, cause), on,
-            )  # fmt: skip
-    ratios = np.array([f.variation[CAUSES.index("probe"), 0] / predicted_by_probe(f) for f in every])
-    error = 1.96 * every[0].log_error("probe") / np.sqrt(len(every))
+    sizes = [f.parameters for f in alike(groups)]
+    for name, cause, found in fits(groups):
+        what = {"size": "Larger", "width": "Wider", "depth": "Deeper"}[name]
+        fitted = f"over {min(sizes):,} to {max(sizes):,} parameters" if name == "size" else "width and depth together"
+        yield Claim(
+            FOUNDATION, place, f"{what} models are more stable against {WORDS[cause]}.",
+            "more stable than their smaller counterparts" if name == "size" else "to be varied independently",
+            f"exponent of the relative variation in {name}, {fitted}: less than zero", (None, 0.0), *found, on,
+        )  # fmt: skip
+    ratios = np.array([(f.variation[CAUSES.index("probe"), 0] / predicted_by_probe(f)) ** 2 for f in every])
     yield Claim(
         FOUNDATION, "Open question 2", "Stability against the probe is spectral concentration: the trace varies as the "
         "effective dimension tr(H)^2 / |H|^2 says.", "to be explained",
-        "variation of the trace over probes, by sqrt(2) |H| / tr(H), geometric mean over models", (0.75, 1.33),
-        float(np.exp(np.log(ratios).mean())), float(error), on,
+        "variance of the trace over probes, by 2 |H|^2 / tr(H)^2, mean over models", (0.5, 2.0), *over_seeds(ratios),
+        on,
     )  # fmt: skip
     if "training" in groups:
         short, long = groups["training"]
@@ -205,13 +209,9 @@ def tables(
     head = [f"{step:g}: {name}" for step in steps for name in STATISTICS[:3]]
     rows = [(f.rung.name, *(f"{x:.1e}" for x in f.by_step[:, :3].ravel())) for f in every]
     yield Table(("width x layers", *head), rows, "Relative difference from exact products, by step")
-    rows = []
-    for name, place_of in SCALES.items():
-        if name in groups:
-            found = [slope([place_of(f) for f in groups[name]], groups[name], cause) for cause in CAUSES]
-            rows.append((name, *(f"{s.exponent:+.2f} ± {s.error:.1g}" for s in found)))
-    yield Table(("varied", *CAUSES), rows, "Exponents of the variation")
-    if len(every) > 2:
+    rows = [(name, cause, f"{found.exponent:+.2f} ± {found.error:.1g}") for name, cause, found in fits(groups)]
+    yield Table(("exponent in", "variation with", ""), rows, "Exponents of the variation, models trained alike")
+    if len({f.effective for f in every}) > 2:
         of = {"parameters": [f.parameters for f in every], "loss": [f.loss for f in every]}
         of["effective dimension"] = [f.effective for f in every]
         rows = [

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 import jaxhess
 from jaxhess.krylov.errors import student_factor
+from jaxhess.vectors import dot, norm, random_key
 from scripts.studies.scales.ladder import Rung, TrainedRung
 
 Array = npt.NDArray[np.float64]
@@ -59,6 +60,10 @@ class Stability:
         return 1 / math.sqrt(2 * (self.counts[CAUSES.index(cause)] - 1))
 
 
+COMPARED = 3
+"""Probes with which finite differences are compared with exact products."""
+
+
 class Slope(NamedTuple):
     """Exponent of a variation, and its 95% error."""
 
@@ -76,6 +81,18 @@ def statistics(operator: jaxhess.LinearOperator, steps: int, probes: int, seed: 
     )
 
 
+def traces_and_norms(operator: jaxhess.LinearOperator, probes: int, seed: int) -> Array:
+    """[probes, 2] trace and Frobenius norm that each probe gives alone, by one product."""
+    found = []
+    for k in range(probes):
+        v = jaxhess.random_probe(jax.random.fold_in(random_key(seed), k), operator.shape_dtype)
+        product = operator @ v
+        length = float(norm(v))
+        shares = float(dot(v, product)) / length**2, float(norm(product)) / length
+        found.append((operator.dim * shares[0], math.sqrt(operator.dim) * shares[1]))
+    return np.array(found)
+
+
 def stability(
     trained: TrainedRung, samples: Sequence[Any], grid: Sequence[float], steps: int, probes: int, seed: int
 ) -> Stability:
@@ -86,32 +103,33 @@ def stability(
         samples: Disjoint parts of the data of one size; the first one is what steps and probes are compared on.
         grid: Steps per coordinate.
         steps: Lanczos steps.
-        probes: Of which the scatter is that by the probe, and with the first of which samples are compared.
-        seed: Of the probes.
+        probes: Of which the scatter of trace and norm is that by the probe; steps are compared with `COMPARED` others.
+        seed: Of all probes.
     """
     loss, params = trained.task.loss, trained.params
 
     def of(sample: Any, count: int) -> Array:
         return statistics(jaxhess.Hessian(loss, params, [sample]), steps, count, seed)
 
-    exact = of(samples[0], probes)
+    exact = of(samples[0], COMPARED)
     data = np.concatenate([exact[:1], *(of(sample, 1) for sample in samples[1:])])
-    half = max(2, probes // 2)
     away = []
     for step in grid:
         difference = jaxhess.FiniteDifferenceHessian(loss, params, [samples[0]], step=step)
-        away.append(statistics(difference, steps, half, seed) / exact[:half] - 1)
+        away.append(statistics(difference, steps, COMPARED, seed) / exact - 1)
     squares = np.mean(np.square(away), axis=1)
-    mean = exact.mean(0)
+    by_probe = traces_and_norms(jaxhess.Hessian(loss, params, [samples[0]]), probes, seed)
+    mean = np.append(by_probe.mean(0), exact.mean(0)[2:])
+    scatter = np.append(relative_deviation(by_probe), relative_deviation(exact)[2:])
     return Stability(
         trained.rung,
         trained.parameters,
         trained.loss,
         mean,
-        np.stack([np.sqrt(squares.mean(0)), relative_deviation(data), relative_deviation(exact)]),
+        np.stack([np.sqrt(squares.mean(0)), relative_deviation(data), scatter]),
         np.sqrt(squares),
-        (len(grid) * half, len(data), probes),
-        float(mean[0] ** 2 / np.mean(exact[:, 1] ** 2)),
+        (len(grid) * COMPARED, len(data), probes),
+        float(mean[0] ** 2 / np.mean(by_probe[:, 1] ** 2)),
     )
 
 
@@ -120,21 +138,26 @@ def relative_deviation(values: Array) -> Array:
     return values.std(axis=0, ddof=1) / np.abs(values.mean(0))
 
 
-def slope(x: Sequence[float], found: Sequence[Stability], cause: str) -> Slope:
-    """The exponent of the pooled variation in x, by least squares of logarithms.
+def exponents(scales: Sequence[Sequence[float]], found: Sequence[Stability], cause: str) -> list[Slope]:
+    """The exponent of the pooled variation in each of these scales, all fitted together by least squares of logarithms.
 
-    Its error is the larger of two: what the sampling of the variations alone gives, and Student's t with the scatter
-    around the line, where there are three points or more.
+    Errors are the larger of two: what the sampling of the variations alone gives, and Student's t with the scatter
+    around the fit, where there are more models than exponents and one.
+
+    Args:
+        scales: For every exponent a number of each model.
+        found: The models.
+        cause: Of the variation.
     """
-    logs, y = np.log(x), np.log([f.pooled(cause) for f in found])
-    spread = float(np.sum((logs - logs.mean()) ** 2))
-    exponent, intercept = np.polyfit(logs, y, 1)
-    sampling = 1.96 * math.sqrt(np.mean([f.log_error(cause) ** 2 for f in found]) / spread)
-    freedom = len(x) - 2
-    if freedom < 1:
-        return Slope(float(exponent), sampling)
-    residual = math.sqrt(float(np.sum((y - intercept - exponent * logs) ** 2)) / freedom / spread)
-    return Slope(float(exponent), max(sampling, student_factor(freedom, 0.95) * residual))
+    design = np.stack([np.ones(len(found)), *np.log(scales)], axis=1)
+    y = np.log([f.pooled(cause) for f in found])
+    values = np.linalg.lstsq(design, y)[0]
+    spread = np.sqrt(np.diag(np.linalg.pinv(design.T @ design)))
+    half = 1.96 * math.sqrt(np.mean([f.log_error(cause) ** 2 for f in found]))
+    if (freedom := len(found) - len(values)) > 0:
+        residual = math.sqrt(float(np.sum((y - design @ values) ** 2)) / freedom)
+        half = max(half, student_factor(freedom, 0.95) * residual)
+    return [Slope(float(v), float(half * e)) for v, e in zip(values[1:], spread[1:], strict=True)]
 
 
 def predicted_by_probe(found: Stability) -> float:

@@ -14,11 +14,12 @@ from scripts.studies import scale as script
 from scripts.studies.scales import ladder
 from scripts.studies.scales.stability import (
     Stability,
+    exponents,
     parts,
     predicted_by_probe,
     relative_deviation,
-    slope,
     statistics,
+    traces_and_norms,
 )
 from scripts.training.small_decoder import byte_batch
 
@@ -28,6 +29,8 @@ def test_statistics_of_each_probe_are_those_of_the_matrix_and_vary_as_the_effect
     found = statistics(jaxhess.MatrixOperator(jnp.diag(eigenvalues)), 3, 200, 0)
     trace, square = 206.0, 200 + 100 + 16.0
     np.testing.assert_allclose(found[:, 2:].mean(0), [10, -4], rtol=1e-4)
+    few = traces_and_norms(jaxhess.MatrixOperator(jnp.diag(eigenvalues)), 2, 0)
+    np.testing.assert_allclose(few, found[:2, :2], rtol=1e-4)  # the same probes, by products alone
     one = Stability(None, 202, 1.0, found.mean(0), np.ones((3, 4)), np.ones((1, 4)), (2, 2, 200), trace**2 / square)
     predicted = predicted_by_probe(one)
     assert predicted == pytest.approx(np.sqrt(2 * (square - trace**2 / 202) / 204 * 202) / trace, rel=1e-9)
@@ -46,16 +49,28 @@ def _found(variations, sizes=(100, 1000, 10000)):
 
 def test_a_power_law_has_its_exponent_and_the_verdict_follows():
     falling, rising = (_found([n**power for n in (100.0, 1000.0, 10000.0)]) for power in (-0.5, 0.5))
-    found = slope([f.parameters for f in falling], falling, "data")
+    (found,) = exponents([[f.parameters for f in falling]], falling, "data")
     assert found.exponent == pytest.approx(-0.5)
     assert found.error == pytest.approx(1.96 * 0.25 / np.sqrt(2 * np.log(10) ** 2))  # no scatter: sampling alone
     scattered = _found([1.0, 3.0, 1.0])
-    assert slope([f.parameters for f in scattered], scattered, "data").error > 1
+    assert exponents([[f.parameters for f in scattered]], scattered, "data")[0].error > 1
     for models, verdict in ((falling, "holds"), (rising, "does not hold"), (scattered, "cannot tell")):
         claims = list(script.claims({"size": models}, models, ""))
         assert [claim.verdict for claim in claims[:3]] == [verdict] * 3
     assert len(list(script.tables(falling, {"size": falling}, [1e-3]))) == 5
     assert len(script.figure({"size": falling}).axes) == 4
+
+
+def test_width_and_depth_have_exponents_of_their_own():
+    models = [
+        dataclasses.replace(f, rung=ladder.Rung(w, d), variation=np.full((3, 4), w**-0.5 * d**0.25))
+        for w in (10, 100)
+        for d in (1, 2, 4)
+        for f in _found([1.0], sizes=(w * d,))
+    ]
+    for name, cause, found in script.fits({"size": models, "width": models}):
+        if name != "size":
+            assert found.exponent == pytest.approx({"width": -0.5, "depth": 0.25}[name]), cause
 
 
 def test_a_variation_of_zero_has_no_logarithm():
