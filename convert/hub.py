@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
@@ -57,7 +58,7 @@ def local_directory(path_or_hub_id: str | Path, revision: str | None = None) -> 
 def _downloaded(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    at = {} if revision is None else {"revision": revision}
+    at: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         wanted = [*_CONFIG_FILES, *TOKENIZER_FILES, "model*.safetensors", "model.safetensors.index.json"]
         directory = Path(snapshot_download(name, allow_patterns=wanted, **at))
@@ -79,7 +80,7 @@ def hub_config(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
     hub_id = _hub_id(name)
-    at = {} if revision is None else {"revision": revision}
+    at: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         return Path(hf_hub_download(hub_id, "config.json", **at))
     except Exception as error:  # its client's errors come from several libraries

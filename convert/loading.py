@@ -52,10 +52,10 @@ def load(
         revision: A branch, tag or commit of the hub id, such as Pythia's `step1000`; None: the newest.
 
     Raises:
-        InputError: There is no such directory, hub id or revision; a file of the checkpoint is missing or damaged; an unsupported
-            architecture or option; a tensor is missing, extra, duplicate or wrongly shaped; a weight is NaN or
-            infinite; float64 without `jax_enable_x64`; `.bin` files without torch, or GGUF files without gguf; weights
-            quantized in a way that is not read. Raised in every process, also where only one of them finds it.
+        InputError: There is no such directory, hub id or revision; a file of the checkpoint is missing or damaged; an
+            unsupported architecture or option; a tensor is missing, extra, duplicate or wrongly shaped; a weight is NaN
+            or infinite; float64 without `jax_enable_x64`; `.bin` files without torch, or GGUF files without gguf;
+            weights quantized in a way that is not read. Raised in every process, also where only one of them finds it.
     """
     check_dtype(dtype)
     directory = local_directory(path_or_hub_id, revision)

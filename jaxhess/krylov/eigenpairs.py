@@ -61,7 +61,7 @@ class Eigenpairs:
         values: [k] float64, Ritz values.
         vectors: Unit eigenvectors, a pytree like the operator's vectors with a leading axis [k, ...].
         residuals: [k] |H y - value y|, each by one more product: an eigenvalue of a symmetric H lies within it. After a
-            warm start with all Lanczos vectors kept, from the run's own products: by linearity these are its bounds.
+            warm start with all Lanczos vectors kept in 32 bits or more, from the run's own products.
         converged: [k] bool, whether the residual is within the tolerance, relative to the largest |Ritz value|.
         steps: Lanczos steps taken.
         products: With the operator, in all; 0 where that is not known.
@@ -178,11 +178,11 @@ def leading_eigenpairs(
             segment. Its first run takes the place of a new one, and goes on if its steps do not suffice; then `seed`
             and `storage` do not matter. The state is used up: its buffers are freed.
         previous: Eigenpairs of an operator that was nearly this one, as at the checkpoint before: a warm start. The run
-            begins at the sum of their vectors and a random one of a tenth of its length, and goes on until it would also have
-            seen a new eigenvalue beyond all that it has found (`Eigenpairs.seen_from`). It looks for the end at every
-            step, and with all vectors kept takes the residuals from its own products, H y = sum_j s_j H q_j. If the
-            previous vectors are of no use, it costs what any other run does. Give every run of a series another seed,
-            so that none has the blind spots of the one before.
+            begins at the sum of their vectors and a random one of a tenth of its length, and goes on until it would
+            also have seen a new eigenvalue beyond all that it has found (`Eigenpairs.seen_from`). It looks for the end
+            at every step, and with all vectors kept, in 32 bits or more, it takes the residuals from its own products:
+            H y = sum_j s_j H q_j. If the previous vectors are of no use, it costs what any other run does. Give every
+            run another seed, so that none has the blind spots of the one before.
         callback: Called on the host with the step, the wanted Ritz values so far, and their residual bounds.
 
     Returns:
@@ -212,6 +212,8 @@ def leading_eigenpairs(
     else:
         raise InputError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")
     rounding = unit_roundoff(operator, state.current)
+    # Vectors that are summed from rows in 16 bits are not those that the bounds are of.
+    own_products = previous is not None and keeps_all and not _in_16_bits(state.basis)
     begun = int(state.step)
     looked_at, done, ended, seen = 0, begun, False, math.nan
     while not ended:
@@ -251,13 +253,17 @@ def leading_eigenpairs(
         del state
         vectors = _second_pass(operator, start_lanczos([probe], steps, storage), coefficients)
     products = done - begun if keeps_all else done + size - 1
-    if previous is not None and keeps_all:
+    if own_products:
         vectors, lengths = _unit(vectors)
         residuals = bounds / np.asarray(lengths, np.float64)
     else:
         vectors, residuals = _measured(operator, vectors, values)
         products += len(values)
     return Eigenpairs(values, vectors, residuals, residuals <= limit, size, products, processes.agreed(seen))
+
+
+def _in_16_bits(vectors: Vector) -> bool:
+    return any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(vectors))
 
 
 def _start(operator: LinearOperator, previous: Pairs | None, key: jax.Array) -> Vector:

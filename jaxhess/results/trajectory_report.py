@@ -32,14 +32,14 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#0
 HIGHEST = 100
 """Thresholds of learning rates are drawn up to so many times the largest eigenvalue."""
 
-ABOUT = """Eigenvalues: a curve follows an eigenvector, not a rank; a point without a line to the left begins a new curve,
-because no eigenvector of the checkpoint before has a squared cosine above one half with its own. Bars are residuals: an
-eigenvalue lies within. Dashed: 2 / learning rate, above which gradient descent is not stable along an eigenvector.
-Dotted: (2 + 2 beta1) / ((1 - beta1) learning rate), which is 38 / learning rate at beta1 = 0.9: Adam's threshold for
-its preconditioned Hessian D^-1/2 H D^-1/2 (arXiv 2207.14484, cited from its abstract), not for the matrix that is
-followed here unless it is that one. Trace: bars are standard errors over random probes. Shares: of the squared length of
-the gradient in the space of the leading eigenvectors, and the mean squared cosine between this space and that of the
-checkpoint before."""
+ABOUT = """Eigenvalues: a curve follows an eigenvector, not a rank; a point without a line to the left begins a new
+curve, because no eigenvector of the checkpoint before has a squared cosine above one half with its own. Bars are
+residuals: an eigenvalue lies within. Dashed: 2 / learning rate, above which gradient descent is not stable along an
+eigenvector. Dotted: (2 + 2 beta1) / ((1 - beta1) learning rate), which is 38 / learning rate at beta1 = 0.9: Adam's
+threshold for its preconditioned Hessian D^-1/2 H D^-1/2 (arXiv 2207.14484, cited from its abstract), not for the matrix
+that is followed here unless it is that one. Trace: bars are standard errors over random probes. Shares: of the squared
+length of the gradient in the space of the leading eigenvectors, and the mean squared cosine between this space and that
+of the checkpoint before."""
 
 
 def adam_threshold(learning_rate: float, beta1: float = 0.9) -> float:
@@ -124,14 +124,8 @@ def _draw_eigenvalues(axes: Axes, points: Sequence[TrajectoryPoint], beta1: floa
             curves.setdefault(curve, []).append((number, point.step, value, residual))
     for curve, found in curves.items():
         _, steps, values, residuals = np.array(found, float).T
-        style = {
-            "color": COLOURS[curve % len(COLOURS)],
-            "markersize": 3.5,
-            "marker": "o",
-            "capsize": 2,
-            "linewidth": 1.2,
-        }
-        axes.errorbar(steps, values, residuals, **style)
+        colour = COLOURS[curve % len(COLOURS)]
+        axes.errorbar(steps, values, residuals, color=colour, markersize=3.5, marker="o", capsize=2, linewidth=1.2)
     everything = np.array([value for point in points for value in point.eigenvalues])
     top = float(np.abs(everything).max(initial=0)) or 1.0
     least = float(np.abs(everything[everything != 0]).min(initial=top))
@@ -183,8 +177,8 @@ def _page(points: Sequence[TrajectoryPoint], record: Mapping[str, Any], image: b
     products = sum(p.products for p in points)
     traces = sum(p.trace_products for p in points)
     notes = [
-        f"{len(points)} checkpoints, steps {points[0].step} to {points[-1].step}. {products} products for eigenpairs and "
-        f"{traces} for traces, {sum(p.seconds for p in points):.0f} s."
+        f"{len(points)} checkpoints, steps {points[0].step} to {points[-1].step}. {products} products for eigenpairs "
+        f"and {traces} for traces, {sum(p.seconds for p in points):.0f} s."
     ]
     warnings = []
     if late := [str(p.step) for p in points if not all(p.converged)]:
@@ -208,9 +202,9 @@ def _page(points: Sequence[TrajectoryPoint], record: Mapping[str, Any], image: b
             "Every checkpoint",
             [
                 Table(head, [_row(p) for p in points]),
-                "Seen: the magnitude from which on every other eigenvalue would have been seen with probability 95%, but "
-                "for those within 5% of one that was found. It is known where the run started from the eigenvectors of "
-                "the checkpoint before; elsewhere the run was cold.",
+                "Seen: the magnitude from which on every other eigenvalue would have been seen with probability 95%, "
+                "but for those within 5% of one that was found. It is known where the run started from the "
+                "eigenvectors of the checkpoint before; elsewhere the run was cold.",
             ],
         ),
         Section("How it was made", [facts(json_ready(dict(record)))]),

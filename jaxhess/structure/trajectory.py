@@ -104,8 +104,10 @@ class TrajectoryPoint:
         try:
             found = dict(fields)
             if (trace := found["trace"]) is not None:
-                unknown = {"value": math.nan, "standard_error": math.nan, "freedom": math.nan, "most": math.inf}
-                found["trace"] = Estimate(**{k: unknown.get(k) if v is None else v for k, v in trace.items()})
+                unknown: dict[str, Any] = dict.fromkeys(("value", "standard_error", "freedom"), math.nan)
+                unknown["most"] = math.inf
+                known: dict[str, Any] = {k: v for k, v in trace.items() if v is not None}
+                found["trace"] = Estimate(**unknown | known)
             if found["seen_from"] is None and found["overlap"] is not None:
                 found["seen_from"] = math.inf
             lists = ("eigenvalues", "residuals", "converged", "curves")
