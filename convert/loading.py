@@ -29,7 +29,9 @@ BLOCK_BYTES = 2**26
 _EXPONENT_BITS = {"float64": 0x7FF << 52, "float32": 0xFF << 23, "float16": 0x1F << 10, "bfloat16": 0xFF << 7}
 
 
-def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None = None) -> LanguageModel:
+def load(
+    path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None = None, revision: str | None = None
+) -> LanguageModel:
     """The model in a checkpoint, placed on `mesh`.
 
     Host memory beyond the arrays stays near the largest tensor of the files: every device's part of every layer is
@@ -47,15 +49,16 @@ def load(path_or_hub_id: str | Path, mesh: Mesh | None = None, dtype: str | None
         mesh: Where the weights shall live (`jaxhess.distributed.mesh.make_mesh`); None: on the first device.
         dtype: Weights and computation: float32, bfloat16, float16 or float64 (needs `jax_enable_x64`). None keeps what
             the files hold; where they hold several, what `config.json` says, or else the widest.
+        revision: A branch, tag or commit of the hub id, such as Pythia's `step1000`; None: the newest.
 
     Raises:
-        InputError: There is no such directory or hub id; a file of the checkpoint is missing or damaged; an unsupported
-            architecture or option; a tensor is missing, extra, duplicate or wrongly shaped; a weight is NaN or
-            infinite; float64 without `jax_enable_x64`; `.bin` files without torch, or GGUF files without gguf; weights
-            quantized in a way that is not read. Raised in every process, also where only one of them finds it.
+        InputError: There is no such directory, hub id or revision; a file of the checkpoint is missing or damaged; an
+            unsupported architecture or option; a tensor is missing, extra, duplicate or wrongly shaped; a weight is NaN
+            or infinite; float64 without `jax_enable_x64`; `.bin` files without torch, or GGUF files without gguf;
+            weights quantized in a way that is not read. Raised in every process, also where only one of them finds it.
     """
     check_dtype(dtype)
-    directory = local_directory(path_or_hub_id)
+    directory = local_directory(path_or_hub_id, revision)
     if processes.agreed(is_orbax(directory)):
         check_dtype(processes.on_every(lambda: saved_config(directory, dtype)).dtype)
         return restore(directory, mesh, dtype)

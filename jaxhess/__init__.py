@@ -48,6 +48,7 @@ from jaxhess.slq.run import spectrum
 from jaxhess.slq.spectrum import Spectrum
 from jaxhess.structure.coupling import CouplingMap, coupling_map
 from jaxhess.structure.spectra import BlockSpectra, block_spectra
+from jaxhess.structure.trajectory import TrajectoryCallback, TrajectoryPoint, trajectory_point
 from jaxhess.vectors import random_probe
 
 __version__ = "0.2.0"
@@ -87,6 +88,8 @@ __all__ = [
     "Spectrum",
     "Storage",
     "TokenBlocks",
+    "TrajectoryCallback",
+    "TrajectoryPoint",
     "adam_preconditioner",
     "adam_threshold",
     "as_lineax",
@@ -116,5 +119,6 @@ __all__ = [
     "semicircle",
     "spectrum",
     "start_lanczos",
+    "trajectory_point",
     "xtrace",
 ]

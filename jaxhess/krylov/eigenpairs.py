@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,16 +27,20 @@ from jaxhess.krylov.products import everywhere
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.state import LanczosState, extended, start_lanczos
 from jaxhess.krylov.storage import Storage
-from jaxhess.operators.base import LinearOperator, compiled_mv
+from jaxhess.krylov.warm_start import seen_from, starting_vector
+from jaxhess.operators.base import LinearOperator, Pairs, compiled_mv
 from jaxhess.operators.facts import non_finite, validated
 from jaxhess.operators.forms import num_microbatches, product_and_forms
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.operators.restriction import leaf_name
-from jaxhess.vectors import Vector, add_scaled, norm, random_key, random_probe, scale
+from jaxhess.vectors import Vector, add_scaled, dot, norm, random_key, random_probe, scale
 
 Which = Literal["magnitude", "largest", "smallest"]
 
 VECTORS, SCALARS = "vectors", "eigenpairs.npz"
+
+SIGNS = {"magnitude": (1, -1), "largest": (1,), "smallest": (-1,)}
+"""Of the eigenvalues that are looked for."""
 
 CHECK_EVERY = 5
 """Steps between two looks at what has converged."""
@@ -57,12 +62,16 @@ class Eigenpairs:
     Attributes:
         values: [k] float64, Ritz values.
         vectors: Unit eigenvectors, a pytree like the operator's vectors with a leading axis [k, ...].
-        residuals: [k] |H y - value y|, each by one more product: an eigenvalue of a symmetric H lies within it.
+        residuals: [k] |H y - value y|, each by one more product: an eigenvalue of a symmetric H lies within it. After a
+            warm start with all Lanczos vectors kept in 32 bits or more, from the run's own products.
         converged: [k] bool, whether the residual is within the tolerance, relative to the largest |Ritz value|.
         steps: Lanczos steps taken.
+        products: With the operator, in all; 0 where that is not known.
+        seen_from: After a warm start, the magnitude from which on the run would have seen every other eigenvalue, but
+            for those within 5% of one that was found, each with probability 95%; NaN after any other run.
         microbatch_forms: [k, microbatches, 4], of every eigenvector y what single microbatches contribute to its
-            product: y'S_b y, 0, |S_b y|^2 and c_b (`jaxhess.operators.forms`), for `eigenvalue_spreads`. Empty where
-            the operator does not tell microbatches apart, or after `load`.
+            product: y'S_b y, 0, |S_b y|^2 and c_b (`jaxhess.operators.forms`), for `eigenvalue_errors`. Empty where
+            the operator does not tell microbatches apart, or no product was made with the vectors themselves.
     """
 
     values: np.ndarray
@@ -70,6 +79,8 @@ class Eigenpairs:
     residuals: np.ndarray
     converged: np.ndarray
     steps: int
+    products: int = 0
+    seen_from: float = math.nan
     microbatch_forms: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -108,7 +119,7 @@ class Eigenpairs:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Eigenpairs:
-        """What `save` wrote, vectors as nested dictionaries of arrays on the host; `steps` is not kept and 0.
+        """What `save` wrote, vectors as nested dictionaries of arrays on the host; how it was found is not kept.
 
         Raises:
             InputError: There are no eigenpairs in the folder, or they are damaged.
@@ -141,6 +152,7 @@ def leading_eigenpairs(
     seed: int = 0,
     storage: Storage = Storage(),
     state: LanczosState | None = None,
+    previous: Pairs | None = None,
     callback: Callable[[int, np.ndarray, np.ndarray], None] | None = None,
 ) -> Eigenpairs:
     """The leading eigenpairs by Lanczos (Paige 1971; Parlett 1998, chapter 13), stopped when they have converged.
@@ -171,6 +183,12 @@ def leading_eigenpairs(
         state: Runs with this operator and "full" re-orthogonalisation, such as `Progress.state` of a spectrum's last
             segment. Its first run takes the place of a new one, and goes on if its steps do not suffice; then `seed`
             and `storage` do not matter. The state is used up: its buffers are freed.
+        previous: Eigenpairs of an operator that was nearly this one, as at the checkpoint before: a warm start. The run
+            begins at the sum of their vectors and a random one of a tenth of its length, and goes on until it would
+            also have seen a new eigenvalue beyond all that it has found (`Eigenpairs.seen_from`). It looks for the end
+            at every step, and with all vectors kept, in 32 bits or more, it takes the residuals from its own products:
+            H y = sum_j s_j H q_j. If the previous vectors are of no use, it costs what any other run does. Give every
+            run another seed, so that none has the blind spots of the one before.
         callback: Called on the host with the step, the wanted Ritz values so far, and their residual bounds.
 
     Returns:
@@ -179,14 +197,18 @@ def leading_eigenpairs(
 
     Raises:
         InputError: `count` is below 1 or above the dimension or `steps`; an option is out of range; the state keeps no
-            basis of all vectors; a product is not finite.
+            basis of all vectors, or comes with previous pairs; these are not like the operator's vectors; a product is
+            not finite.
     """
     _check(operator, count, which, tolerance, steps)
     storage.check_available()
     key = jax.random.fold_in(random_key(seed), 0xE16E)
     validated(operator)
+    if state is not None and previous is not None:
+        raise InputError("A run goes on from a state or starts from previous eigenpairs, not both.")
+    every = CHECK_EVERY if previous is None else 1
     if state is None:
-        probe = random_probe(key, operator.shape_dtype)
+        probe = _start(operator, previous, key)
         keeps_all = storage.reorthogonalize == "full"
         state = start_lanczos([probe], steps, storage)
         if keeps_all:
@@ -196,12 +218,15 @@ def leading_eigenpairs(
     else:
         raise InputError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")
     rounding = unit_roundoff(operator, state.current)
-    looked_at, done, ended = 0, int(state.step), False
+    # Vectors that are summed from rows in 16 bits are not those that the bounds are of.
+    own_products = previous is not None and keeps_all and not _in_16_bits(state.basis)
+    begun = int(state.step)
+    looked_at, done, ended, seen = 0, begun, False, math.nan
     while not ended:
         if looked_at == done:  # not so in the beginning, for a state that has taken steps
             if state.runs > 1 or state.alphas.shape[1] < steps:
                 state = extended(state, max(steps, done))
-            done = min(done + CHECK_EVERY, steps)
+            done = min(done + every, steps)
             state = lanczos_segment(operator, state, done)
         looked_at = done
         alphas, betas, errors = state.tridiagonal()
@@ -215,11 +240,14 @@ def leading_eigenpairs(
         if callback is not None:
             callback(size, nodes.ritz_values[chosen], bounds)
         ended = bool(state.broken[0]) or done >= steps or (len(chosen) == count and bool(converged.all()))
+        if previous is not None:
+            seen = seen_from(alphas, betas, operator.dim, nodes.ritz_values[chosen], SIGNS[which])
+            ended = ended and (math.isfinite(seen) or bool(state.broken[0]) or done >= steps)
         ended = processes.agreed(ended)  # each machine's LAPACK rounds in its own way
     limit = tolerance * float(np.abs(nodes.ritz_values).max())
-    found = (nodes.ritz_values[chosen].tolist(), limit, _coefficients(alphas, betas, chosen).tolist())
+    found = (nodes.ritz_values[chosen].tolist(), limit, _coefficients(alphas, betas, chosen).tolist(), bounds.tolist())
     agreed = processes.agreed(found)
-    values, limit, coefficients = np.asarray(agreed[0]), agreed[1], np.asarray(agreed[2])
+    values, limit, coefficients, bounds = np.asarray(agreed[0]), agreed[1], np.asarray(agreed[2]), np.asarray(agreed[3])
     coefficients = coefficients.reshape(-1, size)
     if keeps_all:
         padded = np.zeros((len(values), state.alphas.shape[1]))
@@ -230,8 +258,26 @@ def leading_eigenpairs(
     else:
         del state
         vectors = _second_pass(operator, start_lanczos([probe], steps, storage), coefficients)
-    vectors, residuals, forms = _measured(operator, vectors, values)
-    return Eigenpairs(values, vectors, residuals, residuals <= limit, size, forms)
+    products = done - begun if keeps_all else done + size - 1
+    forms = np.zeros(0)
+    if own_products:
+        vectors, lengths = _unit(vectors)
+        residuals = bounds / np.asarray(lengths, np.float64)
+    else:
+        vectors, residuals, forms = _measured(operator, vectors, values)
+        products += len(values)
+    seen = processes.agreed(seen)
+    return Eigenpairs(values, vectors, residuals, residuals <= limit, size, products, seen, forms)
+
+
+def _in_16_bits(vectors: Vector) -> bool:
+    return any(jnp.finfo(x.dtype).bits < 32 for x in jax.tree.leaves(vectors))
+
+
+def _start(operator: LinearOperator, previous: Pairs | None, key: jax.Array) -> Vector:
+    if previous is None:
+        return random_probe(key, operator.shape_dtype)
+    return starting_vector(operator, previous, key)
 
 
 def _check(operator: LinearOperator, count: int, which: str, tolerance: float, steps: int) -> None:
@@ -321,6 +367,13 @@ def _measured(operator: LinearOperator, vectors: Vector, values: np.ndarray) -> 
 def _with_forms(operator: LinearOperator, y: Vector) -> tuple[Vector, jax.Array]:
     product, forms = product_and_forms(operator, y)
     return product, everywhere(operator, forms)
+
+
+@jax.jit
+def _unit(vectors: Vector) -> tuple[Vector, jax.Array]:
+    """The stacked vectors, each at length one, and their lengths before: one but for rounding."""
+    lengths = jnp.sqrt(jax.vmap(dot)(vectors, vectors))
+    return jax.tree.map(lambda x: x / lengths.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1)), vectors), lengths
 
 
 @jax.jit

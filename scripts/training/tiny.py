@@ -17,6 +17,7 @@ import platform
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ from jaxhess.vectors import check_seed, random_key
 from scripts.training.corpus import END_OF_TEXT, Corpus, excerpt, read_corpus, text_figures, tokenise, train_tokenizer
 
 KEPT = ("tokenizer.json", "params.npz", "decoder.json", "loss_curve.json")
+CHECKPOINTS, TRAINER_STATE = "checkpoints", "trainer_state.json"
+Keep = Callable[[int, LanguageModel, dict[str, float]], None]
+"""Keeps the model after a step, with its loss and learning rate."""
 ABOUT_SAMPLE = (
     "sample.txt holds pieces of Python's standard library (see LICENSE-text), in turn from one of train_files, which "
     "the model was trained on, and from one of held_out_files, which it never saw. loss is the model's mean over the "
@@ -82,6 +86,8 @@ class Options:
     """Decoupled decay of matrices; norms and biases have none."""
     evaluate_every: int = 100
     """Steps between two points of the loss curve."""
+    keep_every: int = 0
+    """Steps between two checkpoints in --work/checkpoints, for scripts/trajectory.py; 0 for none."""
     sample_bytes: int = 150_000
     """Size of the excerpt `sample.txt`."""
     seed: int = 0
@@ -92,6 +98,13 @@ def run(options: Options) -> None:
     """Train, export and report."""
     check_seed(options.seed)
     check_destination(options.out, options.overwrite)  # before the training, not after it
+    kept = [checkpoint_folder(options, step) for step in kept_steps(options)]
+    for folder in kept:
+        check_destination(folder, overwrite=True)
+    if kept and kept[0].parent.is_dir():
+        others = sorted({path.name for path in kept[0].parent.iterdir()} - {folder.name for folder in kept})
+        if others:
+            raise InputError(f"{kept[0].parent} holds {others[0]}, which this training would not replace: move it.")
     corpus = read_corpus(options.text)
     work = options.trained or options.work
     if options.trained is None:
@@ -108,7 +121,7 @@ def train_and_keep(options: Options, corpus: Corpus, work: Path) -> None:
 def _train_and_keep(options: Options, corpus: Corpus, output: Output) -> None:
     tokenizer = train_tokenizer(list(corpus.train.values()), options.vocab_size)
     blocks = {name: tokenise(texts, tokenizer, options.seq_len, name) for name, texts in vars(corpus).items()}
-    model, curve = train(options, tokenizer.get_vocab_size(), blocks)
+    model, curve = train(options, tokenizer.get_vocab_size(), blocks, keeping(options, tokenizer))
     curve |= text_figures(corpus, tokenizer, blocks)
     curve["held_out_bits_per_byte"] = curve["held_out_loss"] / math.log(2) / curve["held_out_bytes_per_token"]
     params = io.BytesIO()
@@ -145,12 +158,7 @@ def export_all(options: Options, corpus: Corpus, work: Path) -> None:
             lambda path, _: jnp.asarray(saved[jax.tree_util.keystr(path)]), abstract_params(config)
         )
     model = LanguageModel(config, params)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    fast = fast_tokenizer(tokenizer)
     sample, sources = excerpt(corpus, options.sample_bytes, options.seed)
     blocks = tokenise({"": sample}, tokenizer, config.max_positions, "sample.txt")
     figures = {"seq_len": blocks.seq_len, "sequences": blocks.num_sequences, "fingerprint": blocks.fingerprint()}
@@ -170,6 +178,51 @@ def export_all(options: Options, corpus: Corpus, work: Path) -> None:
     print(
         json.dumps({name: value for name, value in curve.items() if name != "points"} | {"sample": figures}, indent=1)
     )
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer as `transformers` saves it."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def kept_steps(options: Options) -> list[int]:
+    """The steps after which a checkpoint is kept: every `keep_every`th, and the last.
+
+    Raises:
+        InputError: `keep_every` is negative.
+    """
+    if options.keep_every < 0:
+        raise InputError(f"--keep-every {options.keep_every} must be a number of steps, or 0 for none.")
+    if not options.keep_every or options.trained is not None:
+        return []
+    return sorted({*range(options.keep_every, options.steps + 1, options.keep_every), options.steps})
+
+
+def checkpoint_folder(options: Options, step: int) -> Path:
+    """Where the checkpoint of a step is kept."""
+    return options.work / CHECKPOINTS / f"step-{step:06d}"
+
+
+def keeping(options: Options, tokenizer: Tokenizer) -> Keep:
+    """What writes a checkpoint in Hugging Face format.
+
+    Loss and learning rate go beside it, to `trainer_state.json`, in the form of the trainer of `transformers`.
+    """
+    fast = fast_tokenizer(tokenizer)
+
+    def keep(step: int, model: LanguageModel, facts: dict[str, float]) -> None:
+        state = {"global_step": step, "log_history": [{"step": step, **facts}]}
+        with appearing(checkpoint_folder(options, step), overwrite=True) as folder:
+            write_hugging_face(model, folder, None)
+            add_tokenizer(fast, folder)
+            (folder / TRAINER_STATE).write_bytes(json_bytes(state))
+
+    return keep
 
 
 def decoder_config(options: Options, vocab_size: int) -> DecoderConfig:
@@ -198,11 +251,13 @@ def decoder_config(options: Options, vocab_size: int) -> DecoderConfig:
     )
 
 
-def train(options: Options, vocab_size: int, blocks: dict[str, TokenBlocks]) -> tuple[LanguageModel, dict[str, Any]]:
-    """The trained model, and its losses along the way and at the end."""
+def train(
+    options: Options, vocab_size: int, blocks: dict[str, TokenBlocks], keep: Keep | None = None
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """The trained model, and its losses along the way and at the end; `keep` is called after `kept_steps`."""
     model = initialize(decoder_config(options, vocab_size), random_key(options.seed))
     loss = model.loss()
-    optimizer = optimizer_of(options)
+    optimizer, rate = optimizer_of(options), learning_rate(options)
     params, state = model.params, optimizer.init(model.params)
     rng = np.random.default_rng(options.seed)
     source = blocks["train"]
@@ -213,6 +268,7 @@ def train(options: Options, vocab_size: int, blocks: dict[str, TokenBlocks]) -> 
     print(
         f"{model.num_params:,} parameters, {source.tokens.size:,} training tokens in {source.num_sequences} sequences"
     )
+    kept = set(kept_steps(options))
     began = time.perf_counter()
     for step in range(1, options.steps + 1):
         while order.size < options.batch:
@@ -221,6 +277,9 @@ def train(options: Options, vocab_size: int, blocks: dict[str, TokenBlocks]) -> 
         batch = TokenBatch(jnp.asarray(source.tokens[rows]), jnp.asarray(source.weights[rows]))
         params, state, value = training_step(params, state, batch, loss=loss, optimizer=optimizer)
         recent.append(value)
+        if keep is not None and step in kept:
+            facts = {"loss": float(value), "learning_rate": float(rate(step - 1))}
+            keep(step, dataclasses.replace(model, params=params), facts)
         if step == 1 or step % options.evaluate_every == 0 or step == options.steps:
             held_out = mean_loss(loss, params, watched, options.batch)
             seconds = time.perf_counter() - began
@@ -242,15 +301,19 @@ def train(options: Options, vocab_size: int, blocks: dict[str, TokenBlocks]) -> 
     }
 
 
-def optimizer_of(options: Options) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up, a cosine down to a hundredth of the peak, and gradients clipped to norm 1."""
+def learning_rate(options: Options) -> optax.Schedule:
+    """A linear warm-up over a twentieth of the steps, then a cosine down to a hundredth of the peak."""
     peak, steps = options.learning_rate, options.steps
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 20), steps, peak / 100)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 20), steps, peak / 100)
+
+
+def optimizer_of(options: Options) -> optax.GradientTransformation:
+    """AdamW at `learning_rate`, with gradients clipped to norm 1."""
 
     def matrices(params: Any) -> Any:
         return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    adamw = optax.adamw(rate, b2=0.98, weight_decay=options.weight_decay, mask=matrices)
+    adamw = optax.adamw(learning_rate(options), b2=0.98, weight_decay=options.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 

@@ -41,6 +41,7 @@ def trained(tmp_path_factory) -> tuple[script.Options, dict]:
         batch=8,
         steps=20,
         evaluate_every=10,
+        keep_every=8,
         sample_bytes=4000,
     )
     script.run(options)
@@ -60,6 +61,32 @@ def test_the_exported_checkpoint_has_the_loss_of_the_trained_parameters(trained)
     options, _ = trained
     assert recorded_loss(options.out) == pytest.approx(loss_of(options.out), abs=1e-5)
     assert (options.out / "loss_curve.png").stat().st_size > 1000
+
+
+def test_checkpoints_are_kept_with_the_learning_rate_of_their_step(trained) -> None:
+    """A linear warm-up over one step, a cosine from 3e-3 to 3e-5 over the other 19; counted from 0 within a step."""
+    options, _ = trained
+    folders = sorted((options.work / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-000008", "step-000016", "step-000020"]
+    for folder, step in zip(folders, (8, 16, 20), strict=True):
+        state = json.loads((folder / "trainer_state.json").read_text())
+        (entry,) = state["log_history"]
+        assert state["global_step"] == entry["step"] == step
+        cosine = (1 + np.cos(np.pi * (step - 2) / 19)) / 2
+        assert entry["learning_rate"] == pytest.approx(3e-3 * (0.01 + 0.99 * cosine), rel=1e-5)
+        assert foreign(folder) is None
+    last, exported = (load(folder).params for folder in (folders[-1], options.out))
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(exported), strict=True))
+    assert load_tokenizer(folders[0])("def")["input_ids"] == load_tokenizer(options.out)("def")["input_ids"]
+
+
+def test_checkpoints_of_another_training_are_not_mixed_with_new_ones(trained, tmp_path) -> None:
+    options, _ = trained
+    other = dataclasses.replace(options, out=tmp_path / "model", keep_every=10)
+    with pytest.raises(InputError, match="holds step-000008, which this training would not replace"):
+        script.run(other)
+    with pytest.raises(InputError, match="--keep-every -1 must be a number of steps"):
+        script.run(dataclasses.replace(other, keep_every=-1))
 
 
 def test_held_out_files_are_not_trained_on(trained) -> None:

@@ -1,0 +1,204 @@
+"""The command over checkpoints: files that read back, warm against cold, a killed run, bad input in one sentence."""
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_models import TINY, check_refused, random_model, run_command
+
+import convert
+from jaxhess.errors import InputError
+from jaxhess.results.trajectory_report import adam_threshold, load_trajectory
+from scripts import trajectory as script
+
+QUICK = ["--data", "random", "--seq-len", "8", "--sequences", "4", "--microbatch", "2", "--eigenpairs", "2"]
+QUICK += ["--probes", "2", "--eigenpair-steps", "40"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    """Three checkpoints, 1% apart, with learning rates beside two of them."""
+    top = tmp_path_factory.mktemp("training")
+    model = random_model(TINY)
+    for number, step in enumerate((5, 10, 20)):
+        params = jax.tree.map(lambda x, factor=1 + 0.01 * number: factor * x, model.params)
+        folder = top / f"step-{step:06d}"
+        convert.export(dataclasses.replace(model, params=params), folder)
+        if step > 5:
+            state = {"log_history": [{"step": step, "learning_rate": 0.1 / step}, {"step": step, "eval_loss": 3.0}]}
+            (folder / "trainer_state.json").write_text(json.dumps(state))
+    return top
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoints, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    run_command(script, "--checkpoints", str(checkpoints), *QUICK, "--cold", "--out", str(out))
+    return out
+
+
+def test_the_folder_is_complete_and_reads_back(finished):
+    names = {"trajectory.json", "trajectory.csv", "trajectory.png", "report.html", "manifest.json"}
+    assert {p.name for p in finished.iterdir()} == names
+    points = load_trajectory(finished)
+    assert [p.step for p in points] == [5, 10, 20]
+    assert [p.learning_rate for p in points] == [None, 0.01, 0.005]
+    assert [p.warm for p in points] == [False, True, True]
+    assert [p.trace_products for p in points] == [2, 2, 2]
+    assert all(p.overlap > 0.9 and p.curves == (0, 1) for p in points[1:])
+    with (finished / "trajectory.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["eigenvalue_2"]) for row in rows] == [p.eigenvalues[1] for p in points]
+    assert rows[0]["learning_rate"] == rows[0]["overlap"] == ""
+    page = (finished / "report.html").read_text()
+    assert "38 / learning rate" in page
+    assert 'src="data:image/png;base64,' in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_warm_and_cold_runs_agree_within_their_residuals(finished):
+    points = load_trajectory(finished)
+    colds = json.loads((finished / "trajectory.json").read_text())["cold_runs"]
+    for point, cold in zip(points, colds, strict=True):
+        apart = np.abs(np.array(point.eigenvalues) - cold["eigenvalues"])
+        assert (apart <= np.array(point.residuals) + cold["residuals"]).all()
+    assert all(p.products < c["products"] for p, c in list(zip(points, colds, strict=True))[1:])
+
+
+def numbers(folder: Path) -> list[dict]:
+    """All that is measured but the time."""
+    return [dataclasses.asdict(p) | {"seconds": 0.0} for p in load_trajectory(folder)]
+
+
+def test_a_run_that_sigterm_stops_goes_on_with_the_same_numbers(finished, checkpoints, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["--checkpoints", str(checkpoints), *QUICK, "--cold", "--out", str(out)]
+    stop = script.cold_run
+
+    def stopping(*inputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return stop(*inputs)
+
+    monkeypatch.setattr(script, "cold_run", stopping)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            run_command(script, *arguments, "--resume")
+        assert ended.value.code == 75
+    assert not (out / "trajectory.json").exists()
+    with pytest.raises(SystemExit):  # another run's numbers
+        run_command(script, *arguments[:-2], "--out", str(out), "--resume", "--seed", "7")
+    with pytest.raises(SystemExit):  # neither resumed nor discarded
+        run_command(script, *arguments)
+    run_command(script, *arguments, "--resume")
+    assert numbers(out) == numbers(finished)
+    assert not (out / "unfinished").exists()
+
+
+def test_a_damaged_save_is_refused(checkpoints, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ["--checkpoints", str(checkpoints), *QUICK, "--out", str(out), "--resume"]
+    monkeypatch.setattr(script, "trajectory_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        run_command(script, *arguments)
+    (data,) = (out / "unfinished" / "steps").glob("*/record/metadata")
+    data.write_text(data.read_text().replace('"step": 10', '"step": 11'))
+    with pytest.raises(SystemExit) as ended:
+        run_command(script, *arguments)
+    assert ended.value.code == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def revisions(monkeypatch, checkpoints: Path, known: dict[str, str]) -> list:
+    """A hub of one model, whose revisions are local folders."""
+    asked = []
+
+    class RevisionNotFoundError(Exception):
+        pass
+
+    def folder(revision):
+        asked.append(revision)
+        if revision not in known:
+            raise RevisionNotFoundError("404 Client Error.\nRevision Not Found for url: https://hub")
+        return checkpoints / known[revision]
+
+    def config(name, file, revision=None):
+        return str(folder(revision) / file)
+
+    def snapshot(name, allow_patterns, revision=None):
+        return str(folder(revision))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", config)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return asked
+
+
+def test_revisions_of_a_hub_id_are_what_folders_are(finished, checkpoints, tmp_path, monkeypatch):
+    revisions(monkeypatch, checkpoints, {"step5": "step-000005", "step10": "step-000010", "step20": "step-000020"})
+    out = tmp_path / "out"
+    given = ["--model", "someone/model", "--revisions", "step20,step5", "step10"]
+    run_command(script, *given, *QUICK, "--out", str(out))
+    assert numbers(out) == numbers(finished)
+    model = convert.load("someone/model", revision="step10")
+    assert (
+        model.params["embed"]["kernel"] == convert.load(checkpoints / "step-000010").params["embed"]["kernel"]
+    ).all()
+
+
+def test_a_revision_that_does_not_exist_is_one_sentence_before_any_weights_are_loaded(
+    checkpoints, tmp_path, monkeypatch, capsys
+):
+    asked = revisions(monkeypatch, checkpoints, {"step5": "step-000005"})
+    given = ["--model", "someone/model", "--revisions", "step5", "step9", *QUICK]
+    sentence = "The hub has no revision step9 of someone/model: name a branch, tag or commit."
+    check_refused(capsys, script, tmp_path / "out", sentence, *given)
+    assert asked == ["step5", "step9"]
+    with pytest.raises(InputError, match="no model of that id at revision step9"):
+        convert.load("someone/model", revision="step9")
+    with pytest.raises(InputError, match="on this machine and has no revision step9"):
+        convert.load(checkpoints / "step-000005", revision="step9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "Name the checkpoints"),
+        (["--checkpoints", "HERE", "--revisions", "step1"], "Name the checkpoints"),
+        (["--revisions", "step1"], "--revisions are of a hub id"),
+        (["--model", "a/b", "--checkpoints", "HERE"], "leave it out with --checkpoints"),
+        (["--model", "a/b", "--revisions", "main"], "main does not end in a step"),
+        (["--checkpoints", "HERE/nowhere"], "There is no folder"),
+        (["--checkpoints", "HERE/step-000005/empty"], "There is no folder"),
+        (["--checkpoints", "HERE", "HERE/step-000005"], "are both of step 5"),
+        (["--checkpoints", "HERE", "--learning-rate", "-1"], "must be a positive number"),
+        (["--checkpoints", "HERE", "--beta1", "1"], "from 0 to below 1"),
+        (["--checkpoints", "HERE", "--eigenpairs", "0"], "must be at least 1"),
+    ],
+)
+def test_bad_options_are_one_sentence(checkpoints, tmp_path, capsys, arguments, sentence):
+    given = [text.replace("HERE", str(checkpoints)) for text in arguments]
+    check_refused(capsys, script, tmp_path / "out", sentence, *given)
+
+
+def test_folders_that_do_not_go_together_are_refused(checkpoints, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    check_refused(capsys, script, tmp_path / "out", "holds none", "--checkpoints", str(tmp_path / "empty"))
+    convert.export(random_model(dataclasses.replace(TINY, mlp_dim=7)), tmp_path / "step-30")
+    given = ["--checkpoints", str(checkpoints), str(tmp_path / "step-30"), *QUICK]
+    check_refused(capsys, script, tmp_path / "out", "is a checkpoint of another model", *given)
+    shutil.copytree(checkpoints / "step-000020", tmp_path / "more" / "step-40")
+    (tmp_path / "more" / "step-40" / "trainer_state.json").write_text('{"log_history": 3}')
+    with pytest.raises(InputError, match="not the trainer's record of learning rates"):
+        script.known_rate(script.Place(40, str(tmp_path / "more" / "step-40"), None))
+
+
+def test_the_threshold_of_adam():
+    assert re.match("38", f"{adam_threshold(1.0):.10g}")
+    assert adam_threshold(0.5, beta1=0.0) == 4.0  # without momentum that of gradient descent, 2 / rate
