@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from jaxhess.errors import InputError
 from jaxhess.files.run_folder import json_ready, read_json
+from jaxhess.operators.adam import adam_threshold
 from jaxhess.results.figures import ACCENT, INK, NotebookFigure, png
 from jaxhess.results.page import Picture, Section, Table, facts, page
 from jaxhess.structure.trajectory import TrajectoryPoint
@@ -40,19 +41,6 @@ threshold for its preconditioned Hessian D^-1/2 H D^-1/2 (arXiv 2207.14484, cite
 that is followed here unless it is that one. Trace: bars are standard errors over random probes. Shares: of the squared
 length of the gradient in the space of the leading eigenvectors, and the mean squared cosine between this space and that
 of the checkpoint before."""
-
-
-def adam_threshold(learning_rate: float, beta1: float = 0.9) -> float:
-    """(2 + 2 beta1) / ((1 - beta1) learning_rate): of the preconditioned Hessian, where Adam loses its stability.
-
-    Source: Cohen et al., Adaptive gradient methods at the edge of stability (arXiv 2207.14484, cited from its abstract:
-    38 / learning_rate at beta1 = 0.9).
-
-    Examples:
-        >>> round(adam_threshold(1.0), 9)
-        38.0
-    """
-    return (2 + 2 * beta1) / ((1 - beta1) * learning_rate)
 
 
 def trajectory_files(

@@ -16,7 +16,8 @@ from small_models import TINY, check_refused, random_model, run_command
 
 import convert
 from jaxhess.errors import InputError
-from jaxhess.results.trajectory_report import adam_threshold, load_trajectory
+from jaxhess.operators.adam import adam_threshold
+from jaxhess.results.trajectory_report import load_trajectory
 from scripts import trajectory as script
 
 QUICK = ["--data", "random", "--seq-len", "8", "--sequences", "4", "--microbatch", "2", "--eigenpairs", "2"]
