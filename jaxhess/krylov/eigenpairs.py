@@ -72,6 +72,7 @@ class Eigenpairs:
         microbatch_forms: [k, microbatches, 4], of every eigenvector y what single microbatches contribute to its
             product: y'S_b y, 0, |S_b y|^2 and c_b (`jaxhess.operators.forms`), for `eigenvalue_errors`. Empty where
             the operator does not tell microbatches apart, or no product was made with the vectors themselves.
+        which: Were asked for.
     """
 
     values: np.ndarray
@@ -82,6 +83,7 @@ class Eigenpairs:
     products: int = 0
     seen_from: float = math.nan
     microbatch_forms: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    which: Which = "magnitude"
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes the vectors as an Orbax checkpoint, sharded as they are, with `eigenpairs.npz` beside it.
@@ -267,7 +269,7 @@ def leading_eigenpairs(
         vectors, residuals, forms = _measured(operator, vectors, values)
         products += len(values)
     seen = processes.agreed(seen)
-    return Eigenpairs(values, vectors, residuals, residuals <= limit, size, products, seen, forms)
+    return Eigenpairs(values, vectors, residuals, residuals <= limit, size, products, seen, forms, which)
 
 
 def _in_16_bits(vectors: Vector) -> bool:

@@ -32,11 +32,13 @@ class DataSpread(NamedTuple):
         error: Square root of the estimated variance over draws of the sequences.
         freedom: Degrees of freedom of that estimate.
         bias: By how much the value is too large on average, because the sequences are few; NaN: not known.
+        stretch: By what the error over probes is larger when the bias is removed.
     """
 
     error: float
     freedom: float
     bias: float = 0.0
+    stretch: float = 1.0
 
 
 DISAGREE = 1e-3
@@ -61,7 +63,7 @@ class Estimate:
         positive: The quantity is a norm or a mean of squares: its interval is one of its logarithm.
         bounds: Of the value that these same probes would give after any number of further Lanczos steps; None where the
             steps taken are enough.
-        most: The largest value that the quantity can have; an interval ends there.
+        least, most: The smallest and the largest value that the quantity can have; an interval ends there.
         data: Beside the error over probes, that over the data; None: not known.
     """
 
@@ -71,6 +73,7 @@ class Estimate:
     positive: bool = False
     bounds: tuple[float, float] | None = None
     most: float = math.inf
+    least: float = -math.inf
     data: DataSpread | None = None
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
@@ -87,7 +90,7 @@ class Estimate:
                 factor = float(np.exp(student_factor(self.freedom, level) * self.standard_error / self.value))
             return low / factor, min(high * factor, self.most)
         half = student_factor(self.freedom, level) * self.standard_error
-        return low - half, min(high + half, self.most)
+        return max(low - half, self.least), min(high + half, self.most)
 
     def times(self, factor: float) -> Estimate:
         """Of `factor` >= 0 times the quantity."""
@@ -100,14 +103,20 @@ class Estimate:
     def for_population(self) -> Estimate:
         """Of the same quantity for all the data that the sequences stand for: bias removed, both errors in one.
 
-        Degrees of freedom by Satterthwaite (1946). NaN throughout where the error over data or the bias is not known.
+        Degrees of freedom by Satterthwaite (1946). NaN throughout where the error over data or the bias is not known,
+        and where of a positive quantity nothing is left.
         """
         data = self.data or DataSpread(math.nan, math.nan, math.nan)
-        variances = np.square([self.standard_error, data.error])
+        value = self.value - data.bias
+        if not math.isfinite(value + data.error) or (self.positive and value <= 0):
+            return Estimate(math.nan, math.nan, math.nan)
+        variances = np.square([data.stretch * self.standard_error, data.error])
         parts = [v**2 / f for v, f in zip(variances, (self.freedom, data.freedom), strict=True) if v != 0]
         freedom = float(variances.sum()) ** 2 / sum(parts) if sum(parts) else math.inf
-        error = float(np.sqrt(variances.sum() + 0 * data.bias))
-        return dataclasses.replace(self, value=self.value - data.bias, standard_error=error, freedom=freedom, data=None)
+        error = float(np.sqrt(variances.sum()))
+        # The logarithm of a positive quantity is nearly normal only where its relative error is small.
+        in_logarithm = self.positive and error < value / 4
+        return Estimate(value, error, freedom, in_logarithm, most=self.most, least=0.0 if self.positive else self.least)
 
     def to_dict(self) -> dict[str, Any]:
         """What of it is recorded: without bounds where there are none."""

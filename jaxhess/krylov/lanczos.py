@@ -185,7 +185,7 @@ def _product(
     q, j = state.current, state.step
     if state.forms is None:
         return operator.wide_mv(q), None
-    product, found = product_and_forms(operator, q, state.previous, state.alphas.dtype)
+    product, found = product_and_forms(operator, q, state.previous, state.alphas.dtype, j < FORM_STEPS)
     found = found / jnp.stack([length**2, length * length_before, length**2, jnp.ones_like(length)])
     row = jnp.minimum(j, FORM_STEPS - 1)
     kept = (j < FORM_STEPS) & ~state.broken

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxhess.operators.base import LinearOperator
-from jaxhess.operators.finite_difference import FiniteDifferenceHessian
 from jaxhess.operators.linearized import LinearizedHessian
 from jaxhess.operators.loss import LossOperator
 from jaxhess.operators.preconditioned import Preconditioned
@@ -40,12 +39,10 @@ def num_microbatches(operator: LinearOperator) -> int:
 
 @num_microbatches.register
 def _(operator: LossOperator) -> int:
+    """None of one that makes its products in a way of its own, as finite differences do."""
+    if type(operator).mv is not LossOperator.mv or type(operator).wide_mv is not LossOperator.wide_mv:
+        return 0
     return sum(map(len, operator.groups))
-
-
-@num_microbatches.register
-def _(operator: FiniteDifferenceHessian) -> int:
-    return 0
 
 
 @num_microbatches.register
@@ -59,7 +56,7 @@ def _(operator: Preconditioned) -> int:
 
 
 def product_and_forms(
-    operator: Any, v: Vector, u: Vector | None = None, dtype: Any = "float32"
+    operator: Any, v: Vector, u: Vector | None = None, dtype: Any = "float32", wanted: jax.Array | None = None
 ) -> tuple[Vector, jax.Array]:
     """The product with v in at least float32, and `FORMS` numbers of every microbatch, [microbatches, 4].
 
@@ -77,12 +74,18 @@ def product_and_forms(
         v: Like the operator's vectors.
         u: Of the second number; None: it is 0.
         dtype: In which, or wider, inner products are accumulated.
+        wanted: Whether the numbers are; where not they are zeros, and cost nothing. None: yes.
     """
 
-    def each(part: tuple[Vector, jax.Array]) -> jax.Array:
+    def forms(part: tuple[Vector, jax.Array]) -> jax.Array:
         product, count = part
         other = jnp.zeros((), dtype) if u is None else dot(u, product, dtype)
         found = (dot(v, product, dtype), other, dot(product, product, dtype), count)
         return jnp.stack([x.astype(dtype) for x in found])
+
+    def each(part: tuple[Vector, jax.Array]) -> jax.Array:
+        if wanted is None:
+            return forms(part)
+        return jax.lax.cond(wanted, forms, lambda _: jnp.zeros(FORMS, dtype), part)
 
     return operator.product_and_each(widen(v), each)

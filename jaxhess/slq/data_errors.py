@@ -38,38 +38,63 @@ def read_forms(forms: npt.ArrayLike, probes: int) -> Array:
         found = np.zeros((probes, 2, 0, 4))
     if found.ndim != 4 or found.shape[:2] != (probes, 2) or found.shape[3] != 4:
         raise InputError(f"microbatch_forms must be [{probes} probes, 2, microbatches, 4], got {list(found.shape)}")
-    if not np.isfinite(found).all() or (found[:, 0, :, 3] < 0).any():
-        raise InputError("microbatch_forms must be finite, and counts not negative")
+    if not np.isfinite(found).all() or not counted_alike(found) or (found[..., 3] < 0).any():
+        raise InputError("microbatch_forms must be finite, and counts not negative and those of the same microbatches")
     found.flags.writeable = False
     return found
+
+
+def counted_alike(forms: Array) -> bool:
+    """Whether forms [probes, steps, microbatches, 4] are of the same microbatches, by their counts.
+
+    Steps that were not taken have zeros.
+    """
+    counts = forms[..., 3].reshape(-1, forms.shape[2])
+    taken = counts[counts.any(1)]
+    return bool((taken == taken[:1]).all())
 
 
 def moment_spread(k: int, forms: Array, alphas: Array, betas: Array, sampling: Sampling | None) -> DataSpread | None:
     """The error over data of the k-th moment, k from 1 to 3, of alphas and betas [probes, steps]; None: not known.
 
     With v = q_1 and Hv = alpha_1 q_1 + beta_1 q_2 the derivatives are v'dHv, 2 (Hv)'dHv and 3 (Hv)'dH(Hv). The second
-    moment of a sample is too large by the variance of H itself, sum_b |R_b v|^2; that bias is known where no two
-    microbatches share a document. That of the third is not.
+    moment of a sample is too large by the variance of H itself, sum_b |R_b v|^2, and the error is that of the moment
+    without this bias: a sum over pairs of different microbatches, a U-statistic (Hoeffding 1948), whose derivative
+    leaves out what a microbatch has in common with itself. The bias is known where no two microbatches share a
+    document. That of the third is not.
     """
-    counted = forms[:, :, forms[0, 0, :, 3] > 0] if forms.size else forms
-    if k not in (1, 2, 3) or counted.shape[2] < 2 or (k > 1 and alphas.shape[1] < 2):
+    if k not in (1, 2, 3) or forms.shape[2] < 2 or (k > 1 and alphas.shape[1] < 2):
         return None
-    total = counted[0, 0, :, 3].sum()
-    (first, _, squares, _), (second, mixed, _, _) = np.moveaxis(counted, (1, 3), (0, 1)) / total
-    share = counted[0, 0, :, 3] / total
+    total = forms[0, 0, :, 3].sum()
+    (first, _, squares, _), (second, mixed, _, _) = np.moveaxis(forms, (1, 3), (0, 1)) / total
+    share = forms[0, 0, :, 3] / total
     a, b = alphas[:, :1], betas[:, :1]
     design = sampling or UNLIMITED
     if k == 1:
-        return data_spread(first - share * first.sum(1, keepdims=True), design)
+        return data_spread(first - share * first.sum(1, keepdims=True), share, design)
     along = a * first + b * mixed  # (Hv)'S_b v / C
     if k == 2:
-        found = data_spread(2 * (along - share * (a**2 + b**2)), design)
-        parts = squares / total - 2 * share * along + share**2 * (a**2 + b**2)  # |R_b v|^2
-        bias = (1 - design.fraction) * parts.sum(1).mean() * len(share) / (len(share) - 1)
-        independent = design.clusters is None or len(set(design.clusters)) == forms.shape[2]
-        return found._replace(bias=max(float(bias), 0.0) if independent else math.nan)
+        apart = along - share * (a**2 + b**2)  # (Hv)'R_b v
+        if design.clusters is not None and len(set(design.clusters)) < forms.shape[2]:
+            return data_spread(2 * apart, share, design)._replace(bias=math.nan)
+        count = int((share > 0).sum())
+        own = count / max(count - 1, 1) * (squares / total - 2 * share * along + share**2 * (a**2 + b**2))  # |R_b v|^2
+        parts = apart - own + share * own.sum(1, keepdims=True)
+        bias = (1 - design.fraction) * float(own.sum(1).mean())
+        return data_spread(2 * parts, share, design)._replace(bias=max(bias, 0.0))
     both = a**2 * first + 2 * a * b * mixed + b**2 * second
-    return data_spread(3 * (both - share * both.sum(1, keepdims=True)), design)._replace(bias=math.nan)
+    return data_spread(3 * (both - share * both.sum(1, keepdims=True)), share, design)._replace(bias=math.nan)
+
+
+def root_spread(spread: DataSpread, value: float, norm: float) -> DataSpread:
+    """That of a norm whose square, up to a factor, has this spread and value: by the delta method, after the bias.
+
+    Without its bias the norm is smaller, and errors of the square make larger errors of it. NaN where nothing is left.
+    """
+    left = value - spread.bias
+    true = norm * math.sqrt(left / value) if left > 0 else math.nan
+    slope = norm / value * norm / (2 * true) if true else math.nan
+    return spread._replace(error=slope * spread.error, bias=norm - true, stretch=norm / true)
 
 
 def eigenvalue_errors(
@@ -77,8 +102,9 @@ def eigenvalue_errors(
 ) -> list[DataSpread | None]:
     """The errors over data of eigenvalues, to first order u'dHu with u the unit eigenvector; None: not known.
 
-    Those at an end of the spectrum, the largest of all and the most negative, have a bias too, by splitting the
-    microbatches into halves (`jaxhess.krylov.split`): twenty products of a half or more for each. Others have NaN.
+    Those at an end of the spectrum that have converged have a bias too, by splitting the microbatches into halves
+    (`jaxhess.krylov.split`): products with both halves, up to `split.MOST` each. It comes from one split, and is taken
+    to be as uncertain as it is large. The bias of others is NaN.
 
     Examples:
         >>> import jax.numpy as jnp, jaxhess
@@ -91,42 +117,66 @@ def eigenvalue_errors(
 
     Args:
         operator: That of the pairs.
-        pairs: Of `leading_eigenpairs`, which keeps what single microbatches contribute.
-        sampling: How the sequences were chosen; None: at random, from a text without end.
+        pairs: Of `leading_eigenpairs`, which keeps what single microbatches contribute; not of a warm start.
+        sampling: How the sequences were chosen; None: at random, from a text without end. Targets that a Monte-Carlo
+            Fisher matrix has drawn are taken as they are.
+
+    Raises:
+        InputError: The clusters of the sampling are not those of so many microbatches.
     """
     forms, values = pairs.microbatch_forms, np.asarray(pairs.values, np.float64)
-    counted = forms[:, forms[0, :, 3] > 0] if forms.size else forms
-    if not counted.size or counted.shape[1] < 2:
+    if not forms.size or (forms[0, :, 3] > 0).sum() < 2:
         return [None] * len(values)
     design = sampling or UNLIMITED
-    share = counted[0, :, 3] / counted[0, :, 3].sum()
-    parts = counted[:, :, 0] / counted[0, :, 3].sum() - share * values[:, None]
-    found: list[DataSpread | None] = [data_spread(row[None], design)._replace(bias=math.nan) for row in parts]
-    ends = [k for k, sign in ((int(values.argmax()), 1), (int(values.argmin()), -1)) if sign * values[k] > 0]
-    for k in ends:
+    share = forms[0, :, 3] / forms[0, :, 3].sum()
+    parts = forms[:, :, 0] / forms[0, :, 3].sum() - share * values[:, None]
+    known = math.nan if design.fraction < 1 else 0.0  # of all the population there is no bias
+    found: list[DataSpread | None] = [data_spread(row[None], share, design)._replace(bias=known) for row in parts]
+    for k in _ends(values, pairs) if design.fraction < 1 else []:
         vector = jax.tree.map(lambda x, k=k: x[k], pairs.vectors)
-        bias = split_bias(operator, float(values[k]), vector)
-        spread = found[k]
+        bias, spread = split_bias(operator, float(values[k]), vector, share), found[k]
         if bias is not None and spread is not None:
-            found[k] = spread._replace(bias=(1 - design.fraction) * bias)
+            bias *= 1 - design.fraction
+            found[k] = spread._replace(error=math.hypot(spread.error, bias), bias=bias)
     return found
 
 
-def data_spread(parts: Array, sampling: Sampling) -> DataSpread:
+def _ends(values: Array, pairs: Eigenpairs) -> list[int]:
+    """Which of the pairs are at an end of the spectrum, and have converged."""
+    at = {"largest": [(int(values.argmax()), 1)], "smallest": [(int(values.argmin()), -1)]}
+    both = at.get(pairs.which, [*at["largest"], *at["smallest"]])
+    return [k for k, sign in both if sign * values[k] > 0 and pairs.converged[k]]
+
+
+def data_spread(parts: Array, share: Array, sampling: Sampling) -> DataSpread:
     """The error over data of a mean over probes, from what every microbatch contributes to it, [probes, K].
 
-    Clusters of microbatches are added up first. Freedom is one less than the number of clusters.
+    Clusters of microbatches are added up first; those without a share in the count [K] are left out. Freedom is one
+    less than their number; where the scatter of single probes was taken off, that of the difference (Satterthwaite
+    1946), and the error is zero where nothing is left.
+
+    Raises:
+        InputError: The clusters of the sampling are not those of so many microbatches.
     """
-    if sampling.clusters is not None and len(sampling.clusters) == parts.shape[1]:
+    if sampling.clusters is not None:
+        if len(sampling.clusters) != parts.shape[1]:
+            raise InputError(
+                f"The sampling has clusters for {len(sampling.clusters)} microbatches; there are {parts.shape[1]}."
+            )
         _, numbers = np.unique(sampling.clusters, return_inverse=True)
-        parts = np.stack([np.bincount(numbers, row) for row in parts])
+        added = np.stack([np.bincount(numbers, row) for row in (*parts, share)])
+        parts, share = added[:-1], added[-1]
+    parts = parts[:, share > 0]
     probes, count = parts.shape
     if count < 2:
         return DataSpread(math.nan, math.nan)
     mean = parts.mean(0)
-    variance = count / (count - 1) * float(np.square(mean - mean.mean()).sum())
+    variance, freedom = count / (count - 1) * float(np.square(mean - mean.mean()).sum()), count - 1.0
     if probes > 1:
         rest = parts - parts.mean(1, keepdims=True) - (mean - mean.mean())
-        interaction = float(np.square(rest).sum()) / ((probes - 1) * (count - 1))
-        variance = max(variance - count * interaction / probes, 0.0)
-    return DataSpread(math.sqrt((1 - sampling.fraction) * variance), count - 1)
+        own = count / probes * float(np.square(rest).sum()) / ((probes - 1) * (count - 1))
+        left = max(variance - own, 0.0)
+        if left > 0:
+            freedom *= left**2 / (variance**2 + own**2 / (probes - 1))
+        variance = left
+    return DataSpread(math.sqrt((1 - sampling.fraction) * variance), freedom)

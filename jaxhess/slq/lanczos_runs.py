@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from jaxhess.operators.blocks import Blocks
 from jaxhess.operators.facts import non_finite, shares_work
 from jaxhess.operators.forms import FORMS, num_microbatches
 from jaxhess.slq.checkpoint import Interrupted, Saver
+from jaxhess.slq.data_errors import counted_alike
 from jaxhess.slq.record import CompiledRecord, ProgramMemory
 from jaxhess.vectors import Vector
 
@@ -141,6 +143,8 @@ class LanczosRuns:
                         )
             del state, segments
             first += together
+        if not (np.isfinite(self.forms).all() and counted_alike(self.forms)):  # too large, or cut otherwise before
+            self._drop_forms()
 
     def _evenly(self, most: int) -> int:
         """The size of batches, of at most so many probes, of which none is much smaller than the others."""
@@ -241,7 +245,7 @@ class LanczosRuns:
             **{name: [[float(x).hex() for x in row] for row in getattr(self, name)[:rows]] for name in COEFFICIENTS},
             "orthogonality": [float(x).hex() for x in self.orthogonality[:rows]],
             "microbatches": self.microbatches,
-            "forms": [float(x).hex() for x in self.forms[:rows].ravel()],
+            "forms": base64.b64encode(self.forms[:rows].tobytes()).decode(),
         }
         saver.save_or_warn(probe * self.steps + step, record, state, must)
 
@@ -255,7 +259,8 @@ class LanczosRuns:
             getattr(self, name)[:rows] = [[float.fromhex(x) for x in row] for row in record[name]] or np.nan
         self.orthogonality[:rows] = [float.fromhex(x) for x in record["orthogonality"]]
         if record["microbatches"] == self.microbatches:
-            self.forms[:rows] = np.reshape([float.fromhex(x) for x in record["forms"]], self.forms[:rows].shape)
+            saved = np.frombuffer(base64.b64decode(record["forms"]))
+            self.forms[:rows] = saved.reshape(self.forms[:rows].shape)
         return probe
 
     def _drop_forms(self) -> None:

@@ -18,6 +18,7 @@ from jaxhess.krylov.storage import Storage
 from jaxhess.operators.base import LinearOperator
 from jaxhess.operators.blocks import Blocks
 from jaxhess.operators.facts import checksum, describe, validated
+from jaxhess.operators.forms import num_microbatches
 from jaxhess.operators.precision import unit_roundoff
 from jaxhess.slq.checkpoint import Checkpoint, Saver, termination
 from jaxhess.slq.lanczos_runs import LanczosRuns, Progress
@@ -72,6 +73,11 @@ def spectrum(
             and `resume` is False; the loss or a product is not finite (says which microbatch, probe and step).
         Interrupted: SIGTERM came; the state is saved (only with `checkpoint`).
     """
+    cut = num_microbatches(operator)
+    if sampling is not None and sampling.clusters is not None and cut and len(sampling.clusters) != cut:
+        raise InputError(
+            f"The sampling has clusters for {len(sampling.clusters)} microbatches; the operator has {cut}."
+        )
     options = RunOptions(steps, probes, seed, storage, batch_size, distribution, checkpoint, callback)
     run, record = run_lanczos(operator, options)
     return Spectrum(

@@ -37,7 +37,7 @@ from jaxhess.krylov.ghosts import (
 )
 from jaxhess.krylov.quadrature import Quadrature
 from jaxhess.slq.coefficients import Coefficients, checked, quadratures
-from jaxhess.slq.data_errors import moment_spread, read_forms
+from jaxhess.slq.data_errors import moment_spread, read_forms, root_spread
 from jaxhess.slq.density import Axis, Density, SpectrumLimits, smoothed
 from jaxhess.slq.extremes import Extremes, extremes
 from jaxhess.slq.functions import bounds_of_mean, evaluated, excess
@@ -159,7 +159,7 @@ class Spectrum:
 
     @property
     def orthogonality_lost(self) -> npt.NDArray[np.bool_]:
-        """[probes] whether re-orthogonalisation failed, see `krylov.ghosts`: do not rely on these probes."""
+        """[probes] whether re-orthogonalisation failed, see `krylov.ghosts`: do not rely on these."""
         return orthogonality_lost(self.run.lanczos.reorthogonalize, self.run.lanczos.orthogonality, self.sizes)
 
     def clusters(self, probe: int) -> Clusters:
@@ -192,7 +192,7 @@ class Spectrum:
         second moment, alpha_1^2 + beta_1^2.
 
         Where degree 2k is beyond what the steps know, the error of an even moment is the probes' own scatter (NaN for
-        one probe). That of an odd moment is then not known: NaN.
+        one probe), that of an odd one NaN.
 
         Raises:
             InputError: k is not an integer >= 0, or is above `exact_degree`.
@@ -227,16 +227,12 @@ class Spectrum:
     def frobenius_norm(self) -> Estimate:
         """||H||_F = sqrt(dim * second moment); the standard error by the delta method, dF = F dM / (2 M).
 
-        Where one eigenvalue dominates, dF is that eigenvalue over sqrt(2 probes), whatever the probes saw of it.
+        Where one eigenvalue dominates, dF is that eigenvalue over sqrt(2 probes).
         """
         second = self.moment(2)
         norm = float(np.sqrt(self.dim) * np.sqrt(second.value))
         slope = norm / (2 * second.value) if second.value > 0 else 0.0
-        data = second.data
-        if data is not None:
-            left = second.value - data.bias  # of H without the scatter of the sequences; none: they are too few
-            true = norm * math.sqrt(left / second.value) if left > 0 else math.nan
-            data = data._replace(error=slope * data.error, bias=norm - true)
+        data = second.data and root_spread(second.data, second.value, norm)
         return dataclasses.replace(second, value=norm, standard_error=slope * second.standard_error, data=data)
 
     def trace_function(self, f: Callable[[Array], npt.ArrayLike]) -> Estimate:
@@ -318,10 +314,7 @@ class Spectrum:
         return share_interval(low, np.minimum(high, 1.0), share_chance(self.dim, self.num_probes, level))
 
     def extreme(self) -> Extremes:
-        """The smallest and largest Ritz value over all probes.
-
-        H's own extremes lie at or beyond them, but for `residual_bound` and rounding.
-        """
+        """The smallest and largest Ritz value of all probes; H's own lie at or beyond, but for `residual_bound`."""
         return extremes(self.ritz_values, self.residual_bounds, self.sizes)
 
     def density(
@@ -332,9 +325,9 @@ class Spectrum:
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes `spectrum.npz` and `spectrum.json` into the folder: see `jaxhess.results.files.save`."""
-        from jaxhess.results.files import save
+        from jaxhess.results import files
 
-        save(self, folder, overwrite)
+        files.save(self, folder, overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dim: int | None = None) -> Spectrum:
