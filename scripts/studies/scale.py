@@ -68,13 +68,13 @@ class Options(StudyOptions):
     """The largest learning rate."""
     kept: Path | None = None
     """Folder where trained models are left, and looked for."""
-    samples: int = 8
+    samples: int = 6
     """Disjoint samples of the data, two or more."""
     sequences: int = 8
     """Sequences of each."""
     steps: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """Of finite differences, per coordinate; by default over the range that the paper recommends."""
-    lanczos: int = 10
+    lanczos: int = 8
     """Lanczos steps."""
     probes: int = 32
     """Probes of trace and Frobenius norm, two or more."""

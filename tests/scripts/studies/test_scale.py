@@ -57,7 +57,7 @@ def test_a_power_law_has_its_exponent_and_the_verdict_follows():
     for models, verdict in ((falling, "holds"), (rising, "does not hold"), (scattered, "cannot tell")):
         claims = list(script.claims({"size": models}, models, ""))
         assert [claim.verdict for claim in claims[:3]] == [verdict] * 3
-    assert len(list(script.tables(falling, {"size": falling}, [1e-3]))) == 5
+    assert len(list(script.tables(falling, {"size": falling}, [1e-3]))) == 4
     assert len(script.figure({"size": falling}).axes) == 4
 
 
