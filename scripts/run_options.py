@@ -98,7 +98,7 @@ class Options:
     mesh: str | None = None
     """Device mesh, for example fsdp=8 or data=2,fsdp=4 or fsdp=4,tensor=2; by default fsdp over all devices."""
     seed: int = 0
-    """Seed of the probes (and of random tokens)."""
+    """Seed of the probes, of random tokens, and of which sequences --sample random draws."""
     probe_distribution: Literal["normal", "rademacher"] = "normal"
     """Entries of the probes: normal ones give weights of known distribution, rademacher a smaller trace variance."""
     query_chunk: int = 256

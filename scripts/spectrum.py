@@ -164,6 +164,10 @@ def with_eigenpairs(
         console.print(f"eigenvalue      {value:.6g}  (residual {residual:.2g}{'' if converged else ', not converged'})")
     pairs.save(output.nested(EIGENVECTORS), overwrite=True)
     values, residuals, converged = (tuple(x.tolist()) for x in (pairs.values, pairs.residuals, pairs.converged))
+    if len(pairs.microbatch_forms):
+        console.print(
+            "How far eigenvalues depend on the sequences: the two ends of the spectrum of both halves of them."
+        )
     spreads = jaxhess.eigenvalue_errors(operator, pairs, result.run.sampling)
     data = tuple(x and DataError(x.error, x.freedom, None if math.isnan(x.bias) else x.bias) for x in spreads)
     return _recorded(result, eigenpairs=EigenpairRecord(values, residuals, converged, pairs.steps, EIGENVECTORS, data))
@@ -185,7 +189,7 @@ def _print_summary(console: Console, result: jaxhess.Spectrum, out: Path) -> Non
     console.print(f"trace           {trace}")
     console.print(f"Frobenius norm  {frobenius}")
     for name, estimate in (("trace", trace), ("Frobenius norm", frobenius)):
-        if estimate.data is not None:
+        if estimate.data is not None and math.isfinite(estimate.for_population().value):
             console.print(f"{name} of all the data, as far as these sequences tell: {estimate.for_population()}")
     if trace.data is None:
         console.print(NO_DATA_ERROR)

@@ -12,13 +12,14 @@ from jaxhess.slq.spectrum import Spectrum
 
 NO_DATA_ERROR = (
     "No error over the data is known: it takes exact products over two microbatches or more, which a smaller "
-    "--microbatch gives."
+    "--microbatch gives, and the same ones throughout a run that is resumed."
 )
 HEAD = ("quantity", "of all the data", "95%", "error over probes", "error over data", "bias removed", "halved by")
 NOTE = """Two errors, each a standard error: the random probes scatter, and so would other sequences, as single
 microbatches ({microbatches}) do. The spectrum above is that of the sequences at hand; the second column is about
 {whole}. A norm of few sequences is too large on average, because their own scatter adds to it, and so is a largest
-eigenvalue: that bias is removed from the second column. The last column is for the larger of the two errors."""
+eigenvalue: that bias is removed from the second column. That of an eigenvalue comes from one split into halves, and is
+taken to be as uncertain as it is large. The last column is for the larger of the two errors."""
 
 
 def data_section(spectrum: Spectrum) -> Section:
@@ -31,7 +32,9 @@ def data_section(spectrum: Spectrum) -> Section:
 
 def _words(spectrum: Spectrum) -> dict[str, str]:
     sampling = spectrum.run.sampling
-    whole = "any text like theirs"
+    whole = "any text like theirs, as if microbatches were independent of each other"
+    if sampling is not None and sampling.clusters is not None:
+        whole = "any text like theirs; microbatches of one document count as one"
     if sampling is not None and sampling.population is not None:
         whole = f"all {sampling.population:,} sequences that they were drawn from"
     return {"microbatches": f"{spectrum.microbatch_forms.shape[2]} of them", "whole": whole}
@@ -51,15 +54,21 @@ def _cells(spectrum: Spectrum, estimate: Estimate) -> tuple[str, ...]:
     data = estimate.data
     assert data is not None
     whole = estimate.for_population()
-    words = estimate_words(whole) if math.isfinite(whole.value) else (number(math.nan, 4), "bias not known")
-    errors = (number(estimate.standard_error, 2), number(data.error, 2), number(data.bias, 2))
-    return *words, *errors, halved_by(spectrum, estimate)
+    if math.isnan(data.error):
+        why = "all is one document" if math.isnan(data.freedom) else "the scatter of these sequences is all there is"
+    else:
+        why = "bias not known"
+    words = estimate_words(whole) if math.isfinite(whole.value) else (number(math.nan, 4), why)
+    own = "within that over probes" if data.error == 0 < estimate.standard_error else number(data.error, 2)
+    return *words, number(estimate.standard_error, 2), own, number(data.bias, 2), halved_by(spectrum, estimate)
 
 
 def halved_by(spectrum: Spectrum, estimate: Estimate) -> str:
     """How many more probes, or sequences, halve the larger of an estimate's two errors."""
     data, sampling = estimate.data, spectrum.run.sampling
-    if data is None or not data.error > estimate.standard_error:
+    if data is None or math.isnan(data.error):
+        return "–"
+    if not data.error > estimate.standard_error:
         return f"{3 * spectrum.num_probes} more probes" if estimate.standard_error > 0 else "–"
     more = None if sampling is None else sampling.more_to_halve()
     return "three times as many sequences more" if more is None else f"{more:,} more sequences"

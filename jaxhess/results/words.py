@@ -11,7 +11,7 @@ def estimate_words(estimate: Estimate) -> tuple[str, str]:
     """The value, and its 95% interval in words, for a table."""
     low, high = estimate.interval()
     if math.isnan(low):
-        return number(estimate.value, 4), "error not known: too few probes or steps"
+        return number(estimate.value, 4), "error not known"
     return number(estimate.value, 4), f"95%: {number(low, 4)} to {number(high, 4)}"
 
 

@@ -49,7 +49,7 @@ def counted_alike(forms: Array) -> bool:
 
     Steps that were not taken have zeros.
     """
-    counts = forms[..., 3].reshape(-1, forms.shape[2])
+    counts = forms[..., 3].reshape(forms.shape[0] * forms.shape[1], forms.shape[2])
     taken = counts[counts.any(1)]
     return bool((taken == taken[:1]).all())
 
@@ -164,7 +164,7 @@ def data_spread(parts: Array, share: Array, sampling: Sampling) -> DataSpread:
                 f"The sampling has clusters for {len(sampling.clusters)} microbatches; there are {parts.shape[1]}."
             )
         _, numbers = np.unique(sampling.clusters, return_inverse=True)
-        added = np.stack([np.bincount(numbers, row) for row in (*parts, share)])
+        added: Array = np.stack([np.bincount(numbers, row) for row in (*parts, share)]).astype(np.float64)
         parts, share = added[:-1], added[-1]
     parts = parts[:, share > 0]
     probes, count = parts.shape

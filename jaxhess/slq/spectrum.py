@@ -225,10 +225,7 @@ class Spectrum:
         return self.moment(1).times(self.dim)
 
     def frobenius_norm(self) -> Estimate:
-        """||H||_F = sqrt(dim * second moment); the standard error by the delta method, dF = F dM / (2 M).
-
-        Where one eigenvalue dominates, dF is that eigenvalue over sqrt(2 probes).
-        """
+        """||H||_F = sqrt(dim * second moment); the standard error by the delta method, dF = F dM / (2 M)."""
         second = self.moment(2)
         norm = float(np.sqrt(self.dim) * np.sqrt(second.value))
         slope = norm / (2 * second.value) if second.value > 0 else 0.0

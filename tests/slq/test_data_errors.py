@@ -10,6 +10,7 @@ from small_models import network
 
 from jaxhess import (
     Checkpoint,
+    Estimate,
     FiniteDifferenceHessian,
     Hessian,
     InputError,
@@ -21,7 +22,10 @@ from jaxhess import (
     leading_eigenpairs,
     spectrum,
 )
+from jaxhess.krylov.errors import DataSpread
 from jaxhess.krylov.split import split_bias
+from jaxhess.operators.microbatches import as_groups
+from jaxhess.results.data_section import NO_DATA_ERROR, data_section, halved_by
 from jaxhess.slq.data_errors import data_spread, moment_spread
 
 POPULATION, SEQUENCES, MICROBATCHES, PROBES = 400, 80, 8, 8
@@ -61,6 +65,52 @@ def test_intervals_cover_the_whole_corpus():
     assert all(0.9 <= share <= 0.99 for share in shares.values()), shares
 
 
+def drawn_forms(matrices, probes, rng):
+    """Forms of these matrices [K, n, n] of count one, and the first two alphas and betas, by NumPy."""
+    whole, (count, n, _) = matrices.mean(0), matrices.shape
+    forms, alphas, betas = np.zeros((probes, 2, count, 4)), np.zeros((probes, 2)), np.zeros((probes, 2))
+    for p in range(probes):
+        q, before = rng.normal(size=n), np.zeros(n)
+        q /= np.linalg.norm(q)
+        for j in range(2):
+            each = matrices @ q
+            forms[p, j] = np.stack([each @ q, each @ before, (each**2).sum(1), np.ones(count)], axis=1)
+            w = whole @ q - (betas[p, j - 1] * before if j else 0)
+            alphas[p, j] = w @ q
+            w -= alphas[p, j] * q
+            betas[p, j], before = np.linalg.norm(w), q
+            q = w / betas[p, j]
+    return Spectrum(alphas, betas, np.full(probes, 2), n, microbatch_forms=forms)
+
+
+@pytest.mark.parametrize("noise", [1.0, 5.0])
+def test_the_norm_without_the_scatter_of_few_sequences_has_the_right_interval(noise):
+    """Nearly all of the sample's norm can be the scatter of its microbatches: 95% intervals of what is left."""
+    rng = np.random.default_rng(0)
+    base = np.diag([1.5, 0.5, 0.5, *np.full(27, 0.05)])
+    truth, inside, ratios = np.linalg.norm(base), [], []
+    for _ in range(300):
+        raw = noise * rng.normal(size=(8, 30, 30)) / 30
+        result = drawn_forms(base + raw + raw.transpose(0, 2, 1), 20, rng)
+        low, high = result.frobenius_norm().for_population().interval()
+        inside.append(low <= truth <= high)
+        ratios.append(result.frobenius_norm().value / truth)
+    assert 0.91 <= np.mean(inside) <= 0.99  # of 300 runs three standard deviations of 95% are 0.04
+    assert noise == 1 or np.mean(ratios) > 1.5
+
+
+def test_the_bias_of_the_second_moment_is_the_variance_of_the_operator():
+    """Of one draw in closed form: sum_b |R_b v|^2 K / (K - 1), from the matrices themselves."""
+    rng = np.random.default_rng(1)
+    matrices = rng.normal(size=(5, 6, 6))
+    matrices += matrices.transpose(0, 2, 1)
+    result = drawn_forms(matrices, 1, np.random.default_rng(2))
+    v = np.random.default_rng(2).normal(size=6)
+    v /= np.linalg.norm(v)
+    rest = (matrices - matrices.mean(0)) @ v / 5
+    np.testing.assert_allclose(result.moment(2).data.bias, 5 / 4 * np.square(rest).sum())
+
+
 @pytest.mark.usefixtures("float64")
 def test_errors_of_diagonal_batches_are_the_textbook_ones():
     """Counts that differ: the variance of a ratio of means (Cochran 1977, section 6.4), with the correction."""
@@ -89,13 +139,19 @@ def test_errors_of_diagonal_batches_are_the_textbook_ones():
 def test_clusters_are_added_up_and_the_scatter_of_single_probes_is_left_to_the_probes():
     parts = NUMBERS.normal(size=(1, 6))
     parts -= parts.mean()
-    merged = data_spread(parts, Sampling(6, clusters=(0, 0, 1, 1, 2, 2)))
-    np.testing.assert_allclose(merged, data_spread(parts.reshape(1, 3, 2).sum(2), Sampling(3)))
+    even = np.full(6, 1 / 6)
+    merged = data_spread(parts, even, Sampling(6, clusters=(0, 0, 1, 1, 2, 2)))
+    np.testing.assert_allclose(merged, data_spread(parts.reshape(1, 3, 2).sum(2), np.full(3, 1 / 3), Sampling(3)))
     common = np.sqrt(6 / 5) * np.linalg.norm(parts)
-    np.testing.assert_allclose(data_spread(np.repeat(parts, 4, 0), Sampling(6)).error, common)
+    same = data_spread(np.repeat(parts, 4, 0), even, Sampling(6))
+    np.testing.assert_allclose(same[:2], (common, 5))
     scattered = NUMBERS.normal(size=(4000, 6)) * 5  # without anything in common: next to nothing is the data's
-    assert data_spread(scattered - scattered.mean(1, keepdims=True), Sampling(6)).error < 0.5
-    assert data_spread(parts, Sampling(6, 6)).error == 0
+    assert data_spread(scattered - scattered.mean(1, keepdims=True), even, Sampling(6)).error < 0.5
+    assert data_spread(parts, even, Sampling(6, 6)).error == 0
+    padded = data_spread(np.append(parts, [[0.0]], 1), np.append(even, 0), Sampling(6, clusters=(0, 0, 1, 1, 2, 2, 3)))
+    np.testing.assert_allclose(padded, merged)
+    with pytest.raises(InputError, match="clusters for 2 microbatches; there are 6"):
+        data_spread(parts, even, Sampling(6, clusters=(0, 1)))
 
 
 def test_the_bias_of_the_largest_eigenvalue_is_that_over_all_samples():
@@ -113,9 +169,28 @@ def test_the_bias_of_the_largest_eigenvalue_is_that_over_all_samples():
     for x in draws[:40]:
         operator = Hessian(lambda w, m: w @ m @ w / 2, jnp.zeros(3), Microbatches(jnp.asarray(x)))
         values, vectors = np.linalg.eigh(x.mean(0))
-        estimates.append(split_bias(operator, float(values[-1]), jnp.asarray(vectors[:, -1], jnp.float32), steps=3))
+        vector = jnp.asarray(vectors[:, -1], jnp.float32)
+        estimates.append(split_bias(operator, float(values[-1]), vector, np.full(16, 1 / 16)))
     error = 3 * np.hypot(np.std(estimates) / np.sqrt(40), excess.std() / np.sqrt(400))
     assert abs(np.mean(estimates) - excess.mean()) < error
+
+
+def test_halves_whose_leading_vectors_are_others_are_seen():
+    """The whole's eigenvector is one of each half too, and orthogonal to the leading one of the second."""
+    batches = [jnp.array([4.0, 0.0, 0.0]), jnp.array([0.0, 3.9, 0.0])]
+    operator = Hessian(lambda w, x: x @ w**2 / 2, jnp.zeros(3), batches)
+    assert abs(split_bias(operator, 2.0, jnp.array([1.0, 0.0, 0.0]), [0.5, 0.5]) - 1.95) < 1e-3
+
+
+def test_only_converged_ends_have_a_bias():
+    operator = classifier(np.arange(SEQUENCES))
+    pairs = leading_eigenpairs(operator, 3, which="largest", steps=60, tolerance=1e-4)
+    found = eigenvalue_errors(operator, pairs, Sampling(SEQUENCES))
+    assert found[0].bias > 0
+    assert np.isnan([x.bias for x in found[1:]]).all()
+    vague = dataclasses.replace(pairs, converged=np.zeros(3, bool))
+    assert np.isnan([x.bias for x in eigenvalue_errors(operator, vague)]).all()
+    assert [x.bias for x in eigenvalue_errors(operator, vague, Sampling(SEQUENCES, SEQUENCES))] == [0, 0, 0]
 
 
 def test_where_there_is_no_error_over_data_none_is_given():
@@ -130,8 +205,15 @@ def test_where_there_is_no_error_over_data_none_is_given():
     assert one_step.trace().data is not None
     assert one_step.frobenius_norm().data is None
     assert spectrum(several, steps=2, probes=2).moment(4).data is None
-    with pytest.raises(InputError, match="microbatch_forms must be"):
-        dataclasses.replace(alone, microbatch_forms=np.ones((2, 2, 3)))
+    for wrong in (np.ones((2, 2, 3)), np.stack([np.ones((2, 3, 4)), 2 * np.ones((2, 3, 4))])):
+        with pytest.raises(InputError, match="microbatch_forms must be"):
+            dataclasses.replace(alone, microbatch_forms=wrong)
+    too_few = Estimate(4.0, 0.1, 9, positive=True, data=DataSpread(0.5, 3, bias=5.0))
+    assert np.isnan(too_few.for_population().value)
+    vague = Estimate(4.0, 0.1, 9, positive=True, data=DataSpread(0.5, 3, bias=3.9)).for_population()
+    assert vague.interval()[0] == 0 < vague.interval()[1] < 3
+    with pytest.raises(InputError, match="clusters for 3 microbatches"):
+        spectrum(several, steps=2, sampling=Sampling(4, clusters=(0, 0, 1)))
 
 
 def test_forms_are_kept_when_a_run_is_saved_and_when_it_is_resumed(tmp_path):
@@ -161,3 +243,23 @@ def test_forms_are_kept_when_a_run_is_saved_and_when_it_is_resumed(tmp_path):
     other = resumed(cut, tmp_path / "b")  # all in one microbatch from there on
     assert other.trace().data is None
     np.testing.assert_allclose(other.trace().value, whole.trace().value, rtol=1e-4)
+    ragged = dataclasses.replace(
+        operator, batches=as_groups([*rows(joined, 0, 3), *rows(joined, 3, 5), *rows(joined, 5, 6)])
+    )
+    assert resumed(ragged, tmp_path / "c").trace().data is None  # as many, but of other sequences
+
+
+def rows(stacked, first, last):
+    return [jax.tree.map(lambda x: x[0, first:last], stacked)]
+
+
+def test_a_report_says_which_error_is_larger_and_what_halves_it():
+    result = spectrum(classifier(np.arange(SEQUENCES)), steps=3, probes=2, sampling=Sampling(SEQUENCES, POPULATION))
+    section = data_section(result)
+    names = [row[0] for row in section.parts[0].rows]
+    assert names == ["trace", "Frobenius norm"]
+    few = Estimate(1.0, 0.1, 5, data=DataSpread(0.5, 7))
+    assert halved_by(result, few) == f"{Sampling(SEQUENCES, POPULATION).more_to_halve()} more sequences"
+    assert halved_by(result, dataclasses.replace(few, standard_error=1.0)) == "6 more probes"
+    alone = spectrum(network(sizes=(4,)), steps=2, probes=2)
+    assert data_section(alone).parts == [NO_DATA_ERROR]
