@@ -8,8 +8,8 @@ float32, or none of these. Parts H[S, S] are ordered by reverse Cuthill-McKee.
 
 A larger model, in float32 alone:
 
-    python -m scripts.studies.columns --model models/smollm2 --data scripts/tiny/sample.txt --reference none \\
-        --seq-len 16 --sequences 2 --columns 4 --per-kind 0 --sample 0 --subsamples 2 --batch-size 1
+    python -m scripts.studies.columns --model models/smollm2 --reference none --seq-len 16 --sequences 2 \\
+        --microbatch 2 --columns 3 --per-kind 0 --sample 0 --sample-kind 0 --subsamples 2 --batch-size 1
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from scripts.studies.column_entries.measured import (
     EPSILON,
     THRESHOLDS,
     ColumnEntries,
-    Products,
+    ColumnOperators,
     measured,
     nudged,
 )
@@ -97,7 +97,7 @@ class Options(ModelOptions):
     permutations: int = 20
     """Of the entries of each part."""
     batch_size: int = 8
-    """Products at once."""
+    """ColumnOperators at once."""
 
     def check(self) -> None:
         """Raises InputError where the options make no study."""
@@ -135,7 +135,7 @@ def study(options: Options) -> Study:
         plain = options.hessian(data, "float32")
         validate(plain)
         wide = options.hessian(data, "float64") if options.reference == "float64" else None
-        products = Products(plain, wide, nudged(wide or plain, options.seed))
+        products = ColumnOperators(plain, wide, nudged(wide or plain, options.seed))
         kinds = jaxhess.Blocks.by(plain, "kinds")
         everything = kinds.merged(lambda name: "all")
         drawn = random_entries(everything, options.columns, options.seed)[0]
@@ -257,7 +257,7 @@ def claims(
             quantity = "half bandwidth of H[S, S] after reverse Cuthill-McKee, over that of its entries permuted"
             rows.append((PLACE, statement, "could be banded", quantity, (None, 0.5), ratio, ""))
     for place, statement, paper, quantity, holds, ours, obstacle in rows:
-        finite = bool(np.isfinite([ours.value, ours.error]).all())
+        finite = not obstacle and bool(np.isfinite([ours.value, ours.error]).all())
         value, error = (ours.value, ours.error) if finite else (None, 0.0)
         yield Claim(HESSFORMER, place, statement, paper, quantity, holds, value, error, model, obstacle)
 
@@ -288,10 +288,11 @@ def tables(
             rows.append(_row(name, len(of_kind), np.sum([c.classes for c in of_kind], axis=(0, 1)), of_kind))
     rows.append(_row("random columns", len(chosen), np.sum([c.classes for c in chosen], axis=(0, 1)), chosen))
     yield Table(head, rows, "What entries are, by the kind of the column's parameter")
+    known = "float64" in chosen[0].below
     by_row = np.sum([column.classes for column in chosen], axis=0)
     yield Table(
         ("", "rows", *CLASSES),
-        [(name, f"{size:,}", *(f"{x / counts.sum():.4f}" for x in counts))
+        [(name, f"{size:,}", *_shares(counts, known))
          for name, size, counts in zip(kinds.names, kinds.sizes, by_row, strict=True)],
         "What entries of the random columns are, by the kind of the row's parameter",
     )  # fmt: skip
@@ -306,10 +307,14 @@ def tables(
 
 
 def _row(name: str, count: int, classes: Any, of: list[ColumnEntries]) -> tuple[str, ...]:
-    shares = classes / classes.sum()
-    lengths, floors = [c.length for c in of], [c.floor for c in of]
-    scales = (f"{np.mean(lengths):.2g}", f"{np.mean(floors):.2g}")
-    return name, str(count), *(f"{x:.4f}" for x in shares), *scales
+    scales = (f"{np.mean([getattr(c, scale) for c in of]):.2g}" for scale in ("length", "floor"))
+    return name, str(count), *_shares(classes, "float64" in of[0].below), *scales
+
+
+def _shares(classes: Any, known: bool) -> list[str]:
+    """Of each class; what is zero within the rounding of float64 is known only with a reference in it."""
+    found = [f"{x:.4f}" for x in classes / classes.sum()]
+    return found if known else [found[0], "not known", *found[2:]]
 
 
 def recorded(column: ColumnEntries, kinds: jaxhess.Blocks) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ColumnEntries(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Products:
+class ColumnOperators:
     """The operators that columns are compared between.
 
     Attributes:
@@ -95,7 +95,7 @@ def _nudged(params: Vector, signs: Vector) -> Vector:
 
 
 def measured(
-    products: Products, indices: Sequence[int], kinds: jaxhess.Blocks, batch_size: int
+    products: ColumnOperators, indices: Sequence[int], kinds: jaxhess.Blocks, batch_size: int
 ) -> Iterator[ColumnEntries]:
     """The columns of these entries."""
     chosen = np.asarray(indices, np.int64)

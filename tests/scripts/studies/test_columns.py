@@ -48,7 +48,7 @@ def test_what_the_loss_cannot_see_is_zero_and_what_it_cancels_is_zero_within_rou
     H = jaxhess.Hessian(loss, params, [jnp.asarray(numbers.normal(size=(5, 3)))])
     plain = H.in_dtype("float32")
     kinds = jaxhess.Blocks.by(H, "matrices")
-    products = measured.Products(plain, H, measured.nudged(H, 0))
+    products = measured.ColumnOperators(plain, H, measured.nudged(H, 0))
     shift, unused, score = measured.measured(products, [12, 13, 0], kinds, 2)
     assert (shift.kind, unused.kind, score.kind) == ("shift", "unused", "scores")
     assert shift.classes[kinds.names.index("scores"), :2].sum() >= 8  # of 12; of noise alone 3% look like numbers
