@@ -29,6 +29,7 @@ from rich.console import Console
 import convert
 import jaxhess
 from convert.hub import hub_config, local_directory
+from convert.orbax_checkpoint import is_orbax
 from jaxhess.command import default_folder, one_sentence, parse, terminal
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
@@ -177,7 +178,7 @@ def below(folder: Path) -> list[Path]:
     """The folder itself where it is a checkpoint; otherwise those in it whose names end in a step."""
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.")
-    if any((folder / name).exists() for name in ("config.json", "decoder.json")):
+    if (folder / "config.json").exists() or is_orbax(folder):
         return [folder.absolute()]
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and re.search(r"\d$", path.name)]
     inside = [path for path in inside if not path.name.startswith(".")]
