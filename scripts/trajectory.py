@@ -29,6 +29,7 @@ from rich.console import Console
 import convert
 import jaxhess
 from convert.hub import hub_config, local_directory
+from convert.orbax_checkpoint import is_orbax
 from jaxhess.command import default_folder, one_sentence, parse, terminal
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
@@ -61,7 +62,7 @@ class Options(run_options.Options):
     data: str = str(run_options.TINY / "sample.txt")
     """Text file, folder of text, .npy/.npz of tokens, `random`, or hub:NAME[@CONFIG][:SPLIT[:COLUMN]]; the same at
     every checkpoint, in the tokens of the first."""
-    eigenpairs: int = 5
+    eigenpairs: int = 3
     """Leading eigenpairs (largest magnitude) that are followed."""
     eigenpair_tolerance: float = 1e-2
     """Residual, relative to the largest eigenvalue, at which an eigenpair has converged. Eigenvalues are better than
@@ -177,7 +178,7 @@ def below(folder: Path) -> list[Path]:
     """The folder itself where it is a checkpoint; otherwise those in it whose names end in a step."""
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.")
-    if any((folder / name).exists() for name in ("config.json", "decoder.json")):
+    if (folder / "config.json").exists() or is_orbax(folder):
         return [folder.absolute()]
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and re.search(r"\d$", path.name)]
     inside = [path for path in inside if not path.name.startswith(".")]
@@ -319,7 +320,14 @@ def cold_run(options: Options, operator: jaxhess.LinearOperator, point: jaxhess.
 
 
 def print_comparison(console: Console, points: list[jaxhess.TrajectoryPoint], colds: list[dict[str, Any]]) -> None:
-    """Warm against cold, in a line."""
+    """Warm against cold, in a line; and where one of them lacks an eigenvalue that the other has."""
+    for point, cold in zip(points, colds, strict=True):
+        if cold["worst"] > 1:
+            found = ", ".join(f"{x:.5g}" for x in cold["eigenvalues"])
+            console.print(
+                f"step {point.step}: the cold run found {found}: one of the two lacks an eigenvalue of the other; a "
+                "lower --eigenpair-tolerance tells which"
+            )
     warm, cold = sum(p.products for p in points), sum(c["products"] for c in colds)
     worst = max(c["worst"] for c in colds)
     console.print(

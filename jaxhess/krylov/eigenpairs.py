@@ -186,7 +186,7 @@ def leading_eigenpairs(
             segment. Its first run takes the place of a new one, and goes on if its steps do not suffice; then `seed`
             and `storage` do not matter. The state is used up: its buffers are freed.
         previous: Eigenpairs of an operator that was nearly this one, as at the checkpoint before: a warm start. The run
-            begins at the sum of their vectors and a random one of a tenth of its length, and goes on until it would
+            begins at the sum of their vectors and a random one of 3% of its length, and goes on until it would
             also have seen a new eigenvalue beyond all that it has found (`Eigenpairs.seen_from`). It looks for the end
             at every step, and with all vectors kept, in 32 bits or more, it takes the residuals from its own products:
             H y = sum_j s_j H q_j. If the previous vectors are of no use, it costs what any other run does. Give every

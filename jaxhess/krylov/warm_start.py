@@ -18,7 +18,7 @@ from jaxhess.vectors import Vector, add_scaled, basis_sum, cast, named_sharding,
 
 Array = npt.NDArray[np.float64]
 
-RANDOM = 0.1
+RANDOM = 0.03
 """Length of the random vector in the start of a run, relative to the sum of the previous eigenvectors."""
 
 MISS = 0.05
@@ -52,10 +52,10 @@ def like_operator(operator: LinearOperator, vectors: Vector) -> Vector:
                 f"The previous eigenvectors do not fit: leaf {name!r} has shape {x.shape}; after its first axis it "
                 f"must be {like.shape}."
             )
-        x = jnp.asarray(x) if not isinstance(x, jax.Array) else x
         sharding = named_sharding(like)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        leaves.append(x if sharding is None else jax.device_put(x, stacked_sharding(sharding)))
+        # Host to shards in one step: an array of the host is never whole on one device of several.
+        leaves.append(jnp.asarray(x) if sharding is None else jax.device_put(x, stacked_sharding(sharding)))
     return jax.tree.unflatten(treedef, leaves)
 
 

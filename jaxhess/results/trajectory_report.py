@@ -30,8 +30,8 @@ TRAJECTORY_FILES = (RECORD, TABLE, PICTURE, PAGE)
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 """Of curves, in turn: Okabe and Ito's, told apart with poor colour vision."""
 
-HIGHEST = 100
-"""Thresholds of learning rates are drawn up to so many times the largest eigenvalue."""
+REACH = 3
+"""Thresholds of learning rates are shown up to so many times the largest eigenvalue."""
 
 ABOUT = """Eigenvalues: a curve follows an eigenvector, not a rank; a point without a line to the left begins a new
 curve, because no eigenvector of the checkpoint before has a squared cosine above one half with its own. Bars are
@@ -106,27 +106,35 @@ def trajectory_figure(points: Sequence[TrajectoryPoint], beta1: float = 0.9) -> 
 
 
 def _draw_eigenvalues(axes: Axes, points: Sequence[TrajectoryPoint], beta1: float) -> None:
-    curves: dict[int, list[tuple[int, int, float, float]]] = {}
+    curves: dict[int, list[tuple[int, float, float]]] = {}
+    colours: dict[int, str] = {}
     for number, point in enumerate(points):
+        near = {*point.curves, *points[number - 1].curves} if number else set(point.curves)
+        for curve in sorted(near - colours.keys()):
+            free = [c for c in COLOURS if c not in {colours.get(other) for other in near}]
+            colours[curve] = free[0] if free else COLOURS[curve % len(COLOURS)]
         for curve, value, residual in zip(point.curves, point.eigenvalues, point.residuals, strict=True):
-            curves.setdefault(curve, []).append((number, point.step, value, residual))
+            curves.setdefault(curve, []).append((point.step, value, residual))
     for curve, found in curves.items():
-        _, steps, values, residuals = np.array(found, float).T
-        colour = COLOURS[curve % len(COLOURS)]
-        axes.errorbar(steps, values, residuals, color=colour, markersize=3.5, marker="o", capsize=2, linewidth=1.2)
-    everything = np.array([value for point in points for value in point.eigenvalues])
-    top = float(np.abs(everything).max(initial=0)) or 1.0
-    least = float(np.abs(everything[everything != 0]).min(initial=top))
-    rates = [(p.step, p.learning_rate) for p in points if p.learning_rate is not None and p.learning_rate > 0]
-    if rates:
-        steps, rate = np.array(rates, float).T
-        axes.plot(steps, 2 / rate, color=INK, linestyle="--", linewidth=1.2, label="2 / learning rate")
-        adam = [adam_threshold(x, beta1) for x in rate]
-        label = f"{adam_threshold(1, beta1):.3g} / learning rate (Adam: for its preconditioned Hessian)"
-        axes.plot(steps, adam, color=INK, linestyle=":", linewidth=1.4, label=label)
-        shown = min(HIGHEST * top, 2 * max(adam))
-        axes.set_yscale("symlog", linthresh=max(least / 2, top / 1e6))
-        axes.set_ylim(-2 * top if (everything < 0).any() else 0, max(shown, 1.2 * top))
+        steps, values, residuals = np.array(found, float).T
+        axes.errorbar(
+            steps, values, residuals, color=colours[curve], markersize=3.5, marker="o", capsize=2, linewidth=1.2
+        )
+    low, high = axes.get_ylim()
+    top = REACH * max(value for point in points for value in (*point.eigenvalues, 0.0))
+    known = [(p.step, p.learning_rate) for p in points if p.learning_rate is not None and p.learning_rate > 0]
+    if known:
+        steps, rate = np.array(known, float).T
+        for factor, style, name in (
+            (2.0, "--", "2 / learning rate"),
+            (adam_threshold(1, beta1), ":", f"{adam_threshold(1, beta1):.3g} / learning rate (Adam, preconditioned)"),
+        ):
+            line = factor / rate
+            if line.min() > top:  # it would flatten all curves
+                name += f": {line.min():,.0f} to {line.max():,.0f}, above this figure"
+            axes.plot(steps, line, color=INK, linestyle=style, linewidth=1.3, label=name)
+            high = max(high, *(1.05 * line[line <= top]), high)
+        axes.set_ylim(low, high + 0.25 * (high - low))  # room for the legend
         axes.legend(fontsize=8, framealpha=0.9, edgecolor="none", loc="upper left")
     axes.set_ylabel("leading eigenvalues")
 

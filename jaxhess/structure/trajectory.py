@@ -122,7 +122,7 @@ def trajectory_point(
     before: Sequence[TrajectoryPoint] = (),
     previous: Pairs | None = None,
     *,
-    count: int = 5,
+    count: int = 3,
     which: Which = "magnitude",
     tolerance: float = 1e-2,
     steps: int = 100,
