@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jaxhess
 
 EXACT, AUTOMATIC, GAUSS_NEWTON, BLOCKS = "exact", "differences, automatic step", "Gauss-Newton", "blocks of the Hessian"
@@ -40,7 +38,6 @@ def curvatures(
         rounded = exact.in_dtype(NARROW)
         found[narrow(EXACT)] = rounded
         found |= {narrow(fixed(step)): differences(rounded, step) for step in PAPER}
-        found[narrow(AUTOMATIC)] = differences(rounded, "auto")
     return found
 
 
@@ -60,8 +57,3 @@ def gradients_per_product(name: str, blocks: int) -> float:
     if name.startswith("differences"):
         return 2.0
     return {GAUSS_NEWTON: 5 / 3, BLOCKS: (2 + 6 * blocks) / 3}.get(name, 8 / 3)
-
-
-def in_dtype(operator: jaxhess.LossOperator, dtype: str) -> jaxhess.LossOperator:
-    """The operator in another dtype."""
-    return dataclasses.replace(operator).in_dtype(dtype)
