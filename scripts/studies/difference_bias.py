@@ -69,7 +69,7 @@ class Options(ModelOptions):
     """Also in bfloat16."""
     images: Source = "digits"
     """Handwritten digits of scikit-learn, or random images that need no other package."""
-    seeds: int = 3
+    seeds: int = 5
     """Draws of images with their initial weights, and initial weights of the decoder; errors are over these."""
     examples: int = 150
     """Images to train on."""
@@ -111,14 +111,16 @@ class Ranks(NamedTuple):
     """Influence against retraining, for one classifier.
 
     Attributes:
-        rho: For every curvature [seeds] Spearman's rank correlation, mean over test images; NaN where a solve was
-            refused.
+        rho: For every curvature [seeds] Spearman's rank correlation, mean over test images; a solve that was refused
+            gives no scores and counts as 0.
+        refused: For every curvature how many were.
         steps: For every curvature the mean number of products of a solve.
-        again: [seeds] of exact influence with retraining from the first weights; NaN where that was not done.
+        again: [seeds] of exact influence with retraining from the first weights; empty where that was not done.
         unreached: Retrainings that reached no minimum.
     """
 
     rho: dict[str, Array]
+    refused: dict[str, int]
     steps: dict[str, float]
     again: Array
     unreached: int
@@ -166,6 +168,7 @@ def study(options: Options) -> Study:
             "solves": [solve._asdict() for solve in systems.solves],
             "rank_correlations": {name: {k: x.tolist() for k, x in r.rho.items()} for name, r in ranks.items()},
             "retrained_from_the_start": {name: r.again.tolist() for name, r in ranks.items()},
+            "refused": {name: r.refused for name, r in ranks.items()},
             "unreached": {name: r.unreached for name, r in ranks.items()},
             "newton_losses": {name: [run.losses.tolist() for run in runs] for name, runs in trained.runs.items()},
             "newton_products": {name: [run.products.tolist() for run in runs] for name, runs in trained.runs.items()},
@@ -191,6 +194,7 @@ def influences(classifier: Classifier, options: Options) -> Ranks:
     rows = np.arange(options.left_out)
     rho: dict[str, list[float]] = {}
     steps: dict[str, list[int]] = {}
+    refused: dict[str, int] = {}
     again, unreached = [], 0
     for seed in range(options.seeds):
         train, test = classifier.images(options.images, seed, options.examples, 100)
@@ -203,11 +207,12 @@ def influences(classifier: Classifier, options: Options) -> Ranks:
             scores, taken = _scores(exact, curvature, test, hard, options.penalty)
             rho.setdefault(name, []).append(rank_correlation(scores[:, rows], warm, hard))
             steps.setdefault(name, []).extend(taken)
+            refused[name] = refused.get(name, 0) + len(hard) - len(taken)
             if name == EXACT and classifier.hidden is not None:
                 cold = retrained(classifier, train, test, options.penalty, seed, rows, again=True)
                 again.append(rank_correlation(scores[:, rows], cold, hard))
     means = {name: float(np.mean(x)) if x else math.nan for name, x in steps.items()}
-    return Ranks({k: np.array(x) for k, x in rho.items()}, means, np.array(again), unreached)
+    return Ranks({k: np.array(x) for k, x in rho.items()}, refused, means, np.array(again), unreached)
 
 
 def _single(data: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -236,10 +241,13 @@ def _scores(
 
 def rank_correlation(scores: Array, actual: Retrained, numbers: npt.NDArray[np.int64]) -> float:
     """Mean over test images of Spearman's rho between predicted changes [tests, rows] and actual ones, over the rows
-    whose minimum was reached; NaN if a test image has no scores."""
+    whose minimum was reached; 0 for a test image without scores."""
     reached = ~np.isnan(actual.changes[:, 0])
     pairs = zip(scores, numbers, strict=True)
-    found = [spearmanr(row[reached], actual.changes[reached, k]).statistic for row, k in pairs]
+    found = [
+        spearmanr(row[reached], actual.changes[reached, k]).statistic if np.isfinite(row).all() else 0.0
+        for row, k in pairs
+    ]
     return float(np.mean(found))
 
 
@@ -337,14 +345,16 @@ def rank_claims(ranks: dict[str, Ranks], options: Options) -> Iterator[Claim]:
         for name, words in _steps(options.low_precision):
             value, error = over_seeds(found.rho[EXACT] - found.rho[name])
             yield Claim(FOUNDATION, f"{MECHANISM}; {QUESTION}", f"{BIAS_IS_SMALL} {words}, in influence.",
-                        "uncharacterized", f"{quantity} {name}", (None, RANKS), _finite(value), error, model,
-                        "" if math.isfinite(value) else REFUSED)  # fmt: skip
+                        "uncharacterized", f"{quantity} {name}{_refused(found, name)}", (None, RANKS), value, error,
+                        model)  # fmt: skip
         value, error = over_seeds(found.rho[EXACT] - found.rho[BLOCKS])
         yield Claim(FOUNDATION, f"Mechanism 3; {CHECK} 3", "Blocks invalidate influence-function approximations.",
-                    "invalidating", f"{quantity} {BLOCKS}", (RANKS, None), _finite(value), error, model)  # fmt: skip
+                    "invalidating", f"{quantity} {BLOCKS}", (RANKS, None), value, error, model)  # fmt: skip
 
 
-REFUSED = "some solve met negative curvature or no step was accurate: no scores, which is worse than a lower rho"
+def _refused(found: Ranks, name: str) -> str:
+    count = found.refused[name]
+    return f" ({count} solves refused, which count as rho = 0)" if count else ""
 
 
 def newton_claims(trained: Trained, decoder: str) -> Iterator[Claim]:
@@ -387,15 +397,16 @@ def rank_table(ranks: dict[str, Ranks]) -> Table:
         cells = []
         for found in ranks.values():
             value, error = over_seeds(found.rho[name])
-            cells += [f"{value:.3f} ± {error:.1g}" if math.isfinite(value) else "refused", f"{found.steps[name]:.0f}"]
+            steps = f"{found.steps[name]:.0f}" if math.isfinite(found.steps[name]) else ""
+            cells += [f"{value:.3f} ± {error:.1g}", steps, str(found.refused[name])]
         rows.append((name, *cells))
     for k, found in enumerate(ranks.values()):
         if found.again.size:
             value, error = over_seeds(found.again)
-            cells = [""] * (2 * len(ranks))
-            cells[2 * k] = f"{value:.3f} ± {error:.1g}"
+            cells = [""] * (3 * len(ranks))
+            cells[3 * k] = f"{value:.3f} ± {error:.1g}"
             rows.append((f"{EXACT}, against retraining from the first weights", *cells))
-    head = ("products", *(x for name in ranks for x in (f"rho, {name}", "products")))
+    head = ("products", *(x for name in ranks for x in (f"rho, {name}", "products", "refused")))
     return Table(head, rows, "Influence against leave-one-out retraining, mean over seeds")
 
 
@@ -437,14 +448,11 @@ def figure(systems: Systems, ranks: dict[str, Ranks], trained: Trained) -> Figur
         for i, name in enumerate(names):
             color, fill, _ = _style(name)
             value, error = over_seeds(found.rho[name])
-            if math.isfinite(value):
-                middle.errorbar(value, -i - 0.3 * k, xerr=error, fmt="os"[k], color=color,
-                                mfc=color if fill else "white", capsize=3)  # fmt: skip
-            else:
-                middle.text(0.02, -i - 0.3 * k, "refused", va="center", fontsize=8, color=color)
+            middle.errorbar(value, -i - 0.3 * k, xerr=error, fmt="os"[k], color=color,
+                            mfc=color if fill else "white", capsize=3)  # fmt: skip
         middle.plot([], [], "os"[k], color="gray", label=classifier)
     middle.set_yticks([-i - 0.15 for i in range(len(names))], names, fontsize=8)
-    middle.set(xlabel="Spearman's rho with leave-one-out retraining", xlim=(-0.2, 1.02))
+    middle.set(xlabel="Spearman's rho with leave-one-out retraining", xlim=(-0.2, 1.05))
     for name, runs in trained.runs.items():
         color, fill, label = _style(name)
         costs = np.mean([run.cost(kinds.gradients_per_product(name, 4)) for run in runs], axis=0)
