@@ -20,6 +20,13 @@ def narrow(name: str) -> str:
     return f"{name}, {NARROW}"
 
 
+NAMES = (
+    *(EXACT, AUTOMATIC, *map(fixed, PAPER), GAUSS_NEWTON, BLOCKS),
+    *map(narrow, (EXACT, *map(fixed, PAPER))),
+)
+"""All that there are."""
+
+
 def curvatures(
     exact: jaxhess.Hessian, blocks: jaxhess.Blocks, low_precision: bool
 ) -> dict[str, jaxhess.LinearOperator]:

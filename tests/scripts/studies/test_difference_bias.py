@@ -105,6 +105,7 @@ def test_costs_are_in_gradients():
         ("--seeds 1", "an error over seeds needs two or more"),
         ("--dampings 0.5", "each must be above 1"),
         ("--left-out 200", "from 5 to the 150 examples"),
+        ("--only magic", "--only magic: there are exact; differences, automatic step"),
         ("--tests 0", "--tests is from 1 to 100"),
     ],
 )
