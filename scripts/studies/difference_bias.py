@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -66,6 +66,8 @@ class Options(ModelOptions):
     """Predicted tokens per sequence."""
     dampings: tuple[float, ...] = (1.2, 20.0)
     """Of the linear systems, in |smallest Ritz value| of the Hessian; above 1."""
+    reference: Literal["float64", "float32"] = "float64"
+    """Precision of the linear systems that errors are measured against."""
     solve_steps: int = 60
     """Products of a linear system at most."""
     low_precision: bool = True
@@ -75,7 +77,7 @@ class Options(ModelOptions):
     images: Source = "digits"
     """Handwritten digits of scikit-learn, or random images that need no other package."""
     seeds: int = 5
-    """Draws of images with their initial weights, and initial weights of the decoder; errors are over these."""
+    """Draws of images with their initial weights; errors are over these."""
     examples: int = 150
     """Images to train on."""
     left_out: int = 60
@@ -88,6 +90,8 @@ class Options(ModelOptions):
     """Text whose bytes the decoder predicts."""
     train_sequences: int = 64
     """Sequences of 32 bytes, all of them in every step."""
+    newton_seeds: int = 3
+    """Initial weights of the decoder."""
     newton_steps: int = 16
     """Newton steps."""
     newton_products: int = 10
@@ -103,7 +107,7 @@ class Options(ModelOptions):
         """Raises InputError where the options make no study."""
         if unknown := set(self.only) - set(kinds.NAMES):
             raise InputError(f"--only {', '.join(sorted(unknown))}: there are {'; '.join(kinds.NAMES)}.")
-        check_runs(self.seeds, self.newton_steps, self.adam_rates)
+        check_runs(min(self.seeds, self.newton_seeds), self.newton_steps, self.adam_rates)
         if not self.dampings or min(self.dampings) <= 1:
             raise InputError(f"--dampings {self.dampings}: each must be above 1, for a positive definite matrix.")
         if not 5 <= self.left_out <= self.examples:
@@ -113,9 +117,10 @@ class Options(ModelOptions):
 
 
 SMALL = Options(
-    seq_len=8, mesh="fsdp=1", solve_steps=15, dampings=(4.0,), low_precision=False, images="prototypes", seeds=2,
-    examples=40, left_out=12, tests=1, train_sequences=8, newton_steps=10, newton_products=4, adam_rates=(3e-2,),
-    only=(fixed(PAPER[0]),),
+    seq_len=8, mesh="fsdp=1", solve_steps=15, dampings=(4.0,), reference="float32", low_precision=False,
+    images="prototypes", seeds=2, examples=40, left_out=12, tests=1, train_sequences=8, newton_seeds=2,
+    newton_steps=10, newton_products=4,
+    adam_rates=(3e-2,), only=(fixed(PAPER[0]),),
 )  # fmt: skip
 
 
@@ -195,7 +200,8 @@ def linear_systems(options: Options) -> tuple[Systems, str]:
     exact = options.hessian(options.blocks(), "float32")
     blocks = jaxhess.Blocks.by(exact, "layers")
     found = options.chosen(curvatures(exact, blocks, options.low_precision))
-    return solve_all(exact, found, options.dampings, 1e-3, options.solve_steps, options.seed), options.described(exact)
+    numbers = (options.dampings, 1e-3, options.solve_steps, options.seed)
+    return solve_all(exact, found, *numbers, options.reference), options.described(exact)
 
 
 LOSS = jaxhess.SoftmaxCrossEntropy(logits)
@@ -272,7 +278,7 @@ def newton(options: Options) -> tuple[Trained, str]:
     """
     config = dataclasses.replace(byte_config(16, 1, 2, 32), qkv_bias=False)
     problem = decoder_problem(config, byte_batch(options.text, 32, options.train_sequences), None)
-    seeds = range(options.seeds)
+    seeds = range(options.newton_seeds)
     starts = [jaxhess.Hessian(problem.loss, problem.initial(seed), [problem.data]) for seed in seeds]
     initial = np.array([mean_loss(problem, start.params) for start in starts])
     with warnings.catch_warnings():
