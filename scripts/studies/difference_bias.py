@@ -96,7 +96,7 @@ class Options(ModelOptions):
     """Newton steps."""
     newton_products: int = 10
     """Products of a Newton step's solve at most."""
-    adam_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 0.1)
+    adam_rates: tuple[float, ...] = (1e-2, 3e-2, 0.1)
     """Learning rates of Adam; the best one counts."""
 
     def chosen(self, found: dict[str, T]) -> dict[str, T]:
@@ -493,7 +493,7 @@ def figure(systems: Systems, ranks: dict[str, Ranks], trained: Trained) -> Figur
         panel.spines[["top", "right"]].set_visible(False)
     for panel in (left, right):
         panel.legend(fontsize=7.5, frameon=False)
-    middle.legend(fontsize=8, frameon=False, loc="lower left")
+    middle.legend(fontsize=8, frameon=False, loc="upper left")
     return drawn
 
 
