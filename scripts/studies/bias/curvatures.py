@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jaxhess
 
 EXACT, AUTOMATIC, GAUSS_NEWTON, BLOCKS = "exact", "differences, automatic step", "Gauss-Newton", "blocks of the Hessian"
@@ -20,6 +18,13 @@ def fixed(step: float) -> str:
 def narrow(name: str) -> str:
     """The name of the same in bfloat16."""
     return f"{name}, {NARROW}"
+
+
+NAMES = (
+    *(EXACT, AUTOMATIC, *map(fixed, PAPER), GAUSS_NEWTON, BLOCKS),
+    *map(narrow, (EXACT, *map(fixed, PAPER))),
+)
+"""All that there are."""
 
 
 def curvatures(
@@ -40,7 +45,6 @@ def curvatures(
         rounded = exact.in_dtype(NARROW)
         found[narrow(EXACT)] = rounded
         found |= {narrow(fixed(step)): differences(rounded, step) for step in PAPER}
-        found[narrow(AUTOMATIC)] = differences(rounded, "auto")
     return found
 
 
@@ -60,8 +64,3 @@ def gradients_per_product(name: str, blocks: int) -> float:
     if name.startswith("differences"):
         return 2.0
     return {GAUSS_NEWTON: 5 / 3, BLOCKS: (2 + 6 * blocks) / 3}.get(name, 8 / 3)
-
-
-def in_dtype(operator: jaxhess.LossOperator, dtype: str) -> jaxhess.LossOperator:
-    """The operator in another dtype."""
-    return dataclasses.replace(operator).in_dtype(dtype)
