@@ -28,6 +28,14 @@ Array = npt.NDArray[np.float64]
 class DataSpread(NamedTuple):
     """How far a value depends on which sequences were taken.
 
+    Examples:
+        >>> import jaxhess
+        >>> from jaxhess.krylov.errors import DataSpread
+        >>> norm = jaxhess.Estimate(10.0, 0.3, 20, data=DataSpread(error=0.4, freedom=7, bias=2.0))
+        >>> whole = norm.for_population()
+        >>> whole.value, round(whole.standard_error, 3)
+        (8.0, 0.5)
+
     Attributes:
         error: Square root of the estimated variance over draws of the sequences.
         freedom: Degrees of freedom of that estimate.

@@ -113,7 +113,7 @@ def eigenvalue_errors(
         >>> pairs = jaxhess.leading_eigenpairs(H, 1)
         >>> (found,) = jaxhess.eigenvalue_errors(H, pairs, jaxhess.Sampling(sequences=4))
         >>> round(float(pairs.values[0]), 3), round(found.error, 3), found.freedom  # of 2, 4, 3, 3
-        (3.0, 0.408, 3)
+        (3.0, 0.408, 3.0)
 
     Args:
         operator: That of the pairs.

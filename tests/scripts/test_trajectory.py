@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -16,7 +15,6 @@ from small_models import TINY, check_refused, random_model, run_command
 
 import convert
 from jaxhess.errors import InputError
-from jaxhess.operators.adam import adam_threshold
 from jaxhess.results.trajectory_report import load_trajectory
 from scripts import trajectory as script
 
@@ -198,8 +196,3 @@ def test_folders_that_do_not_go_together_are_refused(checkpoints, tmp_path, caps
     (tmp_path / "more" / "step-40" / "trainer_state.json").write_text('{"log_history": 3}')
     with pytest.raises(InputError, match="not the trainer's record of learning rates"):
         script.known_rate(script.Place(40, str(tmp_path / "more" / "step-40"), None))
-
-
-def test_the_threshold_of_adam():
-    assert re.match("38", f"{adam_threshold(1.0):.10g}")
-    assert adam_threshold(0.5, beta1=0.0) == 4.0  # without momentum that of gradient descent, 2 / rate
