@@ -9,7 +9,6 @@ of another kind (scikit-learn's descriptions of its data sets; extra `digits`), 
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,25 +19,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import convert
-import jaxhess
 from convert.text import load_blocks
-from convert.tokenizer import load_tokenizer
-from jaxhess.data import TokenBlocks, pack, random_blocks
+from jaxhess.data import TokenBlocks, random_blocks
 from jaxhess.errors import InputError
-from jaxhess.krylov.errors import student_factor
-from jaxhess.models import LanguageModel
 from jaxhess.results.page import Table
 from jaxhess.results.study import Claim, Study
 from jaxhess.vectors import check_seed
 from scripts.studies.harness import FOUNDATION, HESSFORMER, TINY, StudyOptions, command, picture
-from scripts.training.corpus import read_corpus
+from scripts.studies.samples.shapes import SampleShape, over_draws, ratio_over_draws, shape, standard_text
 
 NAME = "data"
 SEEN, UNSEEN, RANDOM = "text seen in training", "text of another kind", "random tokens"
 COLORS = {SEEN: "#0072B2", UNSEEN: "#D55E00", RANDOM: "#555555"}
 MARKERS = {SEEN: "o", UNSEEN: "s", RANDOM: "^"}
-CONVERGED = 0.01
-"""Residual bound, relative to it, at which a Ritz value counts as an eigenvalue of its own."""
 IMPACT = "3.3 Understanding the Dataset Impact"
 
 CAPTION = """Left and middle: the ends of the spectrum against the number of sequences, drawn at random; bars are 95%
@@ -88,45 +81,6 @@ class Options(StudyOptions):
 SMALL = Options(seq_len=16, sizes=(2, 8, 24), draws=2, steps=10)
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleShape:
-    """What one sample's spectrum looks like.
-
-    Attributes:
-        sequences, seq_len: Of the sample.
-        largest, smallest: Extreme Ritz values.
-        rms: Root mean square eigenvalue, |H|_F / sqrt(dim).
-        kurtosis: Fourth moment over the square of the second: 2 for a semicircle, large where few eigenvalues lead.
-        outliers: Eigenvalues that have converged, the mean over probes.
-        tail: Exponent a of their decay, value ~ rank^-a, by Hill's estimator over the positive ones; None: below 4.
-        tail_error: Its standard error, a / sqrt(number).
-        norm: |H|_F of the sample.
-        whole: Of the population, low end, value and high end; NaN where not known.
-    """
-
-    sequences: int
-    seq_len: int
-    largest: float
-    smallest: float
-    rms: float
-    kurtosis: float
-    outliers: float
-    tail: float | None
-    tail_error: float | None
-    norm: float
-    whole: tuple[float, float, float]
-
-    @property
-    def support(self) -> float:
-        """The largest magnitude over the edge of a semicircle of the same second moment: 1 for a semicircle."""
-        return max(self.largest, -self.smallest) / (2 * self.rms)
-
-    @property
-    def negative(self) -> float:
-        """The most negative eigenvalue's magnitude over the largest's."""
-        return max(-self.smallest, 0.0) / self.largest
-
-
 Found = dict[tuple[str, int], list[SampleShape]]
 """Samples by kind of text and size."""
 
@@ -136,22 +90,20 @@ def study(options: Options) -> Study:
     options.check()
     config = convert.load_config(options.model, None)
     config.check_length(options.seq_len)
-    texts = {SEEN: text(options, options.seen, True), UNSEEN: text(options, options.unseen, False)}
-    for name, blocks in texts.items():
-        if blocks.num_sequences < options.sizes[-1]:
-            raise InputError(f"The {name} has {blocks.num_sequences} sequences; --sizes asks for {options.sizes[-1]}.")
+    texts = {SEEN: text(options, options.seen, SEEN), UNSEEN: text(options, options.unseen, UNSEEN)}
     model = convert.load(options.model, dtype="float32")
     found: Found = {}
+    settings = {name: getattr(options, name) for name in ("microbatch", "steps", "probes", "seed")}
     for size in options.sizes:
-        draws = max(1, min(options.draws, options.sizes[-1] // size))
+        draws = max(2, min(options.draws, options.sizes[-1] // size))
+        seeds = range(options.seed, options.seed + draws)
         for name, blocks in texts.items():
-            seeds = range(options.seed, options.seed + draws)
-            found[name, size] = [shape(model, blocks.sampled(size, seed), options) for seed in seeds]
-    lengths = sorted({max(options.seq_len // 4, 1), options.seq_len})
-    for length in lengths:
+            found[name, size] = [shape(model, blocks.sampled(size, seed), **settings) for seed in seeds]
+    for length in sorted({max(options.seq_len // 4, 1), options.seq_len}):
         for size in options.sizes[:-1]:
-            blocks = random_blocks(seq_len=length, vocab_size=config.vocab_size, sequences=size, seed=options.seed)
-            found.setdefault((RANDOM, size), []).append(shape(model, blocks, options))
+            for seed in (options.seed, options.seed + 1):
+                sizes = {"seq_len": length, "vocab_size": config.vocab_size, "sequences": size}
+                found.setdefault((RANDOM, size), []).append(shape(model, random_blocks(**sizes, seed=seed), **settings))
     drawn = picture(NAME, figure(found), CAPTION)
     record = {
         "parameters": model.num_params,
@@ -161,109 +113,22 @@ def study(options: Options) -> Study:
     return Study("Spectra and their data", stated, tuple(tables(found)), (drawn,), record)
 
 
-def text(options: Options, source: str | None, seen: bool) -> TokenBlocks:
-    """All sequences of a text.
+def text(options: Options, source: str | None, kind: str) -> TokenBlocks:
+    """All sequences of a text, or some hundred times as many as are drawn.
 
     Raises:
-        InputError: There is none by default: another model, or scikit-learn is not installed.
+        InputError: It is too short, or cannot be read; scikit-learn is not installed.
     """
-    config = convert.load_config(options.model, None)
-    sizes: Any = {"seq_len": options.seq_len, "vocab_size": config.vocab_size}
-    if source is not None:
-        return load_blocks(source, options.model, **sizes)
-    if seen:
-        documents: Sequence[str] = list(read_corpus().train.values())
-    else:
-        try:
-            folder = importlib.resources.files("sklearn.datasets") / "descr"
-        except ModuleNotFoundError:
-            raise InputError(
-                "The text of another kind is that of scikit-learn, which is not installed: pip install -e '.[digits]', "
-                "or name a text with --unseen."
-            ) from None
-        files = sorted((x for x in folder.iterdir() if x.name.endswith(".rst")), key=lambda x: x.name)
-        documents = [file.read_text(encoding="utf-8") for file in files]
-    tokenizer = load_tokenizer(options.model)
-
-    def encode(part: str) -> list[int]:
-        found: list[int] = tokenizer.encode(part, add_special_tokens=False, verbose=False)
-        return found
-
-    # Long texts are cut off: more than a few hundred times what is drawn from changes nothing but the time to read.
-    most = 300 * options.sizes[-1]
-    name = "The text seen in training" if seen else "The text of another kind"
-    enough = 4 * most * (options.seq_len + 1)
-    kept, length = [], 0
-    for document in documents:
-        kept.append(document)
-        length += len(document)
-        if length > enough:
-            break
-    return pack(kept, encode, **sizes, end_of_text=tokenizer.eos_token_id, name=name)
-
-
-def shape(model: LanguageModel, blocks: TokenBlocks, options: Options) -> SampleShape:
-    """The spectrum of a sample, in a few numbers."""
-    rows = min(options.microbatch, blocks.num_sequences // 2)
-    batches = jaxhess.Microbatches(blocks.microbatches(rows))
-    hessian = jaxhess.Hessian(model.loss(), model.params, batches)
-    result = jaxhess.spectrum(
-        hessian,
-        steps=options.steps,
-        probes=options.probes,
-        seed=options.seed,
-        storage=jaxhess.Storage("none"),
-        sampling=jaxhess.Sampling(blocks.num_sequences),
-    )
-    ends, norm = result.extreme(), result.frobenius_norm()
-    whole = norm.for_population()
-    kept = [converged(result, probe) for probe in range(result.num_probes)]
-    positive = np.sort(kept[0][kept[0] > 0])[::-1]
-    tail, tail_error = hill(positive)
-    return SampleShape(
-        blocks.num_sequences,
-        blocks.seq_len,
-        ends.largest.value,
-        ends.smallest.value,
-        norm.value / math.sqrt(result.dim),
-        result.moment(4).value / result.moment(2).value ** 2,
-        float(np.mean([len(x) for x in kept])),
-        tail,
-        tail_error,
-        norm.value,
-        (whole.interval()[0], whole.value, whole.interval()[1]),
-    )
-
-
-def converged(result: jaxhess.Spectrum, probe: int) -> np.ndarray:
-    """The Ritz values of a probe, copies merged, whose residual bound is within `CONVERGED` of their magnitude."""
-    clusters = result.clusters(probe)
-    values = clusters.values
-    return np.asarray(values[~clusters.spurious & (clusters.residual_bounds <= CONVERGED * np.abs(values))])
-
-
-def hill(values: np.ndarray) -> tuple[float | None, float | None]:
-    """The exponent a of value ~ rank^-a and its standard error (Hill 1975), from positive values in descending order.
-
-    Examples:
-        >>> import numpy as np
-        >>> from scripts.studies.data import hill
-        >>> a, error = hill(np.arange(1.0, 1001.0) ** -0.5)
-        >>> round(a, 2), round(error, 3)
-        (0.5, 0.016)
-    """
-    if len(values) < 4:
-        return None, None
-    a = float(np.log(values[:-1] / values[-1]).sum() / (len(values) - 1))
-    return a, a / math.sqrt(len(values) - 1)
-
-
-def over_draws(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and 95% from the scatter of independent draws; 0 for a single one, whose scatter is not known."""
-    found = np.asarray(values, float)
-    if found.size < 2:
-        return float(found[0]), 0.0
-    return float(found.mean()), float(student_factor(found.size - 1, 0.95) * found.std(ddof=1) / math.sqrt(found.size))
+    vocab_size, most = convert.load_config(options.model, None).vocab_size, 300 * options.sizes[-1]
+    if source is None:
+        found = standard_text(options.model, kind == SEEN, options.seq_len, vocab_size, most)
+    else:  # a data set that is streamed has no end
+        sequences = 10 * options.sizes[-1] if source.startswith("hub:") else None
+        sizes: Any = {"seq_len": options.seq_len, "vocab_size": vocab_size, "sequences": sequences}
+        found = load_blocks(source, options.model, **sizes)
+    if found.num_sequences < options.sizes[-1]:
+        raise InputError(f"The {kind} has {found.num_sequences} sequences; --sizes asks for {options.sizes[-1]}.")
+    return found
 
 
 def claims(found: Found, options: Options, parameters: int) -> Iterator[Claim]:
@@ -271,7 +136,8 @@ def claims(found: Found, options: Options, parameters: int) -> Iterator[Claim]:
     first, last = options.sizes[0], options.sizes[-1]
     on = f"{Path(options.model).name}, {parameters:,} parameters, up to {last} x {options.seq_len} tokens"
     random = [s for (name, _), row in found.items() if name == RANDOM for s in row]
-    known = options.known if options.known is not None else options.model == str(TINY)
+    default = options.model == str(TINY) and options.seen is None and options.unseen is None
+    known = options.known if options.known is not None else default
     untold = "" if known else "what the model was trained on is not known"
 
     def claim(
@@ -284,9 +150,9 @@ def claims(found: Found, options: Options, parameters: int) -> Iterator[Claim]:
         f"{IMPACT}, Figure 4",
         "On random data the spectrum has compact support and no outliers.",
         "seen in the figure",
-        "largest magnitude over the edge of a semicircle of the same second moment, the least over samples",
+        "largest magnitude over the edge of a semicircle of the same second moment, the geometric mean over samples",
         (None, 1.5),
-        (min(s.support for s in random), 0.0),
+        geometric([s.support for s in random]),
     )
     kurtosis = [s.kurtosis for s in random]
     yield claim(
@@ -301,29 +167,31 @@ def claims(found: Found, options: Options, parameters: int) -> Iterator[Claim]:
         f"{IMPACT}, Figure 4",
         "On random data the shape is consistent over sample size and sequence length.",
         "seen in the figure",
-        "largest over least kurtosis over samples of random tokens",
+        "largest over least kurtosis of the settings, means over samples",
         (1, 2),
-        (max(kurtosis) / min(kurtosis), 0.0),
+        extreme_ratio(random),
     )
     for name in (SEEN, UNSEEN):
         tails = [(s.tail, s.tail_error) for s in found[name, last] if s.tail is not None and s.tail_error is not None]
+        tail = (tails[0][0], 2 * tails[0][1]) if tails else (None, 0.0)
         yield claim(
             f"{IMPACT}, Figure 5",
-            f"On text ({name}) the eigenvalues decay by a power law, unlike on random data.",
+            f"On text ({name}) the eigenvalues decay by a power law.",
             "seen in the figure",
-            "exponent a of value ~ rank^-a over the positive eigenvalues that converged",
-            (0.1, None),
-            (tails[0][0], 2 * tails[0][1]) if tails else (None, 0.0),
-            "" if tails else "fewer than four eigenvalues converged: more --steps are needed",
+            "exponent a of value ~ rank^-a over the positive eigenvalues that converged (up to 0.4 for the edge of a "
+            "bounded spectrum)",
+            (0.5, None),
+            tail,
+            "" if tails else "fewer than eight eigenvalues converged: more --steps are needed",
         )
-        more = over_draws([s.outliers for s in found[name, first]])
+        few, many = (over_draws([s.outliers for s in found[name, size]]) for size in (first, last))
         yield claim(
             f"{IMPACT}, Figure 5",
             f"On text ({name}) there are more outliers as the data set grows.",
             "seen in the figure",
             f"converged eigenvalues of {last} sequences less those of {first}",
             (1, None),
-            (over_draws([s.outliers for s in found[name, last]])[0] - more[0], more[1]),
+            (many[0] - few[0], math.hypot(many[1], few[1])),
         )
     yield claim(
         f"{IMPACT}, Figure 6(a), 6(b)",
@@ -334,21 +202,20 @@ def claims(found: Found, options: Options, parameters: int) -> Iterator[Claim]:
         over_draws([s.negative for s in found[SEEN, last]]),
         untold,
     )
-    few, many = (over_draws([-s.smallest for s in found[UNSEEN, size]]) for size in (first, last))
+    stays = ratio_over_draws(*([-s.smallest for s in found[UNSEEN, size]] for size in (last, first)))
     yield claim(
         f"{IMPACT}, Figure 6(c), 6(d)",
         "On data that the model was not trained on, more data do not reduce the large negative eigenvalues.",
         "they stay",
         f"most negative eigenvalue of {last} sequences over that of {first}",
         (0.8, None),
-        (many[0] / few[0], many[0] / few[0] * few[1] / few[0]),
+        stays,
         untold,
     )
     factor = last / first
     for name in (SEEN, UNSEEN):
         for what in ("largest", "norm"):
-            few = over_draws([getattr(s, what) for s in found[name, first]])
-            many = over_draws([getattr(s, what) for s in found[name, last]])
+            value, error = ratio_over_draws(*([getattr(s, what) for s in found[name, n]] for n in (first, last)))
             quantity = "largest eigenvalue" if what == "largest" else "Frobenius norm"
             yield Claim(
                 FOUNDATION,
@@ -357,17 +224,32 @@ def claims(found: Found, options: Options, parameters: int) -> Iterator[Claim]:
                 "seen in the figure",
                 f"{quantity} of {first} over that of {last} sequences, {factor:.3g} times as many",
                 (0.8, 1.25),
-                few[0] / many[0],
-                few[1] / many[0],
+                value,
+                error,
                 on,
             )
+
+
+def geometric(values: Sequence[float]) -> tuple[float, float]:
+    """The geometric mean, and 95% from the scatter of the logarithms."""
+    mean, error = over_draws(np.log(values).tolist())
+    return math.exp(mean), math.exp(mean) * math.expm1(error)
+
+
+def extreme_ratio(samples: Sequence[SampleShape]) -> tuple[float, float]:
+    """The largest over the least kurtosis of the settings: means over samples, and 95% from those two's scatter."""
+    settings: dict[tuple[int, int], list[float]] = {}
+    for s in samples:
+        settings.setdefault((s.sequences, s.seq_len), []).append(s.kurtosis)
+    ordered = sorted(settings.values(), key=np.mean)
+    return ratio_over_draws(ordered[-1], ordered[0])
 
 
 def tables(found: Found) -> Iterator[Table]:
     """Every sample, as means over draws."""
     head = ("data", "sequences", "tokens each", "largest", "smallest", "|H|_F", "of all text like it (95%)")
     shapes = ("rms eigenvalue", "support / semicircle's", "kurtosis", "converged", "tail exponent")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (name, size), row in found.items():
         for length in sorted({s.seq_len for s in row}):
             some = [s for s in row if s.seq_len == length]

@@ -1,5 +1,6 @@
 """Spectra and their data: a decay that is known, claims on made-up spectra, and texts that do not suffice."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 import jaxhess
 from jaxhess.errors import InputError
 from scripts.studies import data as script
-from scripts.studies.data import RANDOM, SEEN, UNSEEN, SampleShape
+from scripts.studies.data import RANDOM, SEEN, UNSEEN
+from scripts.studies.samples import shapes
+from scripts.studies.samples.shapes import SampleShape
 
 
-def made(largest=10.0, smallest=-1.0, rms=1.0, kurtosis=100.0, outliers=2.0, tail=0.5, norm=50.0, sequences=2):
+def made(largest=10.0, smallest=-1.0, rms=1.0, kurtosis=100.0, outliers=2.0, tail=0.9, norm=50.0, sequences=2):
     return SampleShape(sequences, 64, largest, smallest, rms, kurtosis, outliers, tail, 0.05, norm, (40.0, 45.0, 51.0))
 
 
@@ -24,15 +27,16 @@ def test_claims_hold_where_spectra_are_as_the_papers_say():
     semicircle = made(largest=2.0, smallest=-2.0, kurtosis=2.0)
     text = {
         (SEEN, 2): [made(outliers=2), made(outliers=2)],
-        (SEEN, 60): [made(smallest=-0.1, outliers=9)],
+        (SEEN, 60): [made(smallest=-0.1, outliers=9)] * 2,
         (UNSEEN, 2): [made(), made()],
-        (UNSEEN, 60): [made(outliers=9)],
+        (UNSEEN, 60): [made(outliers=9)] * 2,
         (RANDOM, 2): [semicircle, semicircle],
     }
     found, _ = verdicts(text)
     assert set(found.values()) == {"holds"}
-    text[SEEN, 60] = [made(smallest=-5.0, outliers=2, largest=30.0, norm=200.0, tail=0.01)]
-    text[RANDOM, 2] = [made(), made(kurtosis=1000.0)]
+    text[SEEN, 60] = [made(smallest=-5.0, outliers=2, largest=30.0, norm=200.0, tail=0.01)] * 2
+    other = dataclasses.replace(made(), sequences=8, kurtosis=1000.0)
+    text[RANDOM, 2] = [made(), made(), other, other]
     found, claims = verdicts(text)
     on_seen = [
         c
@@ -54,10 +58,10 @@ def test_what_is_not_known_cannot_be_told():
 def test_the_exponent_of_a_decay_is_found_within_its_error():
     rng = np.random.default_rng(0)
     values = np.sort(rng.pareto(4, 4000) + 1)[::-1]  # quantile ~ rank^(-1/4)
-    a, error = script.hill(values[:400])
+    a, error = shapes.hill(values[:400])
     assert abs(a - 0.25) < 4 * error
     assert math.isclose(error, a / math.sqrt(399))
-    assert script.hill(values[:3]) == (None, None)
+    assert shapes.hill(values[:7]) == (None, None)
 
 
 def test_converged_values_are_eigenvalues():
@@ -65,7 +69,7 @@ def test_converged_values_are_eigenvalues():
 
     entries = jnp.concatenate([jnp.linspace(0, 0.1, 200), jnp.array([1.0, 2.0, 5.0])])
     result = jaxhess.spectrum(jaxhess.MatrixOperator(jnp.diag(entries)), steps=12, probes=1)
-    np.testing.assert_allclose(script.converged(result, 0)[-3:], [1, 2, 5], rtol=1e-3)
+    np.testing.assert_allclose(shapes.converged(result, 0)[-3:], [1, 2, 5], rtol=1e-3)
 
 
 @pytest.mark.parametrize(
