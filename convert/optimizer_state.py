@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from convert.source import StoredTensor, as_numpy, check_plain, load_torch
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
 from jaxhess.models import DecoderConfig, LanguageModel, abstract_params
+from jaxhess.operators.adam import adam_threshold
 from jaxhess.operators.restriction import leaf_name
 from jaxhess.vectors import Vector
 
@@ -52,12 +54,21 @@ class Preconditioner:
         diagonal: A tree like the model's parameters, positive, in float32, or float64 where JAX is in 64-bit mode and
             the file has it.
         learning_rate: As saved, which is that of the next step; None: not known, or not the same for all parameters.
-        b1: Decay of first moments, likewise. `jaxhess.adam_threshold` takes both.
+        b1: Decay of first moments, likewise.
+        steps: That were made, likewise.
     """
 
     diagonal: Vector
     learning_rate: float | None = None
     b1: float | None = None
+    steps: int | None = None
+
+    @property
+    def threshold(self) -> float | None:
+        """`jaxhess.adam_threshold` of that training; None: not known."""
+        if not self.learning_rate or self.b1 is None:
+            return None
+        return adam_threshold(self.learning_rate, self.b1, self.steps)
 
 
 def load_preconditioner(
@@ -158,7 +169,7 @@ def _read_torch(file: Path, model: LanguageModel, eps: float | None, bias_correc
         raise InputError(f"{file} is no state of a PyTorch optimizer: it has no state and param_groups.")
     shapes, normalised = _transformers_parameters(config)
     named = _named(file, state, groups, shapes, normalised)
-    moments = {name: _moment(file, name, *found, eps, bias_correction) for name, found in named.items()}
+    moments = {n: _moment(file, n, shapes[n], *found, eps, bias_correction) for n, found in named.items()}
     family = family_of(hugging_face_config(config))
     head = family.head_alias or family.head
     rows = mapping_rows(family, config, prefix=family.prefix, head=head, in_memory=True)
@@ -171,7 +182,9 @@ def _read_torch(file: Path, model: LanguageModel, eps: float | None, bias_correc
     diagonal = read_parameters(dataclasses.replace(config, dtype=dtype), source, rows, model.mesh)
     rates = {_number(group.get("lr")) for group in groups}
     decays = {_betas(file, group)[0] for group in groups}
-    return Preconditioner(diagonal, *(values.pop() if len(values) == 1 else None for values in (rates, decays)))
+    made = {int(step) for own, _ in named.values() if (step := _number(own["step"])) is not None}
+    rate, b1, steps = (next(iter(x)) if len(x) == 1 else None for x in (rates, decays, made))
+    return Preconditioner(diagonal, rate, b1, None if steps is None else int(steps))
 
 
 def _transformers_parameters(config: DecoderConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
@@ -272,18 +285,32 @@ def _plain_name(name: Any) -> str:
 
 
 def _moment(
-    file: Path, name: str, state: Any, group: dict[str, Any], eps: float | None, bias_correction: bool
+    file: Path,
+    name: str,
+    shape: tuple[int, ...],
+    state: Any,
+    group: dict[str, Any],
+    eps: float | None,
+    bias_correction: bool,
 ) -> _Moment:
     import torch
 
     if not isinstance(state, dict) or not state:
         raise InputError(f"{file} has no second moment of {name}: it was frozen, or no step was made.")
+    if "amsgrad" not in group:  # NAdam and RAdam keep the same moments and divide by something else
+        raise InputError(f"{file} is not the state of Adam or AdamW: its groups have no amsgrad, but {_listed(group)}.")
     key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     moment, step = state.get(key), _number(state.get("step"))
     if not isinstance(moment, torch.Tensor):
-        others = ", ".join(map(shown, state)) or "nothing"
-        raise InputError(f"{file} has no second moment of {name} ({key}), but {others}: it is not the state of Adam.")
+        raise InputError(
+            f"{file} has no second moment of {name} ({key}), but {_listed(state)}: it is not the state of Adam."
+        )
     check_plain(name, moment, file)
+    if tuple(moment.shape) != shape:
+        raise InputError(
+            f"{file} is the state of another model: the second moment of {name} ({key}) has shape "
+            f"{list(moment.shape)}, the parameter {list(shape)}."
+        )
     beta2 = _betas(file, group)[1]
     eps = _number(group.get("eps")) if eps is None else eps
     if eps is None or not 0 <= eps < math.inf:
@@ -293,6 +320,10 @@ def _moment(
     if step is None or not 1 <= step < math.inf:
         raise InputError(f"{file} has step {step} for {name}; it must be a number, 1 or more.")
     return _Moment(moment, 1 - beta2**step, eps)
+
+
+def _listed(entries: dict[str, Any]) -> str:
+    return ", ".join(map(shown, entries)) or "nothing"
 
 
 def _betas(file: Path, group: dict[str, Any]) -> tuple[float, float]:
@@ -313,25 +344,31 @@ def _number(value: Any) -> float | None:
 def _read_npz(file: Path, model: LanguageModel) -> Vector:
     """Arrays under our names, each laid out like its parameter."""
     like = abstract_params(model.config)
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise InputError(f"{file} cannot be read as an .npz of arrays ({one_line(error)}).") from error
     named = [(leaf_name(path), x) for path, x in jax.tree.flatten_with_path(like)[0]]
-    if extra := sorted(arrays.keys() - {name for name, _ in named}):
-        raise InputError(f"{file} is of another model: it has {shown(extra[0])}, which is no parameter of this one.")
     shardings = jax.tree.leaves(parameter_shardings(model.config, model.mesh))
     found = []
-    for (name, x), sharding in zip(named, shardings, strict=True):
-        if name not in arrays:
-            raise InputError(f"{file} has no {name}: it must have a value for every parameter.")
-        array = arrays.pop(name)
-        if array.shape != x.shape or array.dtype.kind != "f":
-            raise InputError(
-                f"{file} is of another model: {name} is {array.dtype} {list(array.shape)}, the parameter has shape "
-                f"{list(x.shape)}."
-            )
-        wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-        found.append(jax.make_array_from_callback(wide.shape, sharding, wide.__getitem__))
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            _check_names(file, stored.files, [name for name, _ in named])
+            for (name, x), sharding in zip(named, shardings, strict=True):  # one array in memory at a time
+                array = stored[name]
+                if array.shape != x.shape or array.dtype.kind != "f":
+                    raise InputError(
+                        f"{file} is of another model: {name} is {array.dtype} {list(array.shape)}, the parameter has "
+                        f"shape {list(x.shape)}."
+                    )
+                wide = array.astype(jnp.promote_types(array.dtype, jnp.float32), copy=False)
+                found.append(jax.make_array_from_callback(wide.shape, sharding, wide.__getitem__))
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file} cannot be read as an .npz of arrays ({one_line(error)}).") from error
     return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _check_names(file: Path, stored: list[str], wanted: list[str]) -> None:
+    if extra := sorted(set(stored) - set(wanted)):
+        raise InputError(f"{file} is of another model: it has {shown(extra[0])}, which is no parameter of this one.")
+    for name in wanted:
+        if name not in stored:
+            raise InputError(f"{file} has no {name}: it must have a value for every parameter.")

@@ -150,10 +150,10 @@ def build(options: Options, model: jaxhess.LanguageModel, batches: Any, console:
         InputError: Lanczos vectors or kept arrays do not fit into memory, there are not so many eigenpairs, or the
             preconditioner is not one for this model.
     """
-    diagonal = None if options.precondition is None else read_diagonal(options.precondition, model, console)
+    chosen = None if options.precondition is None else read_preconditioner(options.precondition, model, console)
     arguments = (model.loss(options.logit_chunk), model.params, batches)
     precision: Any = {"accumulation_dtype": options.accumulation_dtype, "matmul_precision": options.matmul_precision}
-    operator: jaxhess.LossOperator
+    operator: Any
     if options.operator == "gauss-newton":
         operator = jaxhess.GaussNewton(*arguments, **precision)
     elif options.operator == "empirical-fisher":
@@ -175,8 +175,7 @@ def build(options: Options, model: jaxhess.LanguageModel, batches: Any, console:
     layers = layer_numbers(options.layers, model.config.num_layers)
     if options.restrict or layers is not None:
         operator = operator.restrict(*options.restrict, layers=layers)
-    if diagonal is not None and operator.restriction is not None:
-        diagonal = operator.restriction.take(diagonal)
+    restricted = operator.restriction
     steps = max(options.steps, options.eigenpair_steps if options.eigenpairs else 0)
     check_basis_fits(operator, steps, options.storage)
     if options.eigenpairs > operator.dim:
@@ -187,21 +186,22 @@ def build(options: Options, model: jaxhess.LanguageModel, batches: Any, console:
         def announce(kept: int) -> None:
             console.print(f"Linearising keeps {kept / 1e9:.3g} GB on each device.")
 
-        linearized = jaxhess.linearize(operator, budget, announce)
-        return linearized if diagonal is None else linearized.preconditioned(diagonal)
-    return operator if diagonal is None else operator.preconditioned(diagonal)
+        operator = jaxhess.linearize(operator, budget, announce)
+    if chosen is None:
+        return operator
+    diagonal = chosen.diagonal if restricted is None else restricted.take(chosen.diagonal)
+    return dataclasses.replace(operator.preconditioned(diagonal), threshold=chosen.threshold)
 
 
-def read_diagonal(path: Path, model: jaxhess.LanguageModel, console: Console) -> Any:
-    """What --precondition names, a tree like all parameters; where its file tells, Adam's threshold is printed."""
+def read_preconditioner(path: Path, model: jaxhess.LanguageModel, console: Console) -> convert.Preconditioner:
+    """What --precondition names, for all parameters; where its file tells, Adam's threshold is printed."""
     found = convert.load_preconditioner(path, model)
-    rate, b1 = found.learning_rate, found.b1
-    if rate and b1 is not None:
+    if found.threshold is not None:
         console.print(
-            f"Adam with learning rate {rate:.3g} and beta1 {b1:.3g} is stable where the eigenvalues of D^-1 H are "
-            f"below {jaxhess.adam_threshold(rate, b1):.6g}."
+            f"Adam with learning rate {found.learning_rate:.3g} and beta1 {found.b1:.3g} is stable where the "
+            f"eigenvalues of D^-1 H are below {found.threshold:.6g}."
         )
-    return found.diagonal
+    return found
 
 
 class ProgressBar:

@@ -27,7 +27,8 @@ def adam_preconditioner(
 
     The eigenvalues of `H.preconditioned(D)` are the sharpness as Adam sees it: see `adam_threshold`. Formulas and names
     are those of optax (`scale_by_adam`); those of PyTorch's Adam and AdamW are the same with `eps_root=0`, and
-    `convert.load_preconditioner` reads its files. Decoupled weight decay has no part in it.
+    `convert.load_preconditioner` reads its files. Decoupled weight decay has no part in it. Where gradients were
+    clipped, nu is that of clipped ones, and so is the step: eigenvalues of `D^-1 H` are then too large by that factor.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jaxhess, optax
@@ -40,7 +41,8 @@ def adam_preconditioner(
     Args:
         state: Of any optimiser made with optax: chained, masked, for several groups of parameters
             (`optax.multi_transform`), or of `nnx.Optimizer`. Every parameter must have one second moment in it.
-            (Adamax keeps a largest gradient under the same name; its state cannot be told from Adam's.)
+            (RAdam, NAdam, LAMB and Adamax keep such a state too, which cannot be told from Adam's; D is not what they
+            divide by.)
         params: The parameters, or anything with their names and shapes.
         b2: Decay of the second moments in that training; the state does not hold it.
         eps, eps_root: As in that training.
@@ -84,7 +86,7 @@ def adam_preconditioner(
     return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
-def adam_threshold(learning_rate: float, b1: float = 0.9) -> float:
+def adam_threshold(learning_rate: float, b1: float = 0.9, steps: int | None = None) -> float:
     """The eigenvalue of `D^-1 H` above which Adam with fixed D is unstable on a quadratic: `(2 + 2 b1)/((1 - b1) lr)`.
 
     38 / learning rate for b1 = 0.9. From Cohen et al., "Adaptive Gradient Methods at the Edge of Stability" (arXiv
@@ -96,12 +98,21 @@ def adam_threshold(learning_rate: float, b1: float = 0.9) -> float:
         >>> round(jaxhess.adam_threshold(1e-3)), jaxhess.adam_threshold(0.5, b1=0.0)
         (38000, 4.0)
 
+    Args:
+        learning_rate: Of the next step.
+        b1: Decay of first moments.
+        steps: That were made: after few of them Adam corrects the bias of its mean of gradients, divided by 1 -
+            b1^steps, as a larger rate would. None: so many that there is none.
+
     Raises:
-        InputError: The learning rate is not positive, or b1 not from 0 to 1.
+        InputError: The learning rate is not positive, b1 not from 0 to 1, or no step was made.
     """
     if not 0 < learning_rate < math.inf or not 0 <= b1 < 1:
         raise InputError(f"Learning rate {learning_rate}, b1 {b1}: a positive number, and 0 <= b1 < 1, are right.")
-    return (2 + 2 * b1) / ((1 - b1) * learning_rate)
+    if steps is not None and steps < 1:
+        raise InputError(f"steps is {steps}; before the first one Adam has no threshold.")
+    correction = 1.0 if steps is None else 1 - b1**steps
+    return correction * (2 + 2 * b1) / ((1 - b1) * learning_rate)
 
 
 def _moments(state: Any) -> dict[str, tuple[jax.Array, int]]:
@@ -111,12 +122,13 @@ def _moments(state: Any) -> dict[str, tuple[jax.Array, int]]:
     """
 
     def is_adam(x: Any) -> bool:
-        return hasattr(x, "nu") and hasattr(x, "count") and not hasattr(x, "nu_max")
+        return type(x).__name__ == "ScaleByAdamState"
 
     parts = [x for x in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(x)]
     if not parts:
         raise InputError(
-            "The optimizer's state holds no second moments of Adam: no part of it has nu and count (optax.adam, adamw)."
+            "The optimizer's state holds no second moments of Adam: no part of it is a ScaleByAdamState (optax.adam, "
+            "adamw)."
         )
     found: dict[str, tuple[jax.Array, int]] = {}
     for part in parts:

@@ -39,10 +39,13 @@ class Preconditioned(LinearOperator):
     Attributes:
         operator: A.
         diagonal: The entries of D, a tree like A's vectors and laid out like them; at least float32 is best.
+        threshold: Below which the optimiser that D is from is stable (`jaxhess.adam_threshold`), for the record; None:
+            not known. Static.
     """
 
     operator: LinearOperator
     diagonal: Vector
+    threshold: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def mv(self, v: Vector) -> Vector:
         return cast(self.scaled(self.operator.mv(self.scaled(widen(v)))), v)
