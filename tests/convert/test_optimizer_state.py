@@ -159,6 +159,13 @@ def broken(state, change):
     return state
 
 
+def wider_amsgrad(state):
+    for group in state["param_groups"]:
+        group["amsgrad"] = True
+    for own in state["state"].values():
+        own["max_exp_avg_sq"] = torch.ones(500, 500, dtype=own["exp_avg_sq"].dtype)
+
+
 def first(state):
     return state["state"][0]
 
@@ -179,6 +186,8 @@ def first(state):
         (lambda s: s.pop("param_groups"), "no state and param_groups"),
         (lambda s: s["param_groups"][0].pop("params"), "a group has no params"),
         (lambda s: first(s).update(exp_avg_sq=first(s)["exp_avg_sq"].to_sparse()), "is sparse_coo"),
+        (lambda s: s["param_groups"][0].pop("amsgrad"), "its groups have no amsgrad, but lr"),  # as of NAdam and RAdam
+        (lambda s: wider_amsgrad(s), "(max_exp_avg_sq) has shape [500, 500], the parameter"),
     ],
 )
 def test_a_state_that_cannot_be_used_is_refused(change, sentence, llama, tmp_path):

@@ -249,6 +249,9 @@ def test_adam_with_a_fixed_preconditioner_diverges_above_the_threshold_and_not_b
             m = b1 * m + (1 - b1) * h * x
             x -= rate * m / d
         assert (abs(x) > 1) == grows
+    assert jaxhess.adam_threshold(rate, b1, steps=1) == pytest.approx(0.1 * jaxhess.adam_threshold(rate, b1))
     for rate, b1 in ((0.0, 0.9), (0.1, 1.0)):
         with pytest.raises(InputError, match="Learning rate"):
             jaxhess.adam_threshold(rate, b1)
+    with pytest.raises(InputError, match="before the first one"):
+        jaxhess.adam_threshold(0.1, steps=0)
