@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -165,7 +166,7 @@ def _check_examples(training: LossOperator) -> list[bool]:
 
 def _not_positive(curvature: LinearOperator, gradient: Vector, damping: float, steps: int) -> InputError:
     """The error to raise, with the damping that the gradient's own Krylov space asks for."""
-    steps = max(LOOK, steps + 1)
+    steps = LOOK * 2 ** max(0, math.ceil(math.log2((steps + 1) / LOOK)))  # few different ones: each is compiled
     state = start_lanczos([gradient], steps, Storage("none"))
     alphas, betas, _ = lanczos_segment(curvature, state, steps).tridiagonal()
     values = quadrature(alphas, betas).ritz_values
