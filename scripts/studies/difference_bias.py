@@ -97,7 +97,7 @@ class Options(ModelOptions):
     """Sequences of 32 bytes, all of them in every step."""
     newton_seeds: int = 3
     """Initial weights of the decoder."""
-    newton_dampings: tuple[float, ...] = (0.1, 1.0, 10.0)
+    newton_dampings: tuple[float, ...] = (1.0, 10.0)
     """Of the first Newton step; they then adapt. The best is chosen on other seeds: with exact products for them and
     those that approximate them, and with Gauss-Newton matrices for these."""
     newton_steps: int = 12

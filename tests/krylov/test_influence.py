@@ -247,15 +247,21 @@ def test_slopes_on_a_mesh_cost_a_pass_of_the_whole_batch():
 
         return jax.lax.map(slope, group.stacked)
 
-    def flops(function, *more):
-        return function.lower(G, G.batches[0], G.params, *more).compile().cost_analysis()["flops"]
-
-    whole, weighted = flops(jax.jit(along)), flops(MODULE._slopes, True)
+    arguments = (G, G.batches[0], G.params)
+    programs = [
+        lowered.compile()
+        for lowered in (
+            jax.jit(along).lower(*arguments),
+            MODULE._slopes.lower(*arguments, True),
+            MODULE._slopes.lower(*arguments, False),
+        )
+    ]
+    whole, weighted, apart = (program.cost_analysis()["flops"] for program in programs)
     # A factor of the weights is less than a hundredth of it; a batch that is not cut costs more than half again.
     assert weighted < 1.1 * whole
-    assert flops(MODULE._slopes, False) > 1.5 * whole
-    found = [MODULE._slopes(G, G.batches[0], G.params, by_weights) for by_weights in (True, False)]
+    assert apart > 1.5 * whole
     assert MODULE._check_examples(G) == [True]
+    found = [program(*arguments) for program in programs[1:]]
     np.testing.assert_allclose(*found, atol=1e-4 * np.abs(found[1]).max())
 
 
