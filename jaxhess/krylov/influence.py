@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -24,8 +25,11 @@ from jaxhess.operators.facts import validated
 from jaxhess.operators.loss import LossOperator, validate_loss
 from jaxhess.operators.matmul import with_matmul_precision
 from jaxhess.operators.microbatches import as_groups
+from jaxhess.operators.precision import product_eps
 from jaxhess.vectors import Vector, cast
 
+ERROR = 1e-3
+"""Of sums over examples beside those of the batch; more where products round more coarsely."""
 LOOK = 30
 """Lanczos steps, at least, that tell which damping an indefinite curvature needs."""
 
@@ -73,7 +77,11 @@ def influence(
 
     One solve serves all examples. No gradient of an example is computed: x'g_i is the derivative of its loss along x,
     so that one forward-mode pass gives those of a whole microbatch, at the cost and memory of about two forward passes.
-    It runs in the dtype of the loss, x rounded to that of the parameters.
+    It runs in the dtype of the loss, x rounded to that of the parameters. Where batches are named tuples with
+    `weights` that the loss is proportional to, as `TokenBatch`, this pass is cut over a mesh like the loss. Of other
+    batches each example is a batch of its own (`jax.vmap`), and a loss that pins its activations to a mesh would gather
+    them. Before, the first batch of each shape is computed whole and example after example, to see that its loss is
+    their sum: every device then computes each of these examples.
 
     Examples:
         >>> import jax.numpy as jnp, jaxhess
@@ -97,14 +105,14 @@ def influence(
             of the last x.
 
     Raises:
-        InputError: A + damping I is not positive definite (the message says which damping would do); the loss returns a
-            mean in place of a sum over examples; the arrays of a batch differ in their first axis; what
-            `conjugate_gradients` and `validate` refuse.
+        InputError: A + damping I is not positive definite (the message says which damping would do); the loss of a
+            batch is not the sum of those of its examples: a mean, a contrastive loss, batch normalisation; the arrays
+            of a batch differ in their first axis; what `conjugate_gradients` and `validate` refuse.
     """
     curvature = training if curvature is None else curvature
     check_structure(curvature.shape_dtype, training.shape_dtype)
     facts = validated(training)
-    _check_examples(training)
+    weighted = _check_examples(training)
     tested = dataclasses.replace(training, batches=as_groups(test))
     validate_loss(tested)
     _, gradient = _value_and_gradient(tested)
@@ -117,12 +125,18 @@ def influence(
             f"{solution.residual:.2g}, not {tolerance:g}. Use more max_steps, a larger damping, or a wider dtype.",
             stacklevel=2,
         )
-    slopes = [np.asarray(_slopes(training, group, solution.solution)) for group in training.batches]
+    groups = zip(training.batches, weighted, strict=True)
+    slopes = [np.asarray(_slopes(training, group, solution.solution, by_weights)) for group, by_weights in groups]
     return Influence(np.concatenate([x.ravel() for x in slopes]).astype(np.float64) / facts["count"], solution)
 
 
-def _check_examples(training: LossOperator) -> None:
-    """Raises InputError where a batch is not made of examples along its first axis."""
+def _check_examples(training: LossOperator) -> list[bool]:
+    """For each group of batches whether examples' losses are proportional to their weights.
+
+    Raises:
+        InputError: The loss of a batch is not a sum over examples along its first axis.
+    """
+    weighted = []
     for group in training.batches:
         shapes = [x.shape[1:] for x in jax.tree.leaves(group.stacked)]
         if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
@@ -130,22 +144,41 @@ def _check_examples(training: LossOperator) -> None:
                 f"The arrays of a batch have shapes {', '.join(map(str, shapes))}: its examples are along a first axis "
                 "that all have in common."
             )
-        whole, alone = (float(x) for x in _counts(training, group))
-        if abs(whole - alone) > 1e-3 * abs(whole):
+        (total, count), (totals, counts), by_weights = jax.tree.map(
+            lambda x: np.asarray(x, np.float64), _sums(training, group)
+        )
+        error = max(ERROR, 4 * product_eps(training))
+        if not abs(count - counts.sum()) <= error * abs(count):
             raise InputError(
-                f"The count of a batch is {whole:g} and its examples' counts add up to {alone:g}: influence needs a "
-                "loss that is a sum over examples. Return (sum, count) in place of a mean."
+                f"The count of a batch is {count:g} and its examples' counts add up to {counts.sum():g}: influence "
+                "needs a loss that is a sum over examples. Return (sum, count) in place of a mean."
             )
+        if not abs(total - totals.sum()) <= error * np.abs(totals).sum():
+            raise InputError(
+                f"The loss of a batch is {total:g} and its examples' losses, each computed alone, add up to "
+                f"{totals.sum():g}: influence needs a loss that is a sum over examples, without batch statistics or "
+                "comparisons between examples."
+            )
+        scale = np.abs(totals).sum()
+        weighted.append(by_weights is not None and bool(np.abs(by_weights - totals).sum() <= error * scale))
+    return weighted
 
 
 def _not_positive(curvature: LinearOperator, gradient: Vector, damping: float, steps: int) -> InputError:
     """The error to raise, with the damping that the gradient's own Krylov space asks for."""
-    steps = max(LOOK, steps + 1)
+    steps = LOOK * 2 ** max(0, math.ceil(math.log2((steps + 1) / LOOK)))  # few different ones: each is compiled
     state = start_lanczos([gradient], steps, Storage("none"))
     alphas, betas, _ = lanczos_segment(curvature, state, steps).tridiagonal()
     values = quadrature(alphas, betas).ritz_values
     low, high = processes.agreed((float(values[0]), float(values[-1])))
     needed = max(-low, 1e-4 * high, 0.0)
+    if needed < damping:  # Ritz values of products that are symmetric lie within the spectrum
+        return InputError(
+            f"The curvature plus damping {damping:g} is not positive definite by the products of the solve, yet after "
+            f"{len(alphas)} Lanczos steps the Ritz values of the curvature go from {low:.3g} to {high:.3g}: its "
+            "products are not symmetric to the needed accuracy. Take a wider dtype, another step of finite "
+            "differences, or a larger damping."
+        )
     return InputError(
         f"The curvature plus damping {damping:g} is not positive definite: after {len(alphas)} Lanczos steps the Ritz "
         f"values of the curvature go from {low:.3g} to {high:.3g}. Take a damping above {needed:.2g}, or "
@@ -159,31 +192,62 @@ def _value_and_gradient(operator: LossOperator) -> tuple[jax.Array, Vector]:
 
 
 @jax.jit
-def _counts(operator: LossOperator, group: Any) -> tuple[jax.Array, jax.Array]:
-    """The count of the group's first batch, and the sum of those of its examples."""
-    batch = jax.tree.map(lambda x: x[0], group.stacked)
-    alone = jax.vmap(lambda row: operator.sum_and_count(operator.free, _alone(row))[1])(batch)
-    return operator.sum_and_count(operator.free, batch)[1], jnp.sum(alone)
+def _sums(operator: LossOperator, group: Any) -> tuple[Any, Any, jax.Array | None]:
+    """(sum, count) of the group's first batch, and [B] of each of its examples as a batch of its own; and [B] the
+    derivatives of the sum in factors on the examples' weights, None where the batch has no weights."""
+
+    def compute(batch: Any) -> tuple[Any, Any, jax.Array | None]:
+        def both(batch: Any) -> tuple[jax.Array, jax.Array]:
+            return operator.sum_and_count(operator.free, batch)
+
+        alone = jax.lax.map(lambda row: both(jax.tree.map(lambda x: x[None], row)), batch)
+        if not _has_weights(batch):
+            return both(batch), alone, None
+        by_weights = jax.grad(lambda factors: both(_reweighted(batch, factors))[0])(jnp.ones(len(batch.weights)))
+        return both(batch), alone, by_weights
+
+    found = with_matmul_precision(compute, operator.matmul_precision)(jax.tree.map(lambda x: x[0], group.stacked))
+    return _everywhere(operator, found)
 
 
-@jax.jit
-def _slopes(operator: LossOperator, group: Any, direction: Vector) -> jax.Array:
-    """[batches, B] the derivative of every example's summed loss along the direction, batch after batch."""
+@jax.jit(static_argnums=3)
+def _slopes(operator: LossOperator, group: Any, direction: Vector, weighted: bool) -> jax.Array:
+    """[batches, B] the derivative of every example's summed loss along the direction, batch after batch.
 
-    def losses(free: Any, batch: Any) -> jax.Array:
-        return jax.vmap(lambda row: operator.sum_and_count(free, _alone(row))[0])(batch)
+    Args:
+        weighted: Whether the loss is proportional to the examples' weights: its derivative along the direction is then
+            differentiated by factors on these. They enter where examples are summed, so that this adds no pass.
+    """
+
+    def slope(batch: Any, direction: Vector) -> jax.Array:
+        return jax.jvp(lambda free: operator.sum_and_count(free, batch)[0], (operator.free,), (direction,))[1]
 
     def along(direction: Vector) -> jax.Array:
         def one(batch: Any) -> jax.Array:
-            return jax.jvp(lambda free: losses(free, batch), (operator.free,), (direction,))[1]
+            if weighted:
+                ones = jnp.ones(len(batch.weights))
+                return jax.grad(lambda factors: slope(_reweighted(batch, factors), direction))(ones)
+            return jax.vmap(lambda row: slope(jax.tree.map(lambda x: x[None], row), direction))(batch)
 
         return jax.lax.map(one, group.stacked)
 
     found = with_matmul_precision(along, operator.matmul_precision)(cast(direction, operator.free))
+    return _everywhere(operator, found)
+
+
+def _everywhere(operator: LossOperator, found: Any) -> Any:
+    """Small arrays, whole on every device: each process reads them."""
     mesh = next((s.mesh for s in operator.shardings or () if s is not None), None)
     return found if mesh is None else jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec()))
 
 
-def _alone(row: Any) -> Any:
-    """A batch of one example."""
-    return jax.tree.map(lambda x: x[None], row)
+def _has_weights(batch: Any) -> bool:
+    """Whether it is a named tuple with floating-point weights of its examples."""
+    weights = getattr(batch, "weights", None)
+    return hasattr(batch, "_replace") and weights is not None and jnp.issubdtype(weights.dtype, jnp.floating)
+
+
+def _reweighted(batch: Any, factors: jax.Array) -> Any:
+    """The batch with the weights of each example times its factor."""
+    factors = factors.astype(batch.weights.dtype).reshape(-1, *(1,) * (batch.weights.ndim - 1))
+    return batch._replace(weights=batch.weights * factors)

@@ -7,7 +7,7 @@ two small classifiers against retraining without them; truncated Newton steps of
 would refute that the bias does not matter at a step: a solution further than a tenth from the exact one, a rank
 correlation with retraining that is lower by more than a twentieth, or Newton steps that miss more than a twentieth of
 what steps with exact products learn. These limits were set before the first measurement. Programs are compiled with few
-optimisations: seconds compare with each other only.
+optimisations, and seconds are those of the clock: they compare with each other only, on a machine that is quiet.
 """
 
 from __future__ import annotations
@@ -18,26 +18,35 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 import jaxhess
 from jaxhess.command import compile_quickly
 from jaxhess.errors import InputError
-from jaxhess.results.page import Table
 from jaxhess.results.study import Claim, Study
 from scripts.studies.bias import curvatures as kinds
 from scripts.studies.bias.curvatures import AUTOMATIC, BLOCKS, EXACT, GAUSS_NEWTON, PAPER, curvatures, fixed, narrow
+from scripts.studies.bias.findings import (
+    NOTE,
+    SMALL_ERROR,
+    Ends,
+    Ranks,
+    Trained,
+    figure,
+    newton_table,
+    rank_table,
+    solve_table,
+)
 from scripts.studies.bias.retraining import Classifier, Retrained, logits, losses, retrained
-from scripts.studies.bias.solves import Systems, solve_all
-from scripts.studies.harness import FOUNDATION, TINY, ModelOptions, command, picture
+from scripts.studies.bias.solves import Systems, gradients, solve_all
+from scripts.studies.harness import FOUNDATION, TINY, ModelOptions, command, make_mesh, picture
 from scripts.training.images import Source
-from scripts.training.newton import NewtonRun, newton_run
+from scripts.training.newton import newton_run
 from scripts.training.short_runs import adam, check_runs, mean_loss, missed, over_seeds, sweep
 from scripts.training.small_decoder import byte_batch, byte_config, decoder_problem
 
@@ -45,17 +54,11 @@ Array = npt.NDArray[np.float64]
 T = TypeVar("T")
 
 NAME = "difference_bias"
-SOLUTION, RANKS, LEARNT = 0.1, 0.05, 0.05
+SOLUTION, RANKS, LEARNT = SMALL_ERROR, 0.05, 0.05
 """Relative error of a solution, loss of rank correlation, and share of learning missed up to which a bias is small."""
+OTHER_SEEDS = 2
+"""On which learning rates and dampings are chosen, none of which is among those that are reported."""
 CONVEX, NETWORK = Classifier("softmax regression", None, 1), Classifier("network", 8, 2)
-COLORS = {
-    EXACT: "#000000", AUTOMATIC: "#0072B2", fixed(PAPER[0]): "#56B4E9", fixed(PAPER[1]): "#009E73",
-    GAUSS_NEWTON: "#D55E00", BLOCKS: "#CC79A7",
-}  # fmt: skip
-NOTE = """Left: error of solutions, by damping in |smallest Ritz value|; filled float32, hollow bfloat16; shaded: what
-counts as small. Middle: rank correlation of predicted and actual changes of a test image's loss when a training image
-is left out, mean over seeds with its 95% interval. Right: training loss against what was spent, in gradients; lines are
-means over seeds of truncated Newton steps, crosses are Adam's ends after so many gradients."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Options(ModelOptions):
     """Of the linear systems, in |smallest Ritz value| of the Hessian; above 1."""
     reference: Literal["float64", "float32"] = "float64"
     """Precision of the linear systems that errors are measured against."""
+    right_sides: int = 3
+    """Of the linear systems: gradients of as many sequences after those of the Hessian; errors are over these."""
     solve_steps: int = 60
     """Products of a linear system at most."""
     low_precision: bool = True
@@ -76,7 +81,7 @@ class Options(ModelOptions):
     """Names of curvatures, as in the tables, beside exact products; by default all."""
     images: Source = "digits"
     """Handwritten digits of scikit-learn, or random images that need no other package."""
-    seeds: int = 5
+    seeds: int = 4
     """Draws of images with their initial weights; errors are over these."""
     examples: int = 150
     """Images to train on."""
@@ -92,12 +97,15 @@ class Options(ModelOptions):
     """Sequences of 32 bytes, all of them in every step."""
     newton_seeds: int = 3
     """Initial weights of the decoder."""
-    newton_steps: int = 16
+    newton_dampings: tuple[float, ...] = (1.0, 10.0)
+    """Of the first Newton step; they then adapt. The best is chosen on other seeds: with exact products for them and
+    those that approximate them, and with Gauss-Newton matrices for these."""
+    newton_steps: int = 12
     """Newton steps."""
     newton_products: int = 10
     """Products of a Newton step's solve at most."""
     adam_rates: tuple[float, ...] = (1e-2, 3e-2, 0.1)
-    """Learning rates of Adam; the best one counts."""
+    """Learning rates of Adam, of which the best is chosen on other seeds."""
 
     def chosen(self, found: dict[str, T]) -> dict[str, T]:
         """Those that were asked for, and exact products."""
@@ -110,6 +118,8 @@ class Options(ModelOptions):
         check_runs(min(self.seeds, self.newton_seeds), self.newton_steps, self.adam_rates)
         if not self.dampings or min(self.dampings) <= 1:
             raise InputError(f"--dampings {self.dampings}: each must be above 1, for a positive definite matrix.")
+        if self.right_sides < 2 or not self.newton_dampings or min(self.newton_dampings) <= 0:
+            raise InputError("--right-sides is at least 2, for an error over them; --newton-dampings are positive.")
         if not 5 <= self.left_out <= self.examples:
             raise InputError(f"--left-out {self.left_out}: from 5 to the {self.examples} examples.")
         if not 1 <= self.tests <= 100 or not self.penalty > 0 or min(self.solve_steps, self.newton_products) < 1:
@@ -117,54 +127,10 @@ class Options(ModelOptions):
 
 
 SMALL = Options(
-    seq_len=8, mesh="fsdp=1", solve_steps=15, dampings=(4.0,), reference="float32", low_precision=False,
+    seq_len=8, mesh="fsdp=1", right_sides=2, solve_steps=15, dampings=(4.0,), reference="float32", low_precision=False,
     images="prototypes", seeds=2, examples=40, left_out=12, tests=1, train_sequences=8, newton_seeds=2,
-    newton_steps=10, newton_products=4,
-    adam_rates=(3e-2,), only=(fixed(PAPER[0]),),
+    newton_dampings=(1.0,), newton_steps=10, newton_products=4, adam_rates=(3e-2,), only=(fixed(PAPER[0]),),
 )  # fmt: skip
-
-
-class Ranks(NamedTuple):
-    """Influence against retraining, for one classifier.
-
-    Attributes:
-        rho: For every curvature [seeds] Spearman's rank correlation, mean over test images; a solve that was refused
-            gives no scores and counts as 0.
-        refused: For every curvature how many were.
-        steps: For every curvature the mean number of products of a solve.
-        again: [seeds] of exact influence with retraining from the first weights; empty where that was not done.
-        unreached: Retrainings that reached no minimum.
-    """
-
-    rho: dict[str, Array]
-    refused: dict[str, int]
-    steps: dict[str, float]
-    again: Array
-    unreached: int
-
-
-class Ends(NamedTuple):
-    """[seeds] losses of Adam at its best rate after so many steps."""
-
-    steps: int
-    losses: Array
-
-
-class Trained(NamedTuple):
-    """Newton steps of every curvature, a run for each seed, and Adam.
-
-    Attributes:
-        runs: By curvature.
-        initial: [seeds] losses.
-        adam: Adam's losses after as many "steps", "gradients" and processor "seconds" as Newton steps with exact
-            products took.
-        seconds: Processor seconds of a gradient in Adam.
-    """
-
-    runs: dict[str, list[NewtonRun]]
-    initial: Array
-    adam: dict[str, Ends]
-    seconds: float
 
 
 def study(options: Options) -> Study:
@@ -189,19 +155,23 @@ def study(options: Options) -> Study:
             "unreached": {name: r.unreached for name, r in ranks.items()},
             "newton_losses": {name: [run.losses.tolist() for run in runs] for name, runs in trained.runs.items()},
             "newton_products": {name: [run.products.tolist() for run in runs] for name, runs in trained.runs.items()},
-            "adam": {what: {"steps": x.steps, "losses": x.losses.tolist()} for what, x in trained.adam.items()},
-            "gradient_seconds": trained.seconds,
+            "adam": {what: x._asdict() | {"losses": x.losses.tolist()} for what, x in trained.adam.items()},
+            "newton_dampings": trained.dampings,
         },
     )
 
 
 def linear_systems(options: Options) -> tuple[Systems, str]:
     """Solves on the model, with blocks by layer; and what it was."""
-    exact = options.hessian(options.blocks(), "float32")
-    blocks = jaxhess.Blocks.by(exact, "layers")
-    found = options.chosen(curvatures(exact, blocks, options.low_precision))
+    more = dataclasses.replace(options, sequences=options.sequences + options.right_sides).blocks()
+    cuts = (slice(options.sequences), *(slice(k, k + 1) for k in range(options.sequences, more.num_sequences)))
+    mine, *others = (dataclasses.replace(more, tokens=more.tokens[cut], weights=more.weights[cut]) for cut in cuts)
+    exact = options.hessian(mine, "float32")
+    mesh = make_mesh(options.mesh)
+    sides = gradients(exact, [blocks.microbatches(1, mesh) for blocks in others], options.reference)
+    found = options.chosen(curvatures(exact, jaxhess.Blocks.by(exact, "layers"), options.low_precision))
     numbers = (options.dampings, 1e-3, options.solve_steps, options.seed)
-    return solve_all(exact, found, *numbers, options.reference), options.described(exact)
+    return solve_all(exact, found, sides, *numbers, options.reference), options.described(exact)
 
 
 LOSS = jaxhess.SoftmaxCrossEntropy(logits)
@@ -279,53 +249,52 @@ def newton(options: Options) -> tuple[Trained, str]:
     config = dataclasses.replace(byte_config(16, 1, 2, 32), qkv_bias=False)
     problem = decoder_problem(config, byte_batch(options.text, 32, options.train_sequences), None)
     seeds = range(options.newton_seeds)
-    starts = [jaxhess.Hessian(problem.loss, problem.initial(seed), [problem.data]) for seed in seeds]
+    others = range(options.newton_seeds, options.newton_seeds + OTHER_SEEDS)
+    starts, elsewhere = (
+        [jaxhess.Hessian(problem.loss, problem.initial(seed), [problem.data]) for seed in x] for x in (seeds, others)
+    )
     initial = np.array([mean_loss(problem, start.params) for start in starts])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        chosen = options.chosen(kinds.rules(options.low_precision))
+        dampings = {
+            name: best_damping(elsewhere, chosen[name], options) for name in (EXACT, GAUSS_NEWTON) if name in chosen
+        }
         runs = {
-            name: [newton_run(start, rule, options.newton_steps, options.newton_products) for start in starts]
-            for name, rule in options.chosen(rules(options.low_precision)).items()
+            name: [newton_run(start, rule, *_sizes(options), dampings.get(name, dampings[EXACT])) for start in starts]
+            for name, rule in chosen.items()
         }
     spent = float(np.mean([run.cost(kinds.gradients_per_product(EXACT, 0))[-1] for run in runs[EXACT]]))
-    seconds = gradient_seconds(starts[0])
-    budgets = {
-        "steps": options.newton_steps,
-        "gradients": max(10, round(spent)),
-        "seconds": max(10, round(float(np.mean([run.seconds_without_first for run in runs[EXACT]])) / seconds)),
-    }
-    ends = {}
-    for what, budget in budgets.items():
-        found = sweep(problem, adam, options.adam_rates, seeds, budget)
-        ends[what] = Ends(budget, found.losses[found.best])
-    return Trained(runs, initial, ends, seconds), f"decoder of bytes, {starts[0].dim:,} parameters"
+
+    def with_adam(budget: int) -> Ends:
+        best = sweep(problem, adam, options.adam_rates, others, budget)
+        rate = best.rates[best.best]
+        began = time.perf_counter()  # compiled by the line above
+        found = sweep(problem, adam, (rate,), seeds, budget)
+        seconds = (time.perf_counter() - began) / (budget * len(seeds))
+        return Ends(budget, found.losses[0], rate, best.at_an_end, seconds)
+
+    ends = {"steps": with_adam(options.newton_steps), "gradients": with_adam(max(10, round(spent)))}
+    seconds = float(np.mean([run.seconds_without_first for run in runs[EXACT]]))
+    ends["seconds"] = with_adam(max(10, round(seconds / ends["gradients"].seconds)))
+    return Trained(runs, initial, ends, dampings), f"decoder of bytes, {starts[0].dim:,} parameters"
 
 
-def gradient_seconds(operator: jaxhess.Hessian, times: int = 20) -> float:
-    """Processor seconds of one gradient, once compiled."""
-    gradient = jax.jit(type(operator).value_and_gradient)
-    jax.block_until_ready(gradient(operator))
-    began = time.process_time()
-    for _ in range(times):
-        jax.block_until_ready(gradient(operator))
-    return (time.process_time() - began) / times
+def _sizes(options: Options) -> tuple[int, int]:
+    return options.newton_steps, options.newton_products
 
 
-def rules(low_precision: bool) -> dict[str, Callable[[jaxhess.Hessian], jaxhess.LinearOperator]]:
-    """From the Hessian at a point to the curvature of a Newton step."""
+def best_damping(
+    starts: list[jaxhess.Hessian], rule: Callable[[jaxhess.Hessian], jaxhess.LinearOperator], options: Options
+) -> float:
+    """Of the first Newton step: the one that ends with the least loss, mean over the starts."""
+    if len(options.newton_dampings) == 1:
+        return options.newton_dampings[0]
 
-    def gauss_newton(exact: jaxhess.Hessian) -> jaxhess.GaussNewton:
-        return jaxhess.GaussNewton(exact.loss, exact.params, exact.batches)
+    def end(damping: float) -> float:
+        return float(np.mean([newton_run(start, rule, *_sizes(options), damping).losses[-1] for start in starts]))
 
-    def step(size: float | str, dtype: str | None = None) -> Callable[[jaxhess.Hessian], jaxhess.LinearOperator]:
-        return lambda exact: kinds.differences(exact if dtype is None else exact.in_dtype(dtype), size)
-
-    found: dict[str, Callable[[jaxhess.Hessian], jaxhess.LinearOperator]] = {EXACT: lambda exact: exact}
-    found |= {AUTOMATIC: step("auto"), GAUSS_NEWTON: gauss_newton}
-    found |= {fixed(size): step(size) for size in PAPER}
-    if low_precision:
-        found |= {narrow(fixed(size)): step(size, kinds.NARROW) for size in PAPER}
-    return found
+    return min(options.newton_dampings, key=end)
 
 
 QUESTION, MECHANISM, CHECK = "Open Question 3", "Mechanism 1, core assumption", "Next Checks, Validation Check"
@@ -342,21 +311,29 @@ def _steps(low_precision: bool) -> Iterator[tuple[str, str]]:
 
 
 def solve_claims(systems: Systems, model: str, options: Options) -> Iterator[Claim]:
-    """Of solutions, at the smallest damping. The error: that of exact products with the same tolerance."""
+    """Of solutions, at the smallest damping, over right-hand sides; to the error comes that of exact products with the
+    same tolerance. A solve that failed leaves x = 0, whose error is 1."""
     least = min(options.dampings)
-    at = {solve.name: solve for solve in systems.solves if solve.damping == least}
-    quantity = f"relative error of the solution, damping {least:g} times |smallest Ritz value|,"
+    exact = float(np.mean([solve.counted for solve in systems.of(EXACT, least)]))
+
+    def claim(name: str, statement: str, place: str, paper: str, holds: tuple[float | None, float | None]) -> Claim:
+        found = systems.of(name, least)
+        value, error = over_seeds([solve.counted for solve in found])
+        failed = sum(solve.failed for solve in found)
+        quantity = f"relative error of the solution, damping {least:g} times |smallest Ritz value|, {name}"
+        if failed:
+            quantity += f" ({failed} of {len(found)} solves refused or at negative curvature, which count as 1)"
+        return Claim(FOUNDATION, place, statement, paper, quantity, holds, value, error + exact,
+                     f"{model}, {len(found)} right-hand sides")  # fmt: skip
+
+    names = {solve.name for solve in systems.solves}
     for name, words in _steps(options.low_precision):
-        if name not in at:
-            continue
-        found = at[name]
-        yield Claim(FOUNDATION, f"{MECHANISM}; {QUESTION}", f"{BIAS_IS_SMALL} {words}, in CG solves.",
-                    "uncharacterized", f"{quantity} {name}", (None, SOLUTION), _finite(found.error), at[EXACT].error,
-                    model, found.ended if found.ended.startswith("refused") else "")  # fmt: skip
-    if BLOCKS in at:
-        yield Claim(FOUNDATION, "Mechanism 3", "Blocks of the Hessian fail in CG solves.", "fail catastrophically",
-                    f"{quantity} {BLOCKS}", (SOLUTION, None), _finite(at[BLOCKS].error), at[EXACT].error,
-                    model)  # fmt: skip
+        if name in names:
+            yield claim(name, f"{BIAS_IS_SMALL} {words}, in CG solves.", f"{MECHANISM}; {QUESTION}", "uncharacterized",
+                        (None, SOLUTION))  # fmt: skip
+    if BLOCKS in names:
+        yield claim(BLOCKS, "Blocks of the Hessian fail in CG solves.", "Mechanism 3", "fail catastrophically",
+                    (SOLUTION, None))  # fmt: skip
 
 
 def rank_claims(ranks: dict[str, Ranks], options: Options) -> Iterator[Claim]:
@@ -399,108 +376,6 @@ def newton_claims(trained: Trained, decoder: str) -> Iterator[Claim]:
             yield Claim(FOUNDATION, f"{CHECK} 2", f"Newton steps with {name} products learn more than Adam in as many "
                         f"{what}.", "to be compared", f"loss of Adam after {adams.steps} steps, less that of Newton "
                         "steps", (0, None), value, error, model)  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def solve_table(systems: Systems) -> Table:
-    """Every solve."""
-    rows = [
-        (s.name, f"{s.damping:g}", str(s.steps), *(f"{x:.1e}" for x in (s.claimed, s.residual, s.error)), s.ended)
-        for s in systems.solves
-    ]
-    head = ("products", "damping", "steps", "its own residual", "exact residual", "error of x", "ended")
-    return Table(head, rows, f"CG solves; damping in |smallest Ritz value| = {abs(systems.smallest):.3g}")
-
-
-def rank_table(ranks: dict[str, Ranks]) -> Table:
-    """Rank correlations, and products of a solve."""
-    rows = []
-    for name in next(iter(ranks.values())).rho:
-        cells = []
-        for found in ranks.values():
-            value, error = over_seeds(found.rho[name])
-            steps = f"{found.steps[name]:.0f}" if math.isfinite(found.steps[name]) else ""
-            cells += [f"{value:.3f} ± {error:.1g}", steps, str(found.refused[name])]
-        rows.append((name, *cells))
-    for k, found in enumerate(ranks.values()):
-        if found.again.size:
-            value, error = over_seeds(found.again)
-            cells = [""] * (3 * len(ranks))
-            cells[3 * k] = f"{value:.3f} ± {error:.1g}"
-            rows.append((f"{EXACT}, against retraining from the first weights", *cells))
-    head = ("products", *(x for name in ranks for x in (f"rho, {name}", "products", "refused")))
-    return Table(head, rows, "Influence against leave-one-out retraining, mean over seeds")
-
-
-def newton_table(trained: Trained) -> Table:
-    """Losses at the end, and what was spent."""
-    rows = []
-    for name, runs in trained.runs.items():
-        value, error = over_seeds([run.losses[-1] for run in runs])
-        cost = np.mean([run.cost(kinds.gradients_per_product(name, 4))[-1] for run in runs])
-        seconds = np.mean([run.seconds_without_first for run in runs]) / len(runs[0].dampings)
-        refused = np.mean([run.refused for run in runs])
-        rows.append((name, f"{value:.3f} ± {error:.1g}", f"{cost:.0f}", f"{seconds:.2f}", f"{refused:.1f}"))
-    for what, ends in trained.adam.items():
-        value, error = over_seeds(ends.losses)
-        rows.append(
-            (f"Adam, as many {what}", f"{value:.3f} ± {error:.1g}", str(ends.steps), f"{trained.seconds:.3f}", "")
-        )
-    head = ("steps with", "training loss", "gradients spent", "processor seconds per step", "steps refused")
-    value, error = over_seeds(trained.initial)
-    return Table(head, rows, f"Training; before: {value:.3f} ± {error:.1g}")
-
-
-def figure(systems: Systems, ranks: dict[str, Ranks], trained: Trained) -> Figure:
-    """Errors of solutions, rank correlations, losses."""
-    drawn = Figure(figsize=(16, 5.6), dpi=120, layout="constrained", facecolor="white")
-    left, middle, right = drawn.subplots(1, 3)
-    dampings = sorted({solve.damping for solve in systems.solves})
-    for name in dict.fromkeys(solve.name for solve in systems.solves):
-        color, fill, label = _style(name)
-        errors = [next(s.error for s in systems.solves if (s.name, s.damping) == (name, d)) for d in dampings]
-        left.plot(dampings, errors, "o-" if fill else "o--", color=color, mfc=color if fill else "white", label=label)
-    left.axhspan(1e-7, SOLUTION, color="#f2e8cf", zorder=0)
-    left.set(xscale="log", yscale="log", xlabel="damping, in |smallest Ritz value|", ylabel="relative error of x")
-    left.set_ylim(bottom=1e-5)
-    left.set_xticks(dampings, [f"{d:g}" for d in dampings])
-    left.minorticks_off()
-    names = list(next(iter(ranks.values())).rho)
-    for k, (classifier, found) in enumerate(ranks.items()):
-        for i, name in enumerate(names):
-            color, fill, _ = _style(name)
-            value, error = over_seeds(found.rho[name])
-            middle.errorbar(value, -i - 0.3 * k, xerr=error, fmt="os"[k], color=color,
-                            mfc=color if fill else "white", capsize=3)  # fmt: skip
-        middle.plot([], [], "os"[k], color="gray", label=classifier)
-    middle.set_yticks([-i - 0.15 for i in range(len(names))], names, fontsize=8)
-    middle.set(xlabel="Spearman's rho with leave-one-out retraining", xlim=(-0.2, 1.05))
-    for name, runs in trained.runs.items():
-        color, fill, label = _style(name)
-        costs = np.mean([run.cost(kinds.gradients_per_product(name, 4)) for run in runs], axis=0)
-        mean = np.mean([run.losses for run in runs], axis=0)
-        right.plot(np.maximum(costs, 1), mean, "-" if fill else "--", color=color, label=label)
-    for ends in trained.adam.values():
-        value, error = over_seeds(ends.losses)
-        right.errorbar(ends.steps, value, yerr=error, fmt="X", color="#7f7f7f", capsize=3)
-    right.plot([], [], "X", color="#7f7f7f", label="Adam, its end after so many")
-    right.set(xscale="log", xlabel="spent, in gradients", ylabel="training loss, nats per byte")
-    for panel in (left, middle, right):
-        panel.grid(alpha=0.25, linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in (left, right):
-        panel.legend(fontsize=7.5, frameon=False)
-    middle.legend(fontsize=8, frameon=False, loc="upper left")
-    return drawn
-
-
-def _style(name: str) -> tuple[str, bool, str]:
-    """Color, whether it is float32, and label."""
-    wide = name.removesuffix(f", {kinds.NARROW}")
-    return COLORS[wide], wide == name, name
 
 
 def main() -> None:

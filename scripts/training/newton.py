@@ -31,7 +31,7 @@ class NewtonRun:
         losses: [steps + 1] mean training loss.
         products: [steps + 1] curvature products so far.
         gradients: [steps + 1] gradients so far; a loss alone counts for a third of one.
-        seconds: [steps + 1] processor seconds so far.
+        seconds: [steps + 1] seconds so far, by the clock.
         dampings: [steps].
         refused: Steps that would have raised the loss, or had no direction, and were not taken.
     """
@@ -45,7 +45,7 @@ class NewtonRun:
 
     @property
     def seconds_without_first(self) -> float:
-        """Processor seconds of all steps as if the first, which compiles, had taken as long as the others."""
+        """Seconds of all steps as if the first, which compiles, had taken as long as the others."""
         return float(self.seconds[-1] - self.seconds[1]) * len(self.dampings) / max(len(self.dampings) - 1, 1)
 
     def cost(self, per_product: float) -> Array:
@@ -81,7 +81,7 @@ def newton_run(
     losses.append(float(value))
     fresh = 1.0  # the gradient at the start; a refused step leaves it as it was
     for _ in range(steps):
-        began = time.process_time()
+        began = time.perf_counter()
         A = curvature(training)
         found = conjugate_gradients(
             A, scale(jnp.float32(-1), slope), damping=damping, tolerance=tolerance, max_steps=solve_steps
@@ -92,7 +92,7 @@ def newton_run(
             direction = scale(jnp.float32(-1 / damping), slope)
         predicted = float(_model(slope, compiled_mv(A, direction), direction))
         moved = dataclasses.replace(training, params=_moved(training.params, direction))
-        new_value, new_slope = _value_and_gradient(moved)
+        new_value, new_slope = jax.block_until_ready(_value_and_gradient(moved))
         gain = losses[-1] - float(new_value)
         accepted = gain > 0
         dampings.append(damping)
@@ -103,7 +103,7 @@ def newton_run(
             damping *= WEAKER
         gradients.append(gradients[-1] + fresh + (0.0 if accepted else 1 / 3))
         products.append(products[-1] + taken + 1)
-        seconds.append(seconds[-1] + time.process_time() - began)
+        seconds.append(seconds[-1] + time.perf_counter() - began)
         fresh = 1.0 if accepted else 0.0
         if accepted:
             training, slope = moved, new_slope

@@ -1,7 +1,9 @@
 """Influence of training examples against retraining without them in closed form, and against dense float64 solves."""
 
 import dataclasses
+import sys
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,10 @@ from small_models import TINY, batch_of, network, random_model, tokens
 
 import jaxhess
 from jaxhess import BlockDiagonal, Blocks, FiniteDifferenceHessian, GaussNewton, Hessian, SoftmaxCrossEntropy
+from jaxhess.distributed.mesh import batch_sharding
 from jaxhess.errors import InputError
 
+MODULE = sys.modules["jaxhess.krylov.influence"]  # the function of its name stands before it
 DRAW = np.random.default_rng(0).normal
 X, NEW = DRAW(size=(24, 5)), DRAW(size=(3, 5))
 LABELS = np.random.default_rng(1).integers(0, 3, 24)
@@ -201,6 +205,77 @@ def test_a_solve_that_has_not_converged_is_told():
         jaxhess.influence(H, [TEST], damping=0.1)
 
 
+def test_products_that_are_not_symmetric_are_told():
+    # Ritz values of 1 do not explain a direction without curvature at a damping of 0.5.
+    error = MODULE._not_positive(jaxhess.MatrixOperator(jnp.eye(2)), jnp.ones(2), 0.5, 1)
+    assert "from 1 to 1: its products are not symmetric to the needed accuracy" in str(error)
+
+
+class Weighted(NamedTuple):
+    x: jax.Array
+    weights: jax.Array
+
+
+def squared_weights(w, batch):
+    """Named, as weights, but the loss is not proportional to them."""
+    return jnp.sum(batch.weights**2 * (batch.x - w) ** 2), batch.x.shape[0]
+
+
+def proportional(w, batch):
+    return jnp.sum(batch.weights * (batch.x - w) ** 2), batch.x.shape[0]
+
+
+@pytest.mark.parametrize(("loss", "power"), [(squared_weights, 2), (proportional, 1)])
+def test_weights_are_those_of_the_loss(loss, power):
+    weights, x = np.array([1.0, 2.0, 3.0]), np.array([1.0, -1.0, 2.0])
+    H = Hessian(loss, jnp.array(0.5), [Weighted(jnp.asarray(x), jnp.asarray(weights))])
+    assert MODULE._check_examples(H) == [power == 1]
+    scores = jaxhess.influence(H, [Weighted(jnp.array([1.0]), jnp.array([1.0]))], damping=0.1).scores
+    curvature = 2 * (weights**power).mean() + 0.1
+    np.testing.assert_allclose(scores, -1.0 / curvature * 2 * weights**power * (0.5 - x) / 3, rtol=1e-4)
+
+
+def test_slopes_on_a_mesh_cost_a_pass_of_the_whole_batch():
+    mesh = jaxhess.make_mesh("data=2,fsdp=4")
+    model = random_model(TINY, mesh)
+    stacked = jaxhess.data.TokenBatch(jnp.asarray(tokens(16, 8, TINY.vocab_size))[None], jnp.ones((1, 16, 8)))
+    G = GaussNewton(model.loss(), model.params, jaxhess.Microbatches(jax.device_put(stacked, batch_sharding(mesh, 1))))
+
+    def along(operator, group, direction):
+        def slope(batch):
+            return jax.jvp(lambda free: operator.sum_and_count(free, batch)[0], (operator.free,), (direction,))[1]
+
+        return jax.lax.map(slope, group.stacked)
+
+    arguments = (G, G.batches[0], G.params)
+    programs = [
+        lowered.compile()
+        for lowered in (
+            jax.jit(along).lower(*arguments),
+            MODULE._slopes.lower(*arguments, True),
+            MODULE._slopes.lower(*arguments, False),
+        )
+    ]
+    whole, weighted, apart = (program.cost_analysis()["flops"] for program in programs)
+    # A factor of the weights is less than a hundredth of it; a batch that is not cut costs more than half again.
+    assert weighted < 1.1 * whole
+    assert apart > 1.5 * whole
+    assert MODULE._check_examples(G) == [True]
+    found = [program(*arguments) for program in programs[1:]]
+    np.testing.assert_allclose(*found, atol=1e-4 * np.abs(found[1]).max())
+
+
+def contrastive(w, x):
+    """Every example against the others of its batch."""
+    scaled = x * w
+    return -jnp.sum(jnp.diagonal(jax.nn.log_softmax(scaled @ scaled.T))), x.shape[0]
+
+
+def normalised(w, x):
+    """With the statistics of the batch."""
+    return jnp.sum(((x - x.mean(0)) / (x.std(0) + 1) - w) ** 2), x.shape[0]
+
+
 def mean_of_squares(w, batch):
     x, y = batch
     return jnp.mean((x @ w - y) ** 2)
@@ -214,6 +289,18 @@ def mean_of_squares(w, batch):
             [(jnp.eye(2), jnp.ones(2))],
             {},
             r"The count of a batch is 1 and its examples' counts add up to 2.*Return \(sum, count\)",
+        ),
+        (
+            Hessian(contrastive, jnp.ones(2), [jnp.eye(2)]),
+            [jnp.eye(2)],
+            {},
+            r"The loss of a batch is 0.626523 and its examples' losses, each computed alone, add up to -?0: influence",
+        ),
+        (
+            Hessian(normalised, jnp.ones(2), [jnp.eye(2)]),
+            [jnp.eye(2)],
+            {},
+            "a sum over examples, without batch statistics",
         ),
         (
             Hessian(squares, jnp.zeros(2), [(jnp.eye(2), jnp.ones(1))]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jaxhess
 
 EXACT, AUTOMATIC, GAUSS_NEWTON, BLOCKS = "exact", "differences, automatic step", "Gauss-Newton", "blocks of the Hessian"
@@ -51,6 +53,23 @@ def curvatures(
 def differences(exact: jaxhess.Hessian, step: float | str) -> jaxhess.FiniteDifferenceHessian:
     """The same by finite differences."""
     return jaxhess.FiniteDifferenceHessian(exact.loss, exact.params, exact.batches, step)
+
+
+def rules(low_precision: bool) -> dict[str, Callable[[jaxhess.Hessian], jaxhess.LinearOperator]]:
+    """From the Hessian at a point to the curvature of a Newton step."""
+
+    def gauss_newton(exact: jaxhess.Hessian) -> jaxhess.GaussNewton:
+        return jaxhess.GaussNewton(exact.loss, exact.params, exact.batches)
+
+    def step(size: float | str, dtype: str | None = None) -> Callable[[jaxhess.Hessian], jaxhess.LinearOperator]:
+        return lambda exact: differences(exact if dtype is None else exact.in_dtype(dtype), size)
+
+    found: dict[str, Callable[[jaxhess.Hessian], jaxhess.LinearOperator]] = {EXACT: lambda exact: exact}
+    found |= {AUTOMATIC: step("auto"), GAUSS_NEWTON: gauss_newton}
+    found[fixed(PAPER[0])] = step(PAPER[0])  # the larger one: its bias is the largest
+    if low_precision:
+        found[narrow(fixed(PAPER[0]))] = step(PAPER[0], NARROW)
+    return found
 
 
 def gradients_per_product(name: str, blocks: int) -> float:

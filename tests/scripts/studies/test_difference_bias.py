@@ -6,9 +6,9 @@ import pytest
 from small_models import check_refused, network, relative
 
 from scripts.studies import difference_bias as script
-from scripts.studies.bias.curvatures import AUTOMATIC, BLOCKS, EXACT, GAUSS_NEWTON, fixed, gradients_per_product
+from scripts.studies.bias.curvatures import AUTOMATIC, BLOCKS, EXACT, GAUSS_NEWTON, fixed, gradients_per_product, narrow
 from scripts.studies.bias.retraining import Retrained
-from scripts.studies.bias.solves import Solve, Systems, solve_all
+from scripts.studies.bias.solves import Solve, Systems, gradients, solve_all
 from scripts.training.newton import NewtonRun
 
 STEP = fixed(1e-3)
@@ -18,7 +18,8 @@ OTHER = fixed(1e-4)
 def test_errors_of_solutions_are_those_of_the_dense_system(float64):
     exact = network()
     off = exact.shifted(0.5)  # a curvature that is wrong by half the identity
-    found = solve_all(exact, {EXACT: exact, "off": off}, [2.0], 1e-5, 200, 0)
+    sides = gradients(exact, [exact.batches[0].stacked], "float64")
+    found = solve_all(exact, {EXACT: exact, "off": off}, sides, [2.0], 1e-5, 200, 0)
     matrix = np.asarray(exact.in_dtype("float64").to_matrix())
     values = np.linalg.eigvalsh(matrix)
     assert found.smallest == pytest.approx(values[0], rel=1e-3)
@@ -43,6 +44,12 @@ def _gradient(operator):
     return jax.tree.leaves(operator.value_and_gradient()[1])
 
 
+def test_the_damping_of_newton_steps_is_the_one_that_ends_lowest(monkeypatch):
+    ends = {0.1: 3.0, 1.0: 2.0, 10.0: 2.5}
+    monkeypatch.setattr(script, "newton_run", lambda start, rule, steps, products, damping: run(start * ends[damping]))
+    assert script.best_damping([1.0, 2.0], lambda exact: exact, script.Options()) == 1.0
+
+
 def test_rank_correlation_counts_a_refused_solve_as_zero():
     changes = np.array([[1.0, 1.0], [2.0, 3.0], [3.0, 2.0], [np.nan, np.nan]])
     actual = Retrained(None, changes, 0.0, 0.0, np.zeros(4))
@@ -51,19 +58,35 @@ def test_rank_correlation_counts_a_refused_solve_as_zero():
     assert script.rank_correlation(scores[:1], actual, np.array([1])) == pytest.approx(0.5)
 
 
+def test_a_refused_solve_counts_as_no_solution(float64):
+    exact = network()
+    broken = exact.shifted(float("nan"))
+    sides = gradients(exact, [exact.batches[0].stacked] * 2, "float64")
+    one, other = solve_all(exact, {"broken": broken}, sides, [2.0], 1e-3, 20, 0).solves
+    assert (one.ended, one.counted, other.side) == ("refused", 1.0, 1)
+
+
 def test_verdicts_of_solves():
     def solve(name, error, ended="converged"):
-        return Solve(name, 1.2, 5, 1e-3, 1e-3, error, ended)
+        return [Solve(name, 1.2, k, 5, 1e-3, 1e-3, x, ended) for k, x in enumerate((0.99 * error, 1.01 * error))]
 
-    systems = Systems(-1.0, 2.0, [
-        solve(EXACT, 1e-3), solve(AUTOMATIC, 1e-3), solve(STEP, 0.2), solve(OTHER, np.nan, "refused: no"),
-        solve(BLOCKS, 0.5),
-    ])  # fmt: skip
-    options = script.Options(low_precision=False, dampings=(1.2,))
-    found = [(c.verdict, c.reason) for c in script.solve_claims(systems, "", options)]
-    assert [verdict for verdict, _ in found] == ["holds", "does not hold", "cannot tell", "holds"]
-    assert found[2][1] == "refused: no"
-    assert script.solve_table(systems).rows[2][0] == STEP
+    # Whatever the iterate before negative curvature is, it is no solution.
+    wrong = [*solve(STEP, 0.2), *solve(OTHER, np.nan, "refused"), *solve(narrow(STEP), 1e-3, "negative curvature")]
+    systems = Systems(-1.0, 2.0, [*solve(EXACT, 1e-3), *solve(AUTOMATIC, 1e-3), *wrong, *solve(BLOCKS, 0.5)])
+    found = list(script.solve_claims(systems, "", script.Options(dampings=(1.2,))))
+    assert [c.verdict for c in found] == ["holds", *["does not hold"] * 3, "holds"]
+    assert [c.ours for c in found[2:4]] == [1, 1]
+    assert "2 of 2 solves refused or at negative curvature" in found[2].quantity
+    rows = script.solve_table(systems).rows
+    assert rows[2][0] == STEP
+    assert rows[3][-2:] == ("1.0e+00 ± 0e+00", "refused 2")
+
+
+def test_right_hand_sides_that_disagree_leave_it_open():
+    solves = [Solve(name, 1.2, k, 5, 0, 0, x, "converged") for name in (EXACT, STEP)
+              for k, x in enumerate((1e-3, 1e-3) if name == EXACT else (0.05, 0.3))]  # fmt: skip
+    options = script.Options(dampings=(1.2,), low_precision=False)
+    assert [c.verdict for c in script.solve_claims(Systems(-1.0, 2.0, solves), "", options)] == ["cannot tell"]
 
 
 def test_verdicts_of_influence():
@@ -83,13 +106,17 @@ def run(end: float) -> NewtonRun:
 
 def test_verdicts_of_newton_steps():
     runs = {name: [run(x), run(x)] for name, x in ((EXACT, 3.0), (AUTOMATIC, 3.05), (STEP, 4.0), (GAUSS_NEWTON, 2.0))}
-    adam = {"steps": script.Ends(10, np.array([4.0, 4.0])), "gradients": script.Ends(50, np.array([2.5, 2.5]))}
-    trained = script.Trained(runs, np.array([5.0, 5.0]), adam, 0.01)
+    adam = {
+        what: script.Ends(n, np.array([x, x]), 0.1, True, 0.01)
+        for what, n, x in (("steps", 10, 4.0), ("gradients", 50, 2.5))
+    }
+    trained = script.Trained(runs, np.array([5.0, 5.0]), adam, {EXACT: 1.0})
     found = [c.verdict for c in script.newton_claims(trained, "")]
     assert found == ["holds", "does not hold", "holds", "holds", "does not hold", "holds"]
     assert len(script.newton_table(trained).rows) == 6
+    assert script.newton_table(trained).rows[-1][-1] == "rate 0.1, an end of those tried"
     ranks = {"one": script.Ranks({EXACT: np.ones(2)}, {EXACT: 0}, {EXACT: 7.0}, np.ones(0), 0)}
-    systems = Systems(-1.0, 2.0, [Solve(EXACT, 2.0, 5, 1e-3, 1e-3, 1e-3, "converged")])
+    systems = Systems(-1.0, 2.0, [Solve(EXACT, 2.0, k, 5, 1e-3, 1e-3, 1e-3, "converged") for k in (0, 1)])
     assert len(script.figure(systems, ranks, trained).axes) == 3
 
 
@@ -102,6 +129,7 @@ def test_costs_are_in_gradients():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ("--right-sides 1", "--right-sides is at least 2"),
         ("--seeds 1", "an error over seeds needs two or more"),
         ("--dampings 0.5", "each must be above 1"),
         ("--left-out 200", "from 5 to the 150 examples"),

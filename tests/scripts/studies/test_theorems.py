@@ -52,7 +52,12 @@ def test_claims_can_fail():
     at = at._replace(wide=3 * at.wide + 1e-15 / script.STEPS)
     ritz = [script.RitzErrors(4, 3.0, 1.0, 1.0)]
     verdicts = [c.verdict for c in script.claims({"here": at}, ritz, 0.0, "")]
-    assert verdicts == ["does not hold", "holds", "does not hold", "does not hold", "cannot tell", "holds"]
+    assert verdicts == ["holds", "cannot tell", "holds"]
+    far = at._replace(predicted=np.array([1e-4, 1e-4]))
+    assert [c.verdict for c in script.claims({"here": far}, ritz, -2.0, "")][::2] == ["does not hold"] * 2
+    rows = script.checks({"here": at}, ritz)
+    assert [value for _, _, value, _ in rows] == pytest.approx([3, 1e-3, 1.5], rel=1e-3)
+    assert [row[-1] for row in script.check_table(rows).rows] == ["NO", "NO", "NO"]
 
 
 @pytest.mark.slow
@@ -60,6 +65,7 @@ def test_a_small_run(tmp_path):
     options = "--images prototypes --examples 20 --probes 2 --lanczos 4"
     run_command(script, *options.split(), "--out", str(tmp_path / "out"))
     found = Study.load(tmp_path / "out")
-    assert len(found.claims) == 8
+    assert len(found.claims) == 4
+    assert [row[-1] for row in found.tables[0].rows] == ["yes"] * 4
     assert found.record["power_of_the_loss"] == pytest.approx(-2, abs=0.1)
     assert len(found.figures[0].png) > 10_000
