@@ -17,7 +17,7 @@ Axis = Literal["symlog", "linear"]
 
 
 class SpectrumLimits(NamedTuple):
-    """What the band of a density rests on beside the quadratures.
+    """What bounds and bands of a spectrum rest on beside the quadratures: `Spectrum.limits`.
 
     Attributes:
         dim: Rows of the operator.

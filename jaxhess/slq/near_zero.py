@@ -82,6 +82,6 @@ def near_zero(spectrum: Spectrum, distances: npt.ArrayLike) -> NearZero:
     for probe, size in enumerate(spectrum.sizes):
         coefficients = spectrum.alphas[probe, :size], spectrum.betas[probe, :size]
         exhausted = bool(spectrum.broke_down[probe])
-        found.append(near_zero_bounds(*coefficients, x, float(spectrum._known.slack[probe].max()), exhausted))
+        found.append(near_zero_bounds(*coefficients, x, float(spectrum.limits.slack[probe].max()), exhausted))
     low, high = (np.array(bound) for bound in zip(*found, strict=True))
     return NearZero(x, low, high, spectrum.dim)

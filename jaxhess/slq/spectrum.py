@@ -254,12 +254,12 @@ class Spectrum:
         nodes = evaluated(f, self.ritz_values)
         values = (self.weights * nodes).sum(1)
         mean = float(values.mean())
-        missing, missing_fourth = (excess(f, mean, power, self._quadratures, self._known) for power in (2, 4))
+        missing, missing_fourth = (excess(f, mean, power, self._quadratures, self.limits) for power in (2, 4))
         steps = self.sizes[~self.broke_down].min(initial=3)
         if steps < 3:  # One Ritz value says nothing of how far the eigenvalues reach, two are too few for the tails.
             missing, missing_fourth = (missing if steps == 2 else math.inf), math.inf
         spread = self._spread(values, nodes, across_probes(values), missing, missing_fourth)
-        low, high = bounds_of_mean(f, self._quadratures, self._known)
+        low, high = bounds_of_mean(f, self._quadratures, self.limits)
         settled = self.broke_down.all() and high - low <= 1e-12 * abs(mean)
         return Estimate(mean, *spread, bounds=None if settled else (low, high)).times(self.dim)
 
@@ -294,7 +294,7 @@ class Spectrum:
         if x.ndim != 1:
             raise InputError(f"x must be one-dimensional, got shape {x.shape}")
         bounds = np.empty((2, self.num_probes, x.size))
-        rows = zip(self._quadratures, self._known.slack, self.broke_down, strict=True)
+        rows = zip(self._quadratures, self.limits.slack, self.broke_down, strict=True)
         for probe, (nodes, slack, broke) in enumerate(rows):
             bounds[:, probe] = distribution_bounds(nodes.ritz_values, nodes.weights, x, slack, exhausted=broke)
         return bounds[0], bounds[1]
@@ -318,7 +318,7 @@ class Spectrum:
         self, points: int = 400, axis: Axis = "symlog", width: float | None = None, linthresh: float | None = None
     ) -> Density:
         """The density on a grid with a 95% band; see `jaxhess.slq.density.smoothed` for the arguments."""
-        return smoothed(self.ritz_values, self.weights, self._known, points, axis, width, linthresh)
+        return smoothed(self.ritz_values, self.weights, self.limits, points, axis, width, linthresh)
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Writes `spectrum.npz` and `spectrum.json` into the folder: see `jaxhess.results.files.save`."""
@@ -384,8 +384,8 @@ class Spectrum:
         return float(np.nanmin(self.ritz_values - bounds)), float(np.nanmax(self.ritz_values + bounds))
 
     @functools.cached_property
-    def _known(self) -> SpectrumLimits:
-        """With the slack of every Ritz value: rounding, and after a breakdown the last beta, taken for rounding."""
+    def limits(self) -> SpectrumLimits:
+        """What bounds and bands rest on. The slack is rounding, after a breakdown also the last beta, taken for it."""
         last = np.where(self.broke_down, self._last_betas, 0.0)
         slack = [
             tolerances(nodes, self.run.rounding) + beta for nodes, beta in zip(self._quadratures, last, strict=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -53,6 +53,9 @@ TABLE_2 = {
 """Ritz values and weights of a 70B model, table 2 of arXiv 2505.11564."""
 PAPER_STEPS = 10
 FLOAT32 = 2.0**-23
+COARSE = 0.5
+"""Of the root mean square of all eigenvalues. A floor above it is as large as the matrix: that more than half of the
+eigenvalues lie within it then follows from their second moment (Chebyshev's inequality), or nearly."""
 STRONG = 0.05
 """Of the largest absolute eigenvalue: beyond it are all Ritz values of the paper's Wikitext table but the peak."""
 
@@ -133,13 +136,13 @@ def study(options: Options) -> Study:
     counts = [
         count_rank(activation, width, seed, images, options.train_steps)
         for activation in options.activations
-        for width in options.widths
+        for width in sorted(set(options.widths))
         for seed in range(options.seeds)
         if images is not None
     ]
     return Study(
         "Rank of Hessians: eigenvalues at zero and near it",
-        (*paper_claims(), *model_claims(found, options.described(hessian)), *classifier_claims(counts)),
+        (*paper_claims(), *model_claims(found, options.described(hessian)), *classifier_claims(counts, options.images)),
         tuple(tables(found, counts)),
         (picture(NAME, figure(found, counts), CAPTION),),
         {
@@ -150,7 +153,8 @@ def study(options: Options) -> Study:
             "trace": found.spectrum.trace().to_dict(),
             "frobenius_norm": found.spectrum.frobenius_norm().to_dict(),
             "peaks": found.peaks.tolist(),
-            "floors": found.floors,
+            "floors": {name: x.to_dict() for name, x in found.floors.items()},
+            "floors_over_typical": {name: found.over_typical(x) for name, x in found.floors.items()},
             "data_floor": found.data.to_dict(),
             "roundings": [dataclasses.asdict(r) | {"floor": r.floor.to_dict()} for r in found.roundings],
             "alphas": found.spectrum.alphas.tolist(),
@@ -214,15 +218,19 @@ def model_claims(found: LanguageModelRank, model: str) -> Iterator[Claim]:
         "one less the largest weight of a Ritz value after ten steps, mean over probes", (0.0, 5e-5),
         *over_seeds(1 - found.peaks), model,
     )  # fmt: skip
-    distances = {"1% of the largest": 0.01 * found.largest}
-    distances |= {f"the floor of the {name}": x for name, x in found.floors.items()}
-    low, high = jaxhess.near_zero(spectrum, list(distances.values())).interval()
-    for k, distance in enumerate(distances):
-        statement = "close to zero" if k == 0 else f"at zero, as far as {distance.removeprefix('the floor of ')} tells"
+    distances = found.distances(0.01)
+    for k, (name, distance, low, high) in enumerate(
+        zip(distances, distances.values(), *found.shares(distances.values()), strict=True)
+    ):
+        size = found.over_typical(distance)
+        within = name if k == 0 else f"the floor of the {name}, {size:.2g} of the root mean square of all eigenvalues"
+        statement = "close to zero" if k == 0 else f"at zero, as far as the {name} tells"
         yield Claim(
             HESSFORMER, place, f"The Hessian has a huge rank degeneracy {statement}.",
-            "one Ritz value with a weight of 1.0000", f"share of eigenvalues within {distance}", (0.5, 1.0),
-            *_middle(low[k], high[k]), model,
+            "one Ritz value with a weight of 1.0000", f"share of eigenvalues within {within}", (0.5, 1.0),
+            *_middle(low, high), model,
+            f"the floor is {size:.2g} of the root mean square of all eigenvalues: that most are smaller says only that "
+            "a few are much larger" if k > 0 and size > COARSE else "",
         )  # fmt: skip
     few, many = jaxhess.near_zero(spectrum, [STRONG * found.largest]).counts()
     yield Claim(
@@ -238,20 +246,20 @@ def _middle(low: float, high: float) -> tuple[float, float]:
     return float(low + high) / 2, float(high - low) / 2
 
 
-def classifier_claims(counts: Sequence[RankCount]) -> Iterator[Claim]:
+def classifier_claims(counts: Sequence[RankCount], images: Source) -> Iterator[Claim]:
     """What the flatness paper says of ranks, by activation."""
     for activation in dict.fromkeys(c.activation for c in counts):
         chosen = [c for c in counts if c.activation == activation]
         by_seed = [[c for c in chosen if c.seed == seed] for seed in sorted({c.seed for c in chosen})]
         widest = [max(row, key=lambda c: c.width) for row in by_seed]
         widths = sorted({c.width for c in chosen})
-        model = f"16-w-w-10 {activation} classifiers of digits"
+        model = f"16-w-w-10 {activation} classifiers of {images}"
         at = f"{model}, w = {widths[-1]}, {widest[0].parameters:,} parameters"
         between = ", ".join(map(str, widths))
         yield Claim(
             FLATNESS, "Abstract", "The rank is bounded by a constant times neurons times classes.", "a constant",
             f"exponent of the rank in neurons times classes, w = {between}: a constant bound has at most 1",
-            (None, 1.1), *over_seeds([exponent(row, lambda c: c.rank) for row in by_seed]), model,
+            (None, 1.1), *_exponent(by_seed, lambda c: c.rank), model,
         )  # fmt: skip
         yield Claim(
             FLATNESS, "Abstract", "That bound is often a small fraction of the number of parameters.",
@@ -268,8 +276,15 @@ def classifier_claims(counts: Sequence[RankCount]) -> Iterator[Claim]:
             FLATNESS, "Abstract", "Eigenvalues that are not near zero are at most a constant times neurons times "
             "classes (the bound, of large eigenvalues alone).", "a constant",
             f"exponent of the number beyond 1% of the largest in neurons times classes, w = {between}", (None, 1.1),
-            *over_seeds([exponent(row, lambda c: c.beyond(1e-2)) for row in by_seed]), model,
+            *_exponent(by_seed, lambda c: c.beyond(1e-2)), model,
         )  # fmt: skip
+
+
+def _exponent(by_seed: Sequence[list[RankCount]], number: Callable[[RankCount], float]) -> tuple[float, float]:
+    """Mean of the exponents over seeds; its error, over seeds, and on top what tells the numbers from a power law."""
+    fitted, bent = zip(*(exponent(row, number) for row in by_seed), strict=True)
+    mean, error = over_seeds(fitted)
+    return mean, error + float(np.mean(bent))
 
 
 def main() -> None:

@@ -52,6 +52,11 @@ class RankCount:
     eigenvalues: Array = dataclasses.field(repr=False)
 
     @property
+    def symmetries(self) -> int:
+        """Directions in which no output changes, whatever the weights: all logits moved alike by the last layer."""
+        return self.width + 1
+
+    @property
     def constant(self) -> float:
         """The rank over neurons times classes: the least constant with which the bound is true here."""
         return self.rank / (self.neurons * CLASSES)
@@ -124,6 +129,12 @@ def spectrum_of(matrix: Array) -> tuple[Array, float]:
     return eigenvalues, float(rounding + np.linalg.norm(matrix - matrix.T))
 
 
-def exponent(counts: list[RankCount], number: Callable[[RankCount], float]) -> float:
-    """Of a number in neurons times classes, by least squares over one seed's widths."""
-    return power_law([c.neurons * CLASSES for c in counts], [number(c) for c in counts]).exponent
+def exponent(counts: list[RankCount], number: Callable[[RankCount], float]) -> tuple[float, float]:
+    """Of a number in neurons times classes, by least squares over one seed's widths, and how far it is from a power.
+
+    The second is the largest difference between that exponent and the one between two neighbouring widths.
+    """
+    counts = sorted(counts, key=lambda c: c.width)
+    x, y = [c.neurons * CLASSES for c in counts], [number(c) for c in counts]
+    fitted = power_law(x, y).exponent
+    return fitted, float(np.abs(np.diff(np.log(y)) / np.diff(np.log(x)) - fitted).max())

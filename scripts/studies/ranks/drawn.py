@@ -18,15 +18,20 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 def tables(found: LanguageModelRank, counts: Sequence[RankCount]) -> Iterator[Table]:
     """Floors with the eigenvalues below them, shifts of the extremes, Ritz values, and classifiers."""
-    floors = found.floors | {f"{x:g} of the largest": x * found.largest for x in (0.1, 0.01, 0.001)}
-    near = jaxhess.near_zero(found.spectrum, list(floors.values()))
-    low, high = near.counts()
+    floors = found.distances(0.1, 0.01, 0.001)
+    near = jaxhess.near_zero(found.spectrum, [x.value for x in floors.values()])
+    low, high = (found.spectrum.dim * share for share in found.shares(floors.values()))
     within = [
-        (name, f"{x:.3g}", f"{x / found.largest:.2g}", f"{near.low[:, k].mean():.4f} to {near.high[:, k].mean():.4f}",
-         f"{low[k]:,.0f} to {high[k]:,.0f}", f"{found.spectrum.dim - high[k]:,.0f}")
+        (name, f"{x.value:.3g}" + " ({:.2g} to {:.2g})".format(*x.interval()) * (x.standard_error > 0),
+         f"{x.value / found.largest:.2g}", f"{found.over_typical(x):.2g}",
+         f"{near.low[:, k].mean():.4f} to {near.high[:, k].mean():.4f}", f"{low[k]:,.0f} to {high[k]:,.0f}",
+         f"{found.spectrum.dim - high[k]:,.0f}")
         for k, (name, x) in enumerate(floors.items())
     ]  # fmt: skip
-    columns = ("floor", "distance", "over the largest", "share proved", "eigenvalues within, 95%", "at least beyond")
+    columns = (
+        "floor", "distance, 95%", "over the largest", "over |H| / √n", "share proved", "eigenvalues within, 95%",
+        "at least beyond",
+    )  # fmt: skip
     yield Table(columns, within, f"Eigenvalues of {found.spectrum.dim:,} within floors")
     if found.roundings:
         yield Table(
@@ -40,15 +45,17 @@ def tables(found: LanguageModelRank, counts: Sequence[RankCount]) -> Iterator[Ta
             "Extreme eigenvalues after rounding the weights; first order: u'(H rounded - H)u of the eigenvector before",
         )  # fmt: skip
     if counts:
-        head = ("activation", "w", "seed", "parameters", "loss", "rank", "Gauss-Newton's", "over neurons × classes")
+        head = ("activation", "w", "seed", "parameters", "loss", "rank", "less symmetries", "Gauss-Newton's")
         yield Table(
-            (*head, *(f"beyond {x:g}" for x in NEAR)),
+            (*head, "rank over neurons × classes", *(f"beyond {x:g}" for x in NEAR)),
             [
                 (c.activation, str(c.width), str(c.seed), str(c.parameters), f"{c.loss:.2f}", str(c.rank),
-                 str(c.gauss_newton), f"{c.constant:.2f}", *(str(c.beyond(x)) for x in NEAR))
+                 str(c.parameters - c.symmetries), str(c.gauss_newton), f"{c.constant:.2f}",
+                 *(str(c.beyond(x)) for x in NEAR))
                 for c in counts
             ],
-            "Exact ranks, and eigenvalues beyond parts of the largest",
+            "Exact ranks, and eigenvalues beyond parts of the largest; less symmetries: parameters less the w + 1 "
+            "directions that move all logits alike",
         )  # fmt: skip
         yield proved_table(max(counts, key=lambda c: c.width))
 
@@ -72,7 +79,7 @@ def figure(found: LanguageModelRank, counts: Sequence[RankCount]) -> Figure:
     """Eigenvalues beyond a distance with the floors, and ranks of classifiers."""
     drawn = Figure(figsize=(12, 5), layout="constrained")
     left, right = drawn.subplots(1, 2)
-    floors = found.floors
+    floors = {name: floor.value for name, floor in found.floors.items()}
     least = min([*(x for x in floors.values() if x > 0), 1e-6 * found.largest]) / 3
     x = np.geomspace(least, 1.5 * found.largest, 60)
     near, dim = jaxhess.near_zero(found.spectrum, x), found.spectrum.dim

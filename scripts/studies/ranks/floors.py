@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -68,7 +69,7 @@ class LanguageModelRank:
     Attributes:
         spectrum: Of all probes.
         peaks: [probes] the largest weight of a Ritz value after ten steps.
-        products: Floor of the products' rounding; NaN without a reference.
+        products: Floor of the products' rounding, by one random vector, its error not known; NaN without a reference.
         data: Floor of the sample.
         roundings: Of the weights.
     """
@@ -85,12 +86,37 @@ class LanguageModelRank:
         return float(np.nanmax(np.abs(self.spectrum.ritz_values)))
 
     @property
-    def floors(self) -> dict[str, float]:
+    def floors(self) -> dict[str, jaxhess.Estimate]:
         """By name; those that were not measured are left out."""
-        found = {"rounding of products": self.products}
-        found |= {f"rounding of weights to {r.format}": r.floor.value for r in self.roundings}
-        found["sample of the data"] = self.data.value
-        return {name: x for name, x in found.items() if math.isfinite(x)}
+        found = {"rounding of products": _exactly(self.products)}
+        found |= {f"rounding of weights to {r.format}": r.floor for r in self.roundings}
+        found["sample of the data"] = self.data
+        return {name: x for name, x in found.items() if math.isfinite(x.value)}
+
+    def distances(self, *relative: float) -> dict[str, jaxhess.Estimate]:
+        """These parts of the largest eigenvalue, and the floors."""
+        return {f"{x:g} of the largest": _exactly(x * self.largest) for x in relative} | self.floors
+
+    def over_typical(self, distance: jaxhess.Estimate) -> float:
+        """A distance over the root mean square of all eigenvalues, |H|_F / sqrt(n)."""
+        typical = self.spectrum.frobenius_norm().value / math.sqrt(self.spectrum.dim)
+        return distance.value / typical if typical > 0 else math.inf
+
+    def shares(self, distances: Iterable[jaxhess.Estimate]) -> tuple[Array, Array]:
+        """Low and high ends, each [n], of the share of eigenvalues within distances that are known to their intervals.
+
+        Each is the outer end of two 95% intervals: the low one for the distance's low end, the high one for its high
+        end.
+        """
+        ends = np.array([x.interval() for x in distances])
+        return (
+            jaxhess.near_zero(self.spectrum, ends[:, 0]).interval()[0],
+            jaxhess.near_zero(self.spectrum, ends[:, 1]).interval()[1],
+        )
+
+
+def _exactly(value: float) -> jaxhess.Estimate:
+    return jaxhess.Estimate(value, 0.0, math.inf, positive=True)
 
 
 def rounded(params: Any, format: Format) -> Any:
@@ -153,8 +179,9 @@ def singular_value(operator: jaxhess.LinearOperator, samples: int, seed: int) ->
 def data_floor(hessian: jaxhess.Hessian, samples: int, seed: int) -> jaxhess.Estimate:
     """Half the root mean square singular value of the difference between the Hessians of two halves of the data.
 
-    Of two independent halves the difference has four times the variance of the mean over both: half of it is as large
-    as the error of the whole sample's Hessian.
+    The halves are every other microbatch: neighbours in a text are alike, and its two ends may not be. Of two
+    independent halves the difference has four times the variance of the mean over both: half of it is as large as the
+    error of the whole sample's Hessian.
 
     Raises:
         InputError: The microbatches do not make two halves.
@@ -164,7 +191,7 @@ def data_floor(hessian: jaxhess.Hessian, samples: int, seed: int) -> jaxhess.Est
         raise InputError(f"{len(batches)} microbatches do not make two halves: take an even number of them.")
     first, second = (
         dataclasses.replace(hessian, batches=(jaxhess.Microbatches(jax.tree.map(part, batches.stacked)),))
-        for part in (lambda x: x[: len(batches) // 2], lambda x: x[len(batches) // 2 :])
+        for part in (lambda x: x[::2], lambda x: x[1::2])
     )
     return singular_value(first - second, samples, seed).times(0.5)
 

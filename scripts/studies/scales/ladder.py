@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ class TrainedRung:
 
 
 def train(rung: Rung, recipe: Recipe, data: TokenBatch, kept: Path | None) -> TrainedRung:
-    """Trains a model, or reads it from the folder `kept`, where trained ones are left.
+    """Trains a model, or reads it from the folder `kept`, where trained ones are left under a name of recipe and data.
 
     Raises:
         InputError: A file there holds another model; the folder cannot be written.
@@ -84,7 +86,7 @@ def train(rung: Rung, recipe: Recipe, data: TokenBatch, kept: Path | None) -> Tr
     task = decoder_problem(config, data, recipe.batch)
     steps = recipe.steps * rung.longer
     name = f"{rung.width}x{rung.layers}_{steps}x{recipe.batch}x{recipe.seq_len}_{recipe.rate:g}_{recipe.seed}"
-    name += f"_{len(data.tokens)}.npz"
+    name += f"_{hashlib.sha256(np.asarray(data.tokens).tobytes()).hexdigest()[:12]}.npz"
     if kept is not None and (kept / name).exists():
         return TrainedRung(rung, task, _read(kept / name, config))
     params = sweep(task, adam, (recipe.rate,), (recipe.seed,), steps).params[0][0]
@@ -106,10 +108,13 @@ def _read(path: Path, config: DecoderConfig) -> Any:
 
             def leaf(key: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
                 found = saved[jax.tree_util.keystr(key)]
-                if found.shape != like.shape:
-                    raise ValueError(f"{jax.tree_util.keystr(key)} has shape {found.shape}, not {like.shape}")
+                if found.shape != like.shape or found.dtype != like.dtype:
+                    is_, wanted = (f"{x.dtype} of shape {x.shape}" for x in (found, like))
+                    raise ValueError(f"{jax.tree_util.keystr(key)} is {is_}, not {wanted}")
+                if not np.isfinite(found).all():
+                    raise ValueError(f"{jax.tree_util.keystr(key)} has numbers that are not finite")
                 return jnp.asarray(found)
 
             return jax.tree.map_with_path(leaf, abstract_params(config))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} does not hold the model of its name ({error}): remove it.") from None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 import jaxhess
 from jaxhess.krylov.errors import student_factor
-from jaxhess.vectors import dot, norm, random_key
+from jaxhess.vectors import random_key
 from scripts.studies.scales.ladder import Rung, TrainedRung
 
 Array = npt.NDArray[np.float64]
@@ -35,10 +35,13 @@ class Stability:
         loss: After training, nats per byte.
         values: [4] `STATISTICS`, mean over probes.
         variation: [3, 4] relative standard deviation, by `CAUSES` and `STATISTICS`; of the step, the root mean square
-            relative difference from the exact product's over steps and probes.
+            relative difference from the exact product's over steps and probes; of the data, for trace and norm, without
+            the probes' noise (`data_deviation`).
         by_step: [steps, 4] that of each step.
         counts: [3] how many values each variation is over.
         effective: tr(H)^2 / |H|_F^2: about how many equal eigenvalues would have this trace and norm.
+        effective_error: Standard error of its logarithm over the probes.
+        noise: [4] the variance over samples with the probes' noise, over that without it; one where it is not removed.
     """
 
     rung: Rung
@@ -49,6 +52,8 @@ class Stability:
     by_step: Array
     counts: tuple[int, int, int]
     effective: float
+    effective_error: float
+    noise: Array
 
     def pooled(self, cause: str) -> float:
         """The geometric mean of the variation over `POOLED` statistics."""
@@ -56,11 +61,16 @@ class Stability:
         return float(np.exp(np.log(row).mean())) if (row > 0).all() else math.nan
 
     def log_error(self, cause: str) -> float:
-        """Standard error of the logarithm of a standard deviation over so many values, as if normal."""
-        return 1 / math.sqrt(2 * (self.counts[CAUSES.index(cause)] - 1))
+        """Standard error of the logarithm of a standard deviation over so many values, as if normal.
+
+        Where noise was removed, its own scatter stays: the error is larger by as much as the variance with the noise
+        is. Of the mean over statistics, as if their errors were one.
+        """
+        error = 1 / math.sqrt(2 * (self.counts[CAUSES.index(cause)] - 1))
+        return error * float(self.noise[list(POOLED[cause])].mean()) if cause == "data" else error
 
 
-COMPARED = 3
+COMPARED = 2
 """Probes with which finite differences are compared with exact products."""
 
 
@@ -81,15 +91,14 @@ def statistics(operator: jaxhess.LinearOperator, steps: int, probes: int, seed: 
     )
 
 
-def traces_and_norms(operator: jaxhess.LinearOperator, probes: int, seed: int) -> Array:
-    """[probes, 2] trace and Frobenius norm that each probe gives alone, by one product."""
+def traces_and_norms(operator: jaxhess.LinearOperator, steps: int, probes: int, seed: int) -> Array:
+    """[probes, 2] of the same, trace and Frobenius norm, by one step each of the program that takes `steps`."""
     found = []
     for k in range(probes):
         v = jaxhess.random_probe(jax.random.fold_in(random_key(seed), k), operator.shape_dtype)
-        product = operator @ v
-        length = float(norm(v))
-        shares = float(dot(v, product)) / length**2, float(norm(product)) / length
-        found.append((operator.dim * shares[0], math.sqrt(operator.dim) * shares[1]))
+        state = jaxhess.lanczos_segment(operator, jaxhess.start_lanczos([v], steps), 1)
+        alpha, beta = (float(np.asarray(x).flat[0]) for x in (state.alphas, state.betas))
+        found.append((operator.dim * alpha, math.sqrt(operator.dim) * math.hypot(alpha, beta)))
     return np.array(found)
 
 
@@ -103,34 +112,63 @@ def stability(
         samples: Disjoint parts of the data of one size; the first one is what steps and probes are compared on.
         grid: Steps per coordinate.
         steps: Lanczos steps.
-        probes: Of which the scatter of trace and norm is that by the probe; steps are compared with `COMPARED` others.
+        probes: Of which the scatter of trace and norm is that by the probe. Half of them, two at least, are used on
+            every sample; the largest and smallest Ritz value of a sample are those of one probe. Steps are compared
+            with `COMPARED` others.
         seed: Of all probes.
     """
     loss, params = trained.task.loss, trained.params
-
-    def of(sample: Any, count: int) -> Array:
-        return statistics(jaxhess.Hessian(loss, params, [sample]), steps, count, seed)
-
-    exact = of(samples[0], COMPARED)
-    data = np.concatenate([exact[:1], *(of(sample, 1) for sample in samples[1:])])
+    hessians = [jaxhess.Hessian(loss, params, [sample]) for sample in samples]
+    by_probe = traces_and_norms(hessians[0], steps, probes, seed)
+    shared = max(2, probes // 2)
+    others = [traces_and_norms(hessian, steps, shared, seed) for hessian in hessians[1:]]
+    by_data, noise = data_deviation(np.stack([by_probe[:shared], *others]))
+    exact = statistics(hessians[0], steps, COMPARED, seed)
+    extremes = np.concatenate([exact[:1], *(statistics(hessian, steps, 1, seed) for hessian in hessians[1:])])[:, 2:]
     away = []
     for step in grid:
         difference = jaxhess.FiniteDifferenceHessian(loss, params, [samples[0]], step=step)
         away.append(statistics(difference, steps, COMPARED, seed) / exact - 1)
     squares = np.mean(np.square(away), axis=1)
-    by_probe = traces_and_norms(jaxhess.Hessian(loss, params, [samples[0]]), probes, seed)
     mean = np.append(by_probe.mean(0), exact.mean(0)[2:])
     scatter = np.append(relative_deviation(by_probe), relative_deviation(exact)[2:])
+    traces, squared = by_probe[:, 0], by_probe[:, 1] ** 2
+    share = 2 * traces / traces.mean() - squared / squared.mean()  # of each probe in the logarithm, by the delta method
     return Stability(
         trained.rung,
         trained.parameters,
         trained.loss,
         mean,
-        np.stack([np.sqrt(squares.mean(0)), relative_deviation(data), scatter]),
+        np.stack([np.sqrt(squares.mean(0)), np.append(by_data, relative_deviation(extremes)), scatter]),
         np.sqrt(squares),
-        (len(grid) * COMPARED, len(data), probes),
-        float(mean[0] ** 2 / np.mean(by_probe[:, 1] ** 2)),
+        (len(grid) * COMPARED, len(samples), probes),
+        float(traces.mean() ** 2 / squared.mean()),
+        float(share.std(ddof=1) / math.sqrt(probes)),
+        np.append(noise, np.ones(2)),
     )
+
+
+def data_deviation(values: Array) -> tuple[Array, Array]:
+    """Relative standard deviation over samples of what does not depend on the probe, and what the noise adds.
+
+    The mean over P probes of n v'H_s v varies with the sample s by tr(H_s), and by 1/P times the probes' noise in
+    H_s less its mean over samples. That noise is the interaction of a two-way layout of samples and probes, whose
+    variance is taken off.
+
+    Args:
+        values: [samples, probes, statistics], the same probes for all samples; two or more of both.
+
+    Returns:
+        [statistics] the deviation, zero where nothing is left; [statistics] the variance before over that after.
+    """
+    by_sample = values.mean(1)
+    rest = values - by_sample[:, None] - values.mean(0) + values.mean((0, 1))
+    samples, probes, _ = values.shape
+    interaction = np.square(rest).sum((0, 1)) / ((samples - 1) * (probes - 1))
+    before = by_sample.var(0, ddof=1)
+    after = np.maximum(before - interaction / probes, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(after) / np.abs(by_sample.mean(0)), np.where(after > 0, before / after, np.inf)
 
 
 def relative_deviation(values: Array) -> Array:
@@ -139,25 +177,31 @@ def relative_deviation(values: Array) -> Array:
 
 
 def exponents(scales: Sequence[Sequence[float]], found: Sequence[Stability], cause: str) -> list[Slope]:
-    """The exponent of the pooled variation in each of these scales, all fitted together by least squares of logarithms.
+    """The exponents of the pooled variation of a cause, by `powers`."""
+    return powers(scales, [f.pooled(cause) for f in found], [f.log_error(cause) for f in found])
 
-    Errors are the larger of two: what the sampling of the variations alone gives, and Student's t with the scatter
-    around the fit, where there are more models than exponents and one.
+
+def powers(scales: Sequence[Sequence[float]], values: Sequence[float], errors: Sequence[float]) -> list[Slope]:
+    """The exponent of values in each of these scales, all fitted together by least squares of logarithms.
+
+    Errors are the larger of two: what the sampling of the values alone gives, and Student's t with the scatter around
+    the fit, where there are more values than exponents and one. NaN, with no error, where a value has no logarithm.
 
     Args:
         scales: For every exponent a number of each model.
-        found: The models.
-        cause: Of the variation.
+        values: Of each model.
+        errors: Standard errors of the values' logarithms.
     """
-    design = np.stack([np.ones(len(found)), *np.log(scales)], axis=1)
-    y = np.log([f.pooled(cause) for f in found])
-    values = np.linalg.lstsq(design, y)[0]
-    spread = np.sqrt(np.diag(np.linalg.pinv(design.T @ design)))
-    half = 1.96 * math.sqrt(np.mean([f.log_error(cause) ** 2 for f in found]))
-    if (freedom := len(found) - len(values)) > 0:
-        residual = math.sqrt(float(np.sum((y - design @ values) ** 2)) / freedom)
-        half = max(half, student_factor(freedom, 0.95) * residual)
-    return [Slope(float(v), float(half * e)) for v, e in zip(values[1:], spread[1:], strict=True)]
+    design = np.stack([np.ones(len(values)), *np.log(scales)], axis=1)
+    if not (np.isfinite(values).all() and np.min(values) > 0 and np.isfinite(errors).all()):
+        return [Slope(math.nan, 0.0) for _ in scales]
+    y, solver = np.log(values), np.linalg.pinv(design)
+    found = solver @ y
+    half = 1.96 * np.sqrt(np.square(solver) @ np.square(errors))
+    if (freedom := len(values) - len(found)) > 0:
+        residual = math.sqrt(float(np.sum((y - design @ found) ** 2)) / freedom)
+        half = np.maximum(half, student_factor(freedom, 0.95) * residual * np.sqrt(np.square(solver).sum(1)))
+    return [Slope(float(v), float(e)) for v, e in zip(found[1:], half[1:], strict=True)]
 
 
 def predicted_by_probe(found: Stability) -> float:

@@ -56,13 +56,41 @@ def _quadratic(curvatures):
 
 
 def test_the_floor_of_the_data_is_half_the_difference_of_two_halves():
-    hessian = _quadratic([[[1.0, 1.0, 1.0]], [[3.0, 3.0, 1.0]]])
     squares = np.array([1.001, 2.003, 3.007]) ** 2
     expected = 0.5 * np.sqrt(np.mean((np.array([-2.0, -2.0, 0.0]) * squares) ** 2))
+    hessian = _quadratic([[[1.0, 1.0, 1.0]], [[3.0, 3.0, 1.0]]] * 2)  # the halves are every other microbatch
     found = floors.data_floor(hessian, 3, 0)
     assert found.value == pytest.approx(expected, rel=1e-5)  # exact for random signs and a diagonal matrix
     with pytest.raises(InputError, match="two halves"):
         floors.data_floor(_quadratic([[[1.0, 1.0, 1.0]]]), 3, 0)
+
+
+def _measured(floor):
+    """Of a Hessian with 900 zeros and 100 eigenvalues of one size, with a root mean square of 1."""
+    matrix = jaxhess.MatrixOperator(jnp.diag(jnp.append(jnp.zeros(900), jnp.full(100, 10**0.5))))
+    spectrum = jaxhess.spectrum(matrix, steps=10, probes=4)
+    return floors.LanguageModelRank(spectrum, np.zeros(4), 1e-3, floor, [])
+
+
+def test_eigenvalues_within_a_floor_are_those_of_both_ends_of_its_interval():
+    found = _measured(jaxhess.Estimate(2.9, 0.3, 3.0, positive=True))  # its interval reaches across sqrt(10)
+    low, high = found.shares(found.floors.values())
+    assert low[0] < 0.9 < high[0] < 1
+    assert low[1] < 0.9
+    assert high[1] == pytest.approx(1, abs=1e-6)
+    assert jaxhess.near_zero(found.spectrum, [2.9]).interval()[1][0] < 0.95
+
+
+@pytest.mark.parametrize(("floor", "verdict"), [(0.3, "holds"), (0.9, "cannot tell")])
+def test_a_floor_as_large_as_the_matrix_decides_nothing(floor, verdict):
+    claims = list(script.model_claims(_measured(jaxhess.Estimate(floor, 0.01, 3.0, positive=True)), ""))
+    by_data = claims[3]
+    assert by_data.quantity.startswith(
+        f"share of eigenvalues within the floor of the sample of the data, {floor:.2g} of"
+    )
+    assert by_data.verdict == verdict
+    assert ("root mean square" in by_data.obstacle) == (verdict == "cannot tell")
+    assert claims[2].verdict == "holds"  # rounding of products, a thousandth of it
 
 
 def test_shifts_of_extremes_by_rounded_weights_are_those_of_a_diagonal_matrix():
@@ -84,7 +112,7 @@ def test_smooth_networks_have_full_rank_up_to_the_symmetries_of_the_softmax():
     """Adding a number to all logits changes nothing: width + 1 directions of the head. No other symmetry with gelu."""
     found = classifier.count_rank("gelu", 4, 0, classifier.pooled_images("prototypes", 300), 10)
     assert found.parameters == 17 * 4 + 5 * 4 + 5 * 10 == 138
-    assert found.rank == found.gauss_newton == 138 - 5
+    assert found.rank == found.gauss_newton == found.parameters - found.symmetries == 138 - 5
     assert found.constant == pytest.approx(133 / 80)
     assert found.beyond(0.0) >= found.rank >= found.beyond(1e-2)
     table = drawn.proved_table(found, steps=20, probes=2)
@@ -106,9 +134,26 @@ def _counts(power, zeros=0.5, seeds=2):
 
 
 def test_a_rank_that_grows_like_the_neurons_keeps_the_bound_and_one_like_their_square_does_not():
-    assert [c.verdict for c in script.classifier_claims(_counts(1, zeros=0.7))] == ["holds"] * 4
-    found = [c.verdict for c in script.classifier_claims(_counts(2, zeros=0.2))]
+    assert [c.verdict for c in script.classifier_claims(_counts(1, zeros=0.7), "digits")] == ["holds"] * 4
+    found = [c.verdict for c in script.classifier_claims(_counts(2, zeros=0.2), "digits")]
     assert found == ["does not hold", "does not hold", "holds", "does not hold"]
+
+
+def test_an_exponent_says_how_far_the_numbers_are_from_a_power_law():
+    """With gelu the rank is w^2 + 27 w + 9 whatever the seed: no scatter, and no power."""
+    ranks = {w: w * w + 27 * w + 9 for w in (8, 16, 32)}
+    counts = [
+        classifier.RankCount("gelu", w, seed, n, 2 * w, 0.1, n, n, 0.0, np.ones(n))
+        for seed in (0, 1)
+        for w, n in ranks.items()
+    ]
+    claim = next(script.classifier_claims(counts, "prototypes"))
+    local = np.log2(ranks[16] / ranks[8]), np.log2(ranks[32] / ranks[16])
+    assert claim.ours - claim.error <= local[0] < claim.ours < local[1] <= claim.ours + claim.error + 1e-9
+    assert claim.error == pytest.approx((local[1] - local[0]) / 2, rel=1e-6)
+    assert "prototypes" in claim.model
+    power = script.classifier_claims(_counts(2, zeros=0.2), "digits")
+    assert next(power).error < 1e-12
 
 
 def test_the_papers_table_proves_a_degeneracy_near_zero_and_none_at_zero():
@@ -129,7 +174,7 @@ def test_a_study_of_a_small_model_has_every_floor():
     options = dataclasses.replace(script.SMALL, formats=("bfloat16",), samples=2)
     found = script.measure(options, hessian)
     assert list(found.floors) == ["rounding of products", "rounding of weights to bfloat16", "sample of the data"]
-    assert 0 < found.floors["rounding of products"] < found.floors["rounding of weights to bfloat16"]
+    assert 0 < found.floors["rounding of products"].value < found.floors["rounding of weights to bfloat16"].value
     claims = list(script.model_claims(found, "a small model"))
     assert len(claims) == 6
     counts = _counts(1)
