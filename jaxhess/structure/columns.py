@@ -7,6 +7,7 @@ rows and columns. Numbers are whole numbers of any size on the host; nothing is 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,9 +24,11 @@ from jaxhess.operators.restriction import leaf_name
 from jaxhess.vectors import Vector, widen
 
 Indices = Sequence[int] | npt.NDArray[np.int64]
+COUNTER = jnp.uint32
+"""What counts are summed in on the device."""
 LIMB = 12
-"""Bits of the low part of a count. Low parts of rows add up to less than 2^32 for a million rows, high parts for 10^13
-entries: sums of 32-bit integers are exact."""
+"""Bits of the low part of a sum that fits into 32 bits. Low parts add up to less than 2^32 for a million such sums, and
+high parts for 10^13 entries."""
 
 
 def columns(operator: LinearOperator, indices: Indices, batch_size: int = 1) -> Iterator[Vector]:
@@ -98,9 +101,10 @@ def threshold_counts(
 ) -> npt.NDArray[np.int64]:
     """How many entries have a magnitude at or below each threshold, [B, T]; without blocks [1, T].
 
-    Counted on device in whole numbers: of the same vector the same counts on any mesh, whatever its size. Columns that
-    are computed on different meshes differ by rounding, and so may the count at a threshold that an entry is within
-    rounding of: in float64 by chance never, in float32 easily at thresholds near the noise of the products.
+    Counted on device in whole numbers, exact up to 10^13 entries: of the same vector the same counts on any mesh.
+    Columns that are computed on different meshes differ by rounding, and so may the count at a threshold that an entry
+    is within rounding of: in float64 by chance never, in float32 easily at thresholds near the noise of the products.
+    Each threshold reads the vector once; none makes a copy of it.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -262,20 +266,28 @@ def _counts(vector: Vector, thresholds: jax.Array, blocks: Blocks) -> tuple[jax.
     """High and low parts [B, T] of the counts."""
 
     def at(threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
-        high, low = jnp.zeros((2, len(blocks)), jnp.uint32)
+        high, low = jnp.zeros((2, len(blocks)), COUNTER)
         for labels, x in zip(blocks.labels, jax.tree.leaves(widen(vector)), strict=True):
             small = jnp.abs(x) <= threshold.astype(x.dtype)
             free = tuple(k for k, n in enumerate(labels.shape) if n == 1)
-            inner = tuple(k for k in free if k)
-            counts = jnp.sum(small, axis=inner, keepdims=True, dtype=jnp.uint32)
+            counts = jnp.sum(small, axis=_summed_at_once(x.shape, free), keepdims=True, dtype=COUNTER)
             parts = [counts >> LIMB, counts & (2**LIMB - 1)]
-            if 0 in free:
-                parts = [jnp.sum(p, axis=0, keepdims=True, dtype=jnp.uint32) for p in parts]
+            parts = [jnp.sum(p, axis=free, keepdims=True, dtype=COUNTER) for p in parts]
             high, low = (t.at[labels.ravel()].add(p.ravel()) for t, p in zip((high, low), parts, strict=True))
         return high, low
 
     high, low = jax.lax.map(at, thresholds)
     return high.T, low.T
+
+
+def _summed_at_once(shape: Sequence[int], free: Sequence[int]) -> tuple[int, ...]:
+    """Of the free axes those with the most entries that one sum can count; of most leaves all."""
+
+    def entries(axes: tuple[int, ...]) -> int:
+        return _size([shape[axis] for axis in axes])
+
+    some = itertools.chain.from_iterable(itertools.combinations(free, k) for k in range(len(free) + 1))
+    return max((axes for axes in some if entries(axes) <= jnp.iinfo(COUNTER).max), key=entries)
 
 
 def _one_block(like: Vector) -> Blocks:

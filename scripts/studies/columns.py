@@ -53,6 +53,7 @@ from scripts.studies.theory.sampling import Measured, mean
 
 NAME = "columns"
 PLACE = "Section 5"
+UNKNOWN = Measured(np.nan, 0)
 PAPER = {
     "first table, 32.8e9 entries": (0.0343, 0.0823, 0.2880, 0.8751, 0.9978, 0.9999),
     "second table, 11.8e9 entries": (0.0059, 0.0121, 0.0585, 0.3738, 0.9427, 1.0),
@@ -97,7 +98,7 @@ class Options(ModelOptions):
     permutations: int = 20
     """Of the entries of each part."""
     batch_size: int = 8
-    """ColumnOperators at once."""
+    """Products at once."""
 
     def check(self) -> None:
         """Raises InputError where the options make no study."""
@@ -174,18 +175,36 @@ def study(options: Options) -> Study:
     )
 
 
-def mean_squares(options: Options, data: TokenBlocks, operator: jaxhess.Hessian, drawn: Any) -> dict[int, list[float]]:
-    """Mean squares of the entries of the random columns, by the factor by which sequences are left out."""
-    found = {}
+def mean_squares(
+    options: Options, data: TokenBlocks, operator: jaxhess.Hessian, drawn: Any
+) -> dict[int, list[list[float]]]:
+    """[parts, columns] mean squares of the entries of the random columns, by the number of parts of the sequences."""
+    found: dict[int, list[list[float]]] = {}
     mesh = make_mesh(options.mesh)
     for factor in (1, *options.subsamples):
         kept = data.num_sequences // factor
-        fewer = TokenBlocks(data.tokens[:kept], data.weights[:kept])
-        batches = jaxhess.Microbatches(fewer.microbatches(min(options.microbatch, kept), mesh))
-        subsampled = jaxhess.Hessian(operator.loss, operator.params, batches)
-        stream = columns(subsampled, drawn, options.batch_size)
-        found[factor] = [float(norm(column)) ** 2 / operator.dim for column in stream]
+        found[factor] = []
+        for first in range(0, factor * kept, kept):
+            part = TokenBlocks(data.tokens[first : first + kept], data.weights[first : first + kept])
+            batches = jaxhess.Microbatches(part.microbatches(min(options.microbatch, kept), mesh))
+            subsampled = jaxhess.Hessian(operator.loss, operator.params, batches)
+            stream = columns(subsampled, drawn, options.batch_size)
+            found[factor].append([float(norm(column)) ** 2 / operator.dim for column in stream])
     return found
+
+
+def growth(parts: Any, whole: Any) -> tuple[Measured, int]:
+    """How much larger the mean squares of columns are in parts of the data than in all of it, log10; its error is over
+    parts. Also how many columns this is of: those that are zero in no part.
+
+    The mean of the squares themselves, over parts, is never below that of the whole: squares are convex. Their mean
+    logarithm may be.
+    """
+    parts, whole = np.asarray(parts), np.asarray(whole)
+    some = (parts > 0).all(axis=0) & (whole > 0)
+    if not some.any():
+        return UNKNOWN, 0
+    return mean(np.log10(parts[:, some] / whole[some]).mean(axis=1)), int(some.sum())
 
 
 def ordered(matrix: Any, options: Options, rng: np.random.Generator) -> list[Bandwidths]:
@@ -200,7 +219,7 @@ def ordered(matrix: Any, options: Options, rng: np.random.Generator) -> list[Ban
 def claims(
     options: Options,
     chosen: list[ColumnEntries],
-    broadened: dict[int, list[float]],
+    broadened: dict[int, list[list[float]]],
     bands: list[list[Bandwidths]],
     model: str,
 ) -> Iterator[Claim]:
@@ -233,9 +252,10 @@ def claims(
          share(lambda c: c.classes[:, :3].sum()), ""),
         (PLACE, "The Hessian is sparse to within the machine precision of float64.", sparse,
          "share of the entries of random columns that are zero within the rounding of float64", many,
-         share(lambda c: c.classes[:, :2].sum()), none),
+         share(lambda c: c.classes[:, :2].sum()) if reference else UNKNOWN, none),
         (PLACE, "Entries smaller than machine epsilon are zeros.", sparse,
-         "of the entries at or below 1e-7 the share that is zero within the rounding of float64", many, zeros,
+         "of the entries at or below 1e-7 the share that is zero within the rounding of float64", many,
+         zeros if reference else UNKNOWN,
          none or ("" if min(small) else "a column has no entry at or below 1e-7")),
         (f"{PLACE}, Figure 8", "Histograms of the entries' magnitudes have a large peak at zero.", "a large peak",
          "share of the entries of random columns at or below 1% of the column's largest", many,
@@ -244,22 +264,42 @@ def claims(
     # fmt: on
     if options.subsamples:
         factor = max(options.subsamples)
-        pairs = [(few, whole) for few, whole in zip(broadened[factor], broadened[1], strict=True) if few and whole]
-        grown = mean([float(np.log10(few / whole)) for few, whole in pairs]) if len(pairs) > 1 else Measured(np.nan, 0)
-        quantity = f"log10 of the mean square of a column's entries, with {factor} times fewer sequences over all"
-        paper = "mean square value increases"
-        rows.append((PLACE, "Entries broaden if the data is subsampled.", paper, quantity, (0, None), grown, ""))
-    if len(bands) > 1:
-        two = int(np.argmin(np.abs(np.array(KEPT) - 0.02))) + 1
-        for number, which in ((0, "entries at or below 1e-7 are taken for zero"), (two, "the largest 2% are kept")):
-            statement = f"The Hessian is banded where {which}, as far as sampled parts tell."
-            ratio = mean([of_part[number].ratio for of_part in bands])
-            quantity = "half bandwidth of H[S, S] after reverse Cuthill-McKee, over that of its entries permuted"
-            rows.append((PLACE, statement, "could be banded", quantity, (None, 0.5), ratio, ""))
+        grown, of = growth(broadened[factor], broadened[1][0])
+        quantity = (
+            f"log10 of the mean square of a column's entries in each of {factor} parts of the sequences, over that in "
+            f"all of them: mean over the {of} random columns that are zero in no part"
+        )
+        paper, obstacle = "mean square value increases", "" if of else "every random column is zero in a part"
+        rows.append((PLACE, "Entries broaden if the data is subsampled.", paper, quantity, (0, None), grown, obstacle))
+    rows += [(PLACE, *row) for row in banded(options, bands)]
     for place, statement, paper, quantity, holds, ours, obstacle in rows:
-        finite = not obstacle and bool(np.isfinite([ours.value, ours.error]).all())
+        finite = bool(np.isfinite([ours.value, ours.error]).all())
         value, error = (ours.value, ours.error) if finite else (None, 0.0)
         yield Claim(HESSFORMER, place, statement, paper, quantity, holds, value, error, model, obstacle)
+
+
+def banded(options: Options, bands: list[list[Bandwidths]]) -> Iterator[tuple[str, str, str, Range, Measured, str]]:
+    """Whether random parts fit into a band; it cannot be told where parts of a band would not.
+
+    That is where few entries are left. Where more than half are, the matrix is no band narrower than 0.29 of its size.
+    """
+    quantity = "half bandwidth of H[S, S] after reverse Cuthill-McKee, over that of its entries permuted"
+    holds: Range = (None, 0.5)
+    two = int(np.argmin(np.abs(np.array(KEPT) - 0.02))) + 1
+    for number, which in ((0, "entries at or below 1e-7 are taken for zero"), (two, "the largest 2% are kept")):
+        statement = f"The Hessian is banded where {which}, as far as sampled parts tell."
+        ratio, obstacle = UNKNOWN, ""
+        if not options.sample:
+            obstacle = "--sample 0: there are no random parts"
+        elif len(bands) < 2:
+            obstacle = f"{len(bands)} of {options.repeats} random parts have entries that are not zero"
+        else:
+            ratio = mean([of_part[number].ratio for of_part in bands])
+            planted = mean([of_part[number].planted_ratio for of_part in bands])
+            kept = np.mean([of_part[number].kept for of_part in bands])
+            if kept < 0.5 < planted.value + planted.error:
+                obstacle = f"parts of a band with as many entries have {planted.value:.2f} ± {planted.error:.1g}"
+        yield statement, "could be banded", quantity, holds, ratio, obstacle
 
 
 def tables(
@@ -296,12 +336,13 @@ def tables(
          for name, size, counts in zip(kinds.names, kinds.sizes, by_row, strict=True)],
         "What entries of the random columns are, by the kind of the row's parameter",
     )  # fmt: skip
-    head = ("part", "kept", "half bandwidth", "of its entries permuted, ± 2 standard deviations", "ratio")
+    head = ("part", "kept", "half bandwidth", "of its entries permuted, ± 2 standard deviations", "ratio", "of a band")
     rows = []
     for name, several in bands.items():
         for found in itertools.chain.from_iterable(several):
             spread = f"{np.mean(found.permuted):.3f} ± {2 * np.std(found.permuted, ddof=1):.3f}"
-            rows.append((name, f"{found.kept:.4f}", f"{found.own:.3f}", spread, f"{found.ratio:.3f}"))
+            ratios = (f"{ratio:.3f}" for ratio in (found.ratio, found.planted_ratio))
+            rows.append((name, f"{found.kept:.4f}", f"{found.own:.3f}", spread, *ratios))
     if rows:
         yield Table(head, rows, "Parts after reverse Cuthill-McKee: entries above 1e-7, then the largest shares")
 

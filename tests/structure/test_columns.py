@@ -76,6 +76,22 @@ def test_counts_do_not_overflow_and_are_put_together_from_two_parts(monkeypatch)
     assert threshold_counts({"a": jnp.zeros((3, 77)), "b": jnp.ones(5)}, [0.0, 1.0]).tolist() == [[231, 236]]
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 7, 23), (23, 7, 3, 2), (120, 8), (8, 120), (2, 23, 9)])
+def test_leaves_with_more_entries_than_a_sum_can_count_are_summed_in_parts(shape, monkeypatch):
+    """With sums in 8 bits, as 2^32 entries and more are in 32; by hand in NumPy, in blocks too."""
+    monkeypatch.setattr(module, "COUNTER", jnp.uint8)
+    monkeypatch.setattr(module, "LIMB", 4)
+    entries = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    limits = [0.0, 0.1, 1.0, 10.0]
+    vector = {"a": jnp.asarray(entries)}
+    expected = [np.sum(abs(entries) <= np.float32(limit)) for limit in limits]
+    assert expected[-1] == entries.size > 255
+    np.testing.assert_array_equal(threshold_counts(vector, limits)[0], expected)
+    blocks = jaxhess.Blocks.by(vector, "matrices").split("a", axis=len(shape) - 1)
+    by_hand = [[np.sum(abs(entries[..., k]) <= np.float32(limit)) for limit in limits] for k in range(shape[-1])]
+    np.testing.assert_array_equal(threshold_counts(vector, limits, blocks), by_hand)
+
+
 def test_entries_are_numbered_like_the_rows_of_the_matrix():
     like = {"a": jnp.zeros(()), "b": {"c": jnp.zeros((2, 3))}}
     assert [entry_name(like, k) for k in (0, 1, 6)] == ["a[]", "b/c[0,0]", "b/c[1,2]"]

@@ -21,24 +21,36 @@ class Bandwidths(NamedTuple):
         kept: Share of entries off the diagonal that are not taken for zero.
         own: Of the matrix, after reverse Cuthill-McKee.
         permuted: Of the same entries at random places, symmetric, the diagonal left where it is: one for each draw.
+        planted: As many entries at random rows of a matrix that is a band: one for each draw.
     """
 
     kept: float
     own: float
     permuted: tuple[float, ...]
+    planted: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
         """Own over the mean of the permuted ones; 1: its zeros are where chance would put them. 0/0 is 1."""
+        return self._relative(self.own)
+
+    @property
+    def planted_ratio(self) -> float:
+        """The ratio that the part of a band has; near 1: so few or so many entries do not tell a band from chance."""
+        return self._relative(float(np.mean(self.planted)))
+
+    def _relative(self, width: float) -> float:
         mean = float(np.mean(self.permuted))
-        return self.own / mean if mean else 1.0
+        return width / mean if mean else 1.0
 
 
 def bandwidths(pattern: Pattern, permutations: int, rng: np.random.Generator) -> Bandwidths:
     """Of a symmetric pattern of nonzeros [k, k], k at least 2."""
     off = ~np.eye(len(pattern), dtype=bool)
-    drawn = tuple(band(permuted(pattern, rng)) for _ in range(permutations))
-    return Bandwidths(float(pattern[off].mean()), band(pattern), drawn)
+    moved = tuple(band(permuted(pattern, rng)) for _ in range(permutations))
+    count = int(np.triu(pattern, 1).sum())
+    made = tuple(band(part_of_band(len(pattern), count, rng)) for _ in range(permutations))
+    return Bandwidths(float(pattern[off].mean()), band(pattern), moved, made)
 
 
 def band(pattern: Pattern) -> float:
@@ -54,6 +66,12 @@ def permuted(matrix: npt.NDArray, rng: np.random.Generator) -> npt.NDArray:
     found = matrix.copy()
     found[rows, columns] = found[columns, rows] = rng.permutation(matrix[rows, columns])
     return found
+
+
+def part_of_band(size: int, count: int, rng: np.random.Generator) -> Pattern:
+    """Random rows, out of order, of a large matrix that is a band so wide that `count` pairs of them are in it."""
+    places = rng.random(size)
+    return largest(1 - abs(places[:, None] - places), [count / (size * (size - 1) // 2)])[0]
 
 
 def without_zero_rows(matrix: Matrix) -> Matrix:
