@@ -69,7 +69,7 @@ def load(
     return LanguageModel(config, processes.on_every(lambda: read_parameters(config, source, rows, mesh)), mesh)
 
 
-def load_config(path_or_hub_id: str | Path, dtype: str | None = None) -> DecoderConfig:
+def load_config(path_or_hub_id: str | Path, dtype: str | None = None, *, revision: str | None = None) -> DecoderConfig:
     """The configuration that `load` with the same arguments gives its model; no weight is read.
 
     Examples:
@@ -81,7 +81,7 @@ def load_config(path_or_hub_id: str | Path, dtype: str | None = None) -> Decoder
     Raises:
         InputError: As for `load`, as far as names, shapes and headers tell.
     """
-    directory = local_directory(path_or_hub_id)
+    directory = local_directory(path_or_hub_id, revision)
     if processes.agreed(is_orbax(directory)):
         return processes.on_every(lambda: saved_config(directory, dtype))
     return processes.on_every(lambda: _open(directory, dtype))[1]

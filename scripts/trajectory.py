@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import run_options  # beside this file, as the next
+import run_options  # beside this file, as the next ones
 import run_parts
 import tyro
+from cold_runs import cold_run, print_comparison
 from remat_choice import choose_remat
 from rich.console import Console
 
@@ -39,9 +40,10 @@ from jaxhess.krylov.basis import stacked_sharding
 from jaxhess.operators.base import LowRank
 from jaxhess.results.trajectory_report import PAGE, TRAJECTORY_FILES, trajectory_files
 from jaxhess.slq.checkpoint import Saver, termination
-from jaxhess.vectors import named_sharding
+from jaxhess.vectors import checksum, named_sharding
 
 UNFINISHED, TRAINER_STATE = "unfinished", "trainer_state.json"
+EACH, PRECONDITIONERS = Path("each"), ("preconditioner.npz", "optimizer.pt")
 NUMBERS = {"eigenpairs", "eigenpair_tolerance", "eigenpair_steps"}
 """What `scripts/spectrum.py` may change when it resumes, and this may not."""
 FREE = (run_parts.FREE - NUMBERS) | {"checkpoints", "beta1"}
@@ -70,13 +72,17 @@ class Options(run_options.Options):
     eigenpair_steps: int = 100
     """The most Lanczos steps for the eigenpairs of a checkpoint."""
     probes: int = 4
-    """Random probes for the trace, a product each; the same at every checkpoint."""
+    """Random probes for the trace, a product each; the same at every checkpoint; 0 for no trace."""
+    precondition: Path | None = None
+    """`each`: follow D^-1/2 H D^-1/2, what Adam sees, each checkpoint with its own D: the preconditioner.npz or
+    optimizer.pt in its folder."""
     learning_rate: float | None = None
     """Of all steps, for the lines of stability; by default as `trainer_state.json` beside each checkpoint says."""
     beta1: float = 0.9
     """Decay rate of Adam's first moment, for its line."""
     cold: bool = False
-    """Also compute every checkpoint's eigenpairs without a warm start, to compare values and products."""
+    """Also compute the eigenpairs of every checkpoint after the first from another random vector alone, to compare
+    values and products."""
     resume: bool = False
     """Resume the unfinished run in --out; if there is none, start one. Checkpoints, data and the options that determine
     the numbers must be the same."""
@@ -103,6 +109,21 @@ class Place(NamedTuple):
         file = self.source if self.revision is None else hub_config(self.source, self.revision)
         return processes.on_every(lambda: convert.read_config(file, dtype))
 
+    def options(self, options: Options) -> Options:
+        """Those of a run on this checkpoint alone, with its own preconditioner.
+
+        Raises:
+            InputError: It has none, or is of a hub id that could not be reached.
+        """
+        folder = self.folder()
+        own: Path | None = None
+        if options.precondition is not None:
+            files = [folder / name for name in PRECONDITIONERS]
+            own = next((file for file in files if processes.exists(file)), None)
+            if own is None:
+                raise InputError(f"--precondition each: {folder} has no {' and no '.join(PRECONDITIONERS)}.")
+        return dataclasses.replace(options, model=str(folder), precondition=own)
+
 
 def run(options: Options) -> list[jaxhess.TrajectoryPoint]:
     """The whole job; returns what it also saved."""
@@ -111,22 +132,29 @@ def run(options: Options) -> list[jaxhess.TrajectoryPoint]:
     console = terminal(quiet=processes.index() > 0)
     clock = run_parts.Clock()
     with run_folder(options) as (output, checkpoint):
-        check_configs(places, options.dtype)
-        options = dataclasses.replace(options, model=str(places[0].folder()))
-        config = run_parts.read_config(options)
+        check_configs(places, options)
+        first = dataclasses.replace(options, model=str(places[0].folder()))
+        config = run_parts.read_config(first)
         mesh = jaxhess.make_mesh(options.mesh)
-        blocks = run_parts.read_data(options, config)
+        blocks = run_parts.read_data(first, config)
         clock.stop("data")
-        config = choose_remat(options, config, mesh, checkpoint, console)
-        checkpoint = run_parts.identified(checkpoint, options, config, blocks, FREE)
+        config = choose_remat(first, config, mesh, checkpoint, console)
+        checkpoint = run_parts.identified(checkpoint, first, config, blocks, FREE)
         checkpoint.identity["checkpoints"] = [[place.step, Path(place.source).name, place.revision] for place in places]
+        checkpoint.identity["precondition"] = options.precondition and str(options.precondition)
         batches = jaxhess.Microbatches(blocks.microbatches(options.microbatch, mesh))
         if options.overwrite and not options.resume:
             checkpoint.remove()
-        points, colds, model = followed(options, places, config, mesh, batches, checkpoint, console)
+        found, model = followed(options, places, config, mesh, batches, checkpoint, console)
+        points, colds = found.points, found.colds
         clock.stop("checkpoints")
-        job = run_parts.job_record(options, model, blocks, batches, mesh, clock.seconds)
-        record: dict[str, Any] = {"job": dataclasses.asdict(job)}
+        named = dataclasses.replace(options, model=options.model or str(options.checkpoints[0]))
+        job = run_parts.job_record(named, model, blocks, batches, mesh, clock.seconds)
+        where = [
+            {"step": p.step, "source": p.source, "revision": p.revision, "folder": str(p.folder().resolve()), **sums}
+            for p, sums in zip(places, found.checksums, strict=True)
+        ]
+        record: dict[str, Any] = {"job": dataclasses.asdict(job), "checkpoints": where}
         if colds:
             record["cold_runs"] = colds
         processes.on_first(lambda: output.write(trajectory_files(points, json_ready(record), options.beta1)))
@@ -151,7 +179,15 @@ def check(options: Options) -> None:
         raise InputError(f"--learning-rate {options.learning_rate} must be a positive number.")
     if not 0 <= options.beta1 < 1:
         raise InputError(f"--beta1 {options.beta1} must be from 0 to below 1.")
-    run_options.check(dataclasses.replace(options, model=options.model or "folders"))
+    if options.probes < 0:
+        raise InputError(f"--probes {options.probes} must be a number of probes, or 0 for no trace.")
+    if options.precondition is not None and (options.precondition != EACH or options.revisions):
+        raise InputError(
+            "--precondition each takes the preconditioner.npz or optimizer.pt in each folder of --checkpoints; one "
+            "preconditioner for all checkpoints is of none but its own."
+        )
+    given = dataclasses.replace(options, precondition=None, probes=max(options.probes, 1))
+    run_options.check(dataclasses.replace(given, model=options.model or "folders"))
 
 
 def found_places(options: Options) -> list[Place]:
@@ -195,11 +231,14 @@ def step_of(name: str) -> int:
     return int(match[0])
 
 
-def check_configs(places: list[Place], dtype: str | None) -> None:
-    """Raises InputError where a checkpoint is missing, or is of another architecture than the first."""
-    first = places[0].config(dtype)
-    for place in places[1:]:
-        if place.config(dtype) != first:
+def check_configs(places: list[Place], options: Options) -> None:
+    """Raises InputError where a checkpoint or its preconditioner is missing, or it is of another architecture than the
+    first."""
+    first = places[0].config(options.dtype)
+    for place in places:
+        if options.precondition is not None:
+            place.options(options)
+        if place.config(options.dtype) != first:
             names = [x.revision or x.source for x in (place, places[0])]
             raise InputError(
                 f"{names[0]} is a checkpoint of another model than {names[1]}: their configurations differ."
@@ -221,6 +260,19 @@ def run_folder(options: Options) -> Iterator[tuple[Output, jaxhess.Checkpoint]]:
         output.release()
 
 
+@dataclasses.dataclass
+class Followed:
+    """What was found at the checkpoints so far; `checksums` are of their weights and preconditioners."""
+
+    points: list[jaxhess.TrajectoryPoint] = dataclasses.field(default_factory=list)
+    colds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    checksums: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        """As it is saved."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
 def followed(
     options: Options,
     places: list[Place],
@@ -229,24 +281,35 @@ def followed(
     batches: jaxhess.Microbatches,
     checkpoint: jaxhess.Checkpoint,
     console: Console,
-) -> tuple[list[jaxhess.TrajectoryPoint], list[dict[str, Any]], jaxhess.LanguageModel]:
-    """The points, what cold runs found, and the last model; each checkpoint is saved as soon as it is done."""
+) -> tuple[Followed, jaxhess.LanguageModel]:
+    """What was found, and the last model; each checkpoint is saved as soon as it is done."""
     saver = Saver(checkpoint, {})
-    points: list[jaxhess.TrajectoryPoint] = []
-    colds: list[dict[str, Any]] = []
+    found = Followed()
+    points = found.points
     pairs: Any = None
+    model: Any = None
+    operator: Any = None
     try:
         saved = saver.latest()
         if saved is not None:
-            points, colds = [jaxhess.TrajectoryPoint.from_dict(x) for x in saved["points"]], saved["colds"]
+            points = [jaxhess.TrajectoryPoint.from_dict(x) for x in saved["points"]]
+            found = Followed(points, saved["colds"], saved["checksums"])
             console.print(f"{len(points)} of {len(places)} checkpoints are done.")
-        remaining = places[len(points) :] or places[-1:]
+            for number in sorted({0, len(points) - 1}):
+                here = places[number].options(options)
+                if checksums(here, run_parts.load(here, config, mesh)) != found.checksums[number]:
+                    raise InputError(
+                        f"{here.model} does not hold the weights or the preconditioner that the unfinished run in "
+                        f"{checkpoint.folder} found at step {places[number].step}: --resume with those, or start anew."
+                    )
         with termination() as asked:
-            for place in remaining:
-                here = dataclasses.replace(options, model=str(place.folder()))
+            for place in places[len(points) :] or places[-1:]:
+                here = place.options(options)
+                model = operator = None  # before the next one is loaded
                 model = run_parts.load(here, config, mesh)
                 if len(points) == len(places):
                     break  # killed while the result was written
+                sums = checksums(here, model)
                 operator = run_parts.build(here, model, batches, console)
                 if points and pairs is None:
                     pairs = restored(saver, operator, len(points[-1].eigenvalues))
@@ -263,17 +326,25 @@ def followed(
                     storage=options.storage,
                     learning_rate=options.learning_rate or known_rate(place),
                 )
-                if options.cold:
-                    colds.append(cold_run(options, operator, point))
+                if options.cold and points:
+                    found.colds.append(cold_run(options, operator, point, len(points)))
                 points.append(point)
+                found.checksums.append(sums)
                 console.print(str(point))
-                record = {"points": [dataclasses.asdict(p) for p in points], "colds": colds}
-                saver.save_or_warn(len(points), json.loads(json.dumps(record)), pairs.vectors)
+                saver.save_or_warn(len(points), found.record(), pairs.vectors)
                 if processes.any_says(asked.is_set()) and len(points) < len(places):
                     raise jaxhess.Interrupted(f"stopped by SIGTERM after step {place.step}; what was done is saved")
     finally:
         saver.close()
-    return points, colds, model
+    return found, model
+
+
+def checksums(here: Options, model: jaxhess.LanguageModel) -> dict[str, str]:
+    """Of a checkpoint's weights, and of its preconditioner."""
+    found = {"weights": checksum(model.params)}
+    if here.precondition is not None:
+        found["preconditioner"] = checksum(convert.load_preconditioner(here.precondition, model).diagonal)
+    return found
 
 
 def restored(saver: Saver, operator: jaxhess.LinearOperator, count: int) -> LowRank:
@@ -289,51 +360,16 @@ def restored(saver: Saver, operator: jaxhess.LinearOperator, count: int) -> LowR
 
 
 def known_rate(place: Place) -> float | None:
-    """The learning rate of the checkpoint's step, where `trainer_state.json` of `transformers` is beside it."""
+    """The learning rate of the checkpoint's own step, where `trainer_state.json` of `transformers` beside it has it."""
     path = place.folder() / TRAINER_STATE
     if not path.is_file():
         return None
     try:
         history = read_json(path)["log_history"]
-        rates = [(x["step"], x["learning_rate"]) for x in history if "learning_rate" in x and x["step"] <= place.step]
-        return float(max(rates)[1]) if rates else None
+        rates = [x["learning_rate"] for x in history if "learning_rate" in x and x["step"] == place.step]
+        return float(rates[-1]) if rates else None
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is not the trainer's record of learning rates ({error}): remove it.") from None
-
-
-def cold_run(options: Options, operator: jaxhess.LinearOperator, point: jaxhess.TrajectoryPoint) -> dict[str, Any]:
-    """Products of a cold run, and how far its eigenvalues are from the point's, in parts of both residuals."""
-    found = jaxhess.leading_eigenpairs(
-        operator,
-        options.eigenpairs,
-        tolerance=options.eigenpair_tolerance,
-        steps=options.eigenpair_steps,
-        seed=options.seed,
-        storage=options.storage,
-    )
-    count = min(len(found.values), len(point.eigenvalues))
-    apart = np.abs(found.values[:count] - np.array(point.eigenvalues[:count]))
-    within = found.residuals[:count] + np.array(point.residuals[:count])
-    values, residuals = found.values.tolist(), found.residuals.tolist()
-    worst = float((apart / within).max())
-    return {"products": found.products, "eigenvalues": values, "residuals": residuals, "worst": worst}
-
-
-def print_comparison(console: Console, points: list[jaxhess.TrajectoryPoint], colds: list[dict[str, Any]]) -> None:
-    """Warm against cold, in a line; and where one of them lacks an eigenvalue that the other has."""
-    for point, cold in zip(points, colds, strict=True):
-        if cold["worst"] > 1:
-            found = ", ".join(f"{x:.5g}" for x in cold["eigenvalues"])
-            console.print(
-                f"step {point.step}: the cold run found {found}: one of the two lacks an eigenvalue of the other; a "
-                "lower --eigenpair-tolerance tells which"
-            )
-    warm, cold = sum(p.products for p in points), sum(c["products"] for c in colds)
-    worst = max(c["worst"] for c in colds)
-    console.print(
-        f"products: {warm} followed, {cold} cold, {warm / cold:.3f} of them; eigenvalues differ by at most {worst:.2g} "
-        "of the sum of both residuals"
-    )
 
 
 def main() -> None:

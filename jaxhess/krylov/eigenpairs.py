@@ -27,7 +27,7 @@ from jaxhess.krylov.products import everywhere
 from jaxhess.krylov.quadrature import Quadrature, quadrature
 from jaxhess.krylov.state import LanczosState, extended, start_lanczos
 from jaxhess.krylov.storage import Storage
-from jaxhess.krylov.warm_start import seen_from, starting_vector
+from jaxhess.krylov.warm_start import complete, seen_from, starting_vector
 from jaxhess.operators.base import LinearOperator, Pairs, compiled_mv
 from jaxhess.operators.facts import non_finite, validated
 from jaxhess.operators.forms import num_microbatches, product_and_forms
@@ -41,6 +41,9 @@ VECTORS, SCALARS = "vectors", "eigenpairs.npz"
 
 SIGNS = {"magnitude": (1, -1), "largest": (1,), "smallest": (-1,)}
 """Of the eigenvalues that are looked for."""
+
+FLOAT32 = 1e-6
+"""Products of less unit roundoff than this are in float32 or better."""
 
 CHECK_EVERY = 5
 """Steps between two looks at what has converged."""
@@ -63,7 +66,8 @@ class Eigenpairs:
         values: [k] float64, Ritz values.
         vectors: Unit eigenvectors, a pytree like the operator's vectors with a leading axis [k, ...].
         residuals: [k] |H y - value y|, each by one more product: an eigenvalue of a symmetric H lies within it. After a
-            warm start with all Lanczos vectors kept in 32 bits or more, from the run's own products.
+            warm start with products in float32 or better and all Lanczos vectors kept in 32 bits or more, from the
+            run's own products.
         converged: [k] bool, whether the residual is within the tolerance, relative to the largest |Ritz value|.
         steps: Lanczos steps taken.
         products: With the operator, in all; 0 where that is not known.
@@ -186,11 +190,11 @@ def leading_eigenpairs(
             segment. Its first run takes the place of a new one, and goes on if its steps do not suffice; then `seed`
             and `storage` do not matter. The state is used up: its buffers are freed.
         previous: Eigenpairs of an operator that was nearly this one, as at the checkpoint before: a warm start. The run
-            begins at the sum of their vectors and a random one of 3% of its length, and goes on until it would
-            also have seen a new eigenvalue beyond all that it has found (`Eigenpairs.seen_from`). It looks for the end
-            at every step, and with all vectors kept, in 32 bits or more, it takes the residuals from its own products:
-            H y = sum_j s_j H q_j. If the previous vectors are of no use, it costs what any other run does. Give every
-            run another seed, so that none has the blind spots of the one before.
+            begins at the sum of their vectors and a random one of four times its length, and goes on until it would
+            also have seen any new eigenvalue above the smallest that it has found (`Eigenpairs.seen_from`). It looks
+            for the end at every step, and with products in float32 or better and all vectors kept in 32 bits or more,
+            it takes the residuals from its own products: H y = sum_j s_j H q_j. Give every run another seed, so that
+            none has the blind spots of the one before.
         callback: Called on the host with the step, the wanted Ritz values so far, and their residual bounds.
 
     Returns:
@@ -221,7 +225,8 @@ def leading_eigenpairs(
         raise InputError(f"Re-orthogonalisation {state.reorthogonalize!r} does not keep all Lanczos vectors.")
     rounding = unit_roundoff(operator, state.current)
     # Vectors that are summed from rows in 16 bits are not those that the bounds are of.
-    own_products = previous is not None and keeps_all and not _in_16_bits(state.basis)
+    # Nor does T tell the noise of products in narrow arithmetic: the residuals would be those of another matrix.
+    own_products = previous is not None and keeps_all and not _in_16_bits(state.basis) and rounding < FLOAT32
     begun = int(state.step)
     looked_at, done, ended, seen = 0, begun, False, math.nan
     while not ended:
@@ -244,7 +249,7 @@ def leading_eigenpairs(
         ended = bool(state.broken[0]) or done >= steps or (len(chosen) == count and bool(converged.all()))
         if previous is not None:
             seen = seen_from(alphas, betas, operator.dim, nodes.ritz_values[chosen], SIGNS[which])
-            ended = ended and (math.isfinite(seen) or bool(state.broken[0]) or done >= steps)
+            ended = ended and (complete(seen, nodes.ritz_values[chosen]) or bool(state.broken[0]) or done >= steps)
         ended = processes.agreed(ended)  # each machine's LAPACK rounds in its own way
     limit = tolerance * float(np.abs(nodes.ritz_values).max())
     found = (nodes.ritz_values[chosen].tolist(), limit, _coefficients(alphas, betas, chosen).tolist(), bounds.tolist())
@@ -371,7 +376,7 @@ def _with_forms(operator: LinearOperator, y: Vector) -> tuple[Vector, jax.Array]
     return product, everywhere(operator, forms)
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=0)
 def _unit(vectors: Vector) -> tuple[Vector, jax.Array]:
     """The stacked vectors, each at length one, and their lengths before: one but for rounding."""
     lengths = jnp.sqrt(jax.vmap(dot)(vectors, vectors))

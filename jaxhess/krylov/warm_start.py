@@ -18,8 +18,12 @@ from jaxhess.vectors import Vector, add_scaled, basis_sum, cast, named_sharding,
 
 Array = npt.NDArray[np.float64]
 
-RANDOM = 0.03
-"""Length of the random vector in the start of a run, relative to the sum of the previous eigenvectors."""
+RANDOM = 4.0
+"""Length of the random vector in the start of a run, relative to the sum of the previous eigenvectors.
+
+What a run costs is what it takes to see a new eigenvalue, and that takes the fewest products with a long random vector;
+old eigenvectors still have far more of the start than any other one: 1 / (17 k) of its square, and not 1 / dim.
+"""
 
 MISS = 0.05
 """Chance at which an eigenvalue counts as one that a run would have seen."""
@@ -28,7 +32,10 @@ BESIDE = 0.05
 """Distance, relative to an eigenvalue that was found, within which another one may go unseen."""
 
 REACH = 1.25
-"""A run goes on until it would have seen an eigenvalue of so many times the largest that it has found."""
+"""What a run would have seen is looked at up to so many times the largest eigenvalue that it has found."""
+
+LEAST = 1e-3
+"""And down to so many times that one."""
 
 
 def like_operator(operator: LinearOperator, vectors: Vector) -> Vector:
@@ -62,7 +69,6 @@ def like_operator(operator: LinearOperator, vectors: Vector) -> Vector:
 def starting_vector(operator: LinearOperator, previous: Pairs, key: jax.Array) -> Vector:
     """The sum of the previous eigenvectors, and a random vector of `RANDOM` times its length.
 
-    Later eigenvectors, which converge last, have more weight: the k-th one k.
     The random one is what finds an eigenvector to which all the previous ones are orthogonal.
     """
     probe = random_probe(key, operator.shape_dtype)
@@ -72,7 +78,7 @@ def starting_vector(operator: LinearOperator, previous: Pairs, key: jax.Array) -
 @jax.jit
 def _mixed(operator: LinearOperator, vectors: Vector, probe: Vector) -> Vector:
     count = jax.tree.leaves(vectors)[0].shape[0]
-    old, new = basis_sum(jnp.arange(1, count + 1, dtype=jnp.float32), vectors), widen(probe)
+    old, new = basis_sum(jnp.ones(count), vectors), widen(probe)
     length = norm(old)
     total = add_scaled(scale(RANDOM / norm(new), new), 1 / jnp.where(length > 0, length, 1), old)
     return pinned(operator, cast(total, probe))
@@ -83,8 +89,8 @@ def seen_from(
 ) -> float:
     """The magnitude from which on a run that began at a `starting_vector` would have seen every eigenvalue.
 
-    With probability 1 - `MISS` for each, those within `BESIDE` of one that was found left out. Infinite where not even
-    an eigenvalue of `REACH` times the largest one found would have been seen.
+    With probability 1 - `MISS` for each, those within `BESIDE` of one that was found left out; at least the smallest
+    magnitude that was found. Infinite where not even an eigenvalue of `REACH` times the largest would have been seen.
 
     An eigenvalue that is not among the nodes of the run's Gauss quadrature still has the mass that its eigenvector has
     in the starting vector. That mass is at most 1 / sum_j p_j(x)^2, with p_j the orthonormal polynomials of T, whatever
@@ -103,7 +109,7 @@ def seen_from(
     top = float(np.abs(values).max(initial=0.0))
     if top == 0 or betas[-1] == 0:  # nothing can be missed: the Krylov space is all that there is of the operator
         return 0.0
-    low = min(max(float(np.abs(values).min()), 1e-3 * top), top)
+    low = min(max(float(np.abs(values).min()), LEAST * top), top)
     magnitudes = np.geomspace(low, REACH * top, 60)
     seen, variance = np.ones(magnitudes.size, bool), RANDOM**2 / (1 + RANDOM**2) / dim
     for sign in signs:
@@ -113,6 +119,21 @@ def seen_from(
         seen &= beside | (chance <= MISS)
     unseen = np.flatnonzero(~seen)
     return float([*magnitudes, np.inf][unseen[-1] + 1 if unseen.size else 0])
+
+
+def complete(seen: float, found: Sequence[float] | Array) -> bool:
+    """Whether a run that would have `seen_from` so large a magnitude can have missed none of those it was to find.
+
+    But for an eigenvalue within `BESIDE` of one that was found, and each other one with probability `MISS`.
+
+    Examples:
+        >>> from jaxhess.krylov.warm_start import complete
+        >>> complete(7.1, [9.0, -7.0]), complete(8.0, [9.0, -7.0])
+        (True, False)
+    """
+    magnitudes = np.abs(np.asarray(found, np.float64))
+    smallest, top = magnitudes.min(initial=np.inf), magnitudes.max(initial=0.0)
+    return bool(seen <= max(smallest * (1 + BESIDE), LEAST * top))
 
 
 def _largest_mass(alphas: Array, betas: Array, x: Array) -> Array:

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -179,8 +178,11 @@ def _page(points: Sequence[TrajectoryPoint], record: Mapping[str, Any], image: b
     warnings = []
     if late := [str(p.step) for p in points if not all(p.converged)]:
         warnings.append(f"Not converged at step {', '.join(late)}: the residuals there are above the tolerance.")
-    if blind := [str(p.step) for p in points if p.seen_from is not None and math.isinf(p.seen_from)]:
-        warnings.append(f"At step {', '.join(blind)} a new eigenvalue above all others could have been missed.")
+    if blind := [str(p.step) for p in points if not p.complete]:
+        warnings.append(
+            f"May be incomplete at step {', '.join(blind)}: the steps ran out before an eigenvalue above the smallest "
+            "of these would have been seen."
+        )
     head = (
         "step",
         "eigenvalues ± residuals (curve)",

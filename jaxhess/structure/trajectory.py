@@ -4,6 +4,7 @@ with them."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -20,15 +21,20 @@ from jaxhess.krylov.errors import Estimate
 from jaxhess.krylov.estimators import hutchinson
 from jaxhess.krylov.products import everywhere
 from jaxhess.krylov.storage import Storage
-from jaxhess.krylov.warm_start import like_operator
+from jaxhess.krylov.warm_start import complete, like_operator
 from jaxhess.operators.base import LinearOperator, Pairs
 from jaxhess.operators.facts import validated
 from jaxhess.operators.hessian import Hessian
+from jaxhess.operators.linearized import LinearizedHessian
 from jaxhess.operators.loss import Loss, LossOperator
 from jaxhess.operators.microbatches import Microbatches
+from jaxhess.operators.preconditioned import Preconditioned
 from jaxhess.vectors import Vector, basis_dot, check_seed, norm
 
 Array = npt.NDArray[np.float64]
+
+SPANNED = 1e-4
+"""Smallest eigenvalue of inner products, relative to the largest, that is no rounding of linearly dependent vectors."""
 
 SAME = 0.51
 """Squared cosine from which on two vectors are on one curve: above one half, so that no vector is on two."""
@@ -55,7 +61,8 @@ class TrajectoryPoint:
             after a cold run.
         seconds: All that the checkpoint took, with compilation.
         loss: Mean loss over the data; None for an operator without one.
-        gradient_norm: Length of the gradient of that loss; None where the operator is not of a loss.
+        gradient_norm: Length of the gradient of that loss, of a preconditioned operator that of D^-1/2 gradient; None
+            where the operator is not of a loss.
         gradient_share: Share of its square in the space of the leading eigenvectors.
         overlap: Mean of the squared cosines between the spaces of leading eigenvectors here and at the checkpoint
             before; 1: the same space.
@@ -81,6 +88,12 @@ class TrajectoryPoint:
     learning_rate: float | None = None
 
     @property
+    def complete(self) -> bool:
+        """Whether no eigenvalue above the smallest of these can have been missed, each one with probability 95%, but
+        for one within 5% of another; after a cold run nothing tells, and it counts as complete."""
+        return self.seen_from is None or complete(self.seen_from, self.eigenvalues)
+
+    @property
     def warm(self) -> bool:
         """Whether the run started from the eigenvectors of the checkpoint before."""
         return self.overlap is not None
@@ -92,7 +105,8 @@ class TrajectoryPoint:
         start = "warm" if self.warm else "cold"
         cost = f"{self.products} products for eigenpairs ({start} start)"
         cost += f", {self.trace_products} for the trace" if self.trace_products else ""
-        return f"step {self.step}: {values}; {cost}, {self.seconds:.1f} s"
+        doubt = "" if self.complete else "; may be incomplete: the steps ran out"
+        return f"step {self.step}: {values}; {cost}, {self.seconds:.1f} s{doubt}"
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> TrajectoryPoint:
@@ -170,14 +184,15 @@ def trajectory_point(
     )
     curves, overlap = tuple(range(len(pairs.values))), None
     if previous is not None:
-        squares = squared_cosines(operator, previous, pairs)
-        overlap = float(squares.sum() / max(squares.shape))
+        squares, overlap = squared_cosines(operator, previous, pairs)
         known = before[-1].curves if before else tuple(range(len(squares)))
         curves = continued(squares, known, 1 + max((c for p in before for c in p.curves), default=len(squares) - 1))
     facts: dict[str, Any] = {"loss": validated(operator).get("loss")}
-    if isinstance(operator, LossOperator):
-        length, shares = _gradient_in(operator, pairs.vectors)
-        facts |= {"gradient_norm": float(length), "gradient_share": float(np.square(shares).sum())}
+    if _of_loss(operator) is not None:
+        length, inside, grams = _gradient_in(operator, pairs.vectors)
+        root, _ = _inverse_root(grams)
+        share = np.square(root @ np.asarray(inside, np.float64)).sum()
+        facts |= {"gradient_norm": float(length), "gradient_share": min(float(share), 1.0)}
     trace = hutchinson(operator, probes, seed=seed) if probes else None
     point = TrajectoryPoint(
         step,
@@ -282,21 +297,51 @@ def continued(squares: Array, curves: Sequence[int], free: int) -> tuple[int, ..
     return tuple(numbers)
 
 
-def squared_cosines(operator: LinearOperator, old: Pairs, new: Pairs) -> Array:
-    """[old, new] between the unit vectors of two sets of eigenpairs."""
-    found = _cosines(operator, like_operator(operator, old.vectors), new.vectors)
-    return np.square(np.asarray(found, np.float64))
+def squared_cosines(operator: LinearOperator, old: Pairs, new: Pairs) -> tuple[Array, float]:
+    """[old, new] between the unit vectors of two sets of eigenpairs, and their mean between the spaces of both sets.
+
+    Vectors of a set need not be orthogonal to each other, as without full re-orthogonalisation they are not.
+    """
+    before = like_operator(operator, old.vectors)
+    found = [np.asarray(x, np.float64) for x in _products(operator, before, new.vectors)]
+    (left, left_rank), (right, right_rank) = _inverse_root(found[1]), _inverse_root(found[2])
+    overlap = np.square(left @ found[0] @ right).sum() / max(left_rank, right_rank, 1)
+    return np.minimum(np.square(found[0]), 1), min(float(overlap), 1.0)
+
+
+def _inverse_root(grams: Any) -> tuple[Array, int]:
+    """G^-1/2 of a matrix of inner products, on the space that its vectors span, and the dimension of that space."""
+    values, vectors = np.linalg.eigh(np.asarray(grams, np.float64))
+    kept = values > SPANNED * values.max(initial=0.0)
+    return (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T, int(kept.sum())
 
 
 @jax.jit
-def _cosines(operator: LinearOperator, old: Vector, new: Vector) -> jax.Array:
-    return everywhere(operator, jax.lax.map(lambda v: basis_dot(new, v), old))
+def _products(operator: LinearOperator, old: Vector, new: Vector) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Inner products [old, new], [old, old] and [new, new]."""
+    pairs = ((old, new), (old, old), (new, new))
+    crossed, before, after = (jax.lax.map(functools.partial(basis_dot, other), rows) for rows, other in pairs)
+    return everywhere(operator, crossed), everywhere(operator, before), everywhere(operator, after)
+
+
+def _of_loss(operator: LinearOperator) -> LossOperator | None:
+    """The operator of a loss that this one is made of: itself, what was linearised, or what is preconditioned."""
+    if isinstance(operator, Preconditioned):
+        return _of_loss(operator.operator)
+    if isinstance(operator, LinearizedHessian):
+        return operator.hessian
+    return operator if isinstance(operator, LossOperator) else None
 
 
 @jax.jit
-def _gradient_in(operator: LossOperator, vectors: Vector) -> tuple[jax.Array, jax.Array]:
-    """The gradient's norm, and its cosines with the vectors."""
-    _, gradient = operator.value_and_gradient()
+def _gradient_in(operator: LinearOperator, vectors: Vector) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The norm of the gradient as the operator sees it, its cosines with the vectors, and their inner products."""
+    loss = _of_loss(operator)
+    assert loss is not None
+    _, gradient = loss.value_and_gradient()
+    if isinstance(operator, Preconditioned):
+        gradient = operator.scaled(gradient)
     length = norm(gradient)
     inside = basis_dot(vectors, gradient) / jnp.where(length > 0, length, 1)
-    return everywhere(operator, length), everywhere(operator, inside)
+    grams = jax.lax.map(functools.partial(basis_dot, vectors), vectors)
+    return everywhere(operator, length), everywhere(operator, inside), everywhere(operator, grams)

@@ -38,13 +38,18 @@ from jaxhess.data import TokenBatch, TokenBlocks
 from jaxhess.errors import InputError
 from jaxhess.files.output import Output
 from jaxhess.models import DecoderConfig, LanguageModel, NextTokenLoss, RopeConfig, abstract_params, initialize
-from jaxhess.vectors import check_seed, random_key
+from jaxhess.operators.adam import adam_preconditioner
+from jaxhess.operators.restriction import leaf_name
+from jaxhess.vectors import Vector, check_seed, random_key
 from scripts.training.corpus import END_OF_TEXT, Corpus, excerpt, read_corpus, text_figures, tokenise, train_tokenizer
 
 KEPT = ("tokenizer.json", "params.npz", "decoder.json", "loss_curve.json")
 CHECKPOINTS, TRAINER_STATE = "checkpoints", "trainer_state.json"
-Keep = Callable[[int, LanguageModel, dict[str, float]], None]
-"""Keeps the model after a step, with its loss and learning rate."""
+PRECONDITIONER = "preconditioner.npz"
+B2 = 0.98
+"""Decay of AdamW's second moments."""
+Keep = Callable[[int, LanguageModel, Vector, dict[str, float]], None]
+"""Keeps the model after a step, with what Adam divides by, and the step's loss and the next step's learning rate."""
 ABOUT_SAMPLE = (
     "sample.txt holds pieces of Python's standard library (see LICENSE-text), in turn from one of train_files, which "
     "the model was trained on, and from one of held_out_files, which it never saw. loss is the model's mean over the "
@@ -211,16 +216,19 @@ def checkpoint_folder(options: Options, step: int) -> Path:
 def keeping(options: Options, tokenizer: Tokenizer) -> Keep:
     """What writes a checkpoint in Hugging Face format.
 
-    Loss and learning rate go beside it, to `trainer_state.json`, in the form of the trainer of `transformers`.
+    Loss and learning rate go beside it, to `trainer_state.json`, in the form of the trainer of `transformers`, and
+    what Adam divides by to `preconditioner.npz`, which `convert.load_preconditioner` reads.
     """
     fast = fast_tokenizer(tokenizer)
 
-    def keep(step: int, model: LanguageModel, facts: dict[str, float]) -> None:
+    def keep(step: int, model: LanguageModel, diagonal: Vector, facts: dict[str, float]) -> None:
         state = {"global_step": step, "log_history": [{"step": step, **facts}]}
         with appearing(checkpoint_folder(options, step), overwrite=True) as folder:
             write_hugging_face(model, folder, None)
             add_tokenizer(fast, folder)
             (folder / TRAINER_STATE).write_bytes(json_bytes(state))
+            named = {leaf_name(path): x for path, x in jax.tree.leaves_with_path(diagonal)}
+            np.savez(folder / PRECONDITIONER, **named)
 
     return keep
 
@@ -278,8 +286,9 @@ def train(
         params, state, value = training_step(params, state, batch, loss=loss, optimizer=optimizer)
         recent.append(value)
         if keep is not None and step in kept:
-            facts = {"loss": float(value), "learning_rate": float(rate(step - 1))}
-            keep(step, dataclasses.replace(model, params=params), facts)
+            # The rate of the next step, as the Trainer of transformers has it.
+            facts = {"loss": float(value), "learning_rate": float(rate(step))}
+            keep(step, dataclasses.replace(model, params=params), adam_preconditioner(state, params, b2=B2), facts)
         if step == 1 or step % options.evaluate_every == 0 or step == options.steps:
             held_out = mean_loss(loss, params, watched, options.batch)
             seconds = time.perf_counter() - began
@@ -313,7 +322,7 @@ def optimizer_of(options: Options) -> optax.GradientTransformation:
     def matrices(params: Any) -> Any:
         return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    adamw = optax.adamw(learning_rate(options), b2=0.98, weight_decay=options.weight_decay, mask=matrices)
+    adamw = optax.adamw(learning_rate(options), b2=B2, weight_decay=options.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 

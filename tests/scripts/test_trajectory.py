@@ -15,8 +15,11 @@ from small_models import TINY, check_refused, random_model, run_command
 
 import convert
 from jaxhess.errors import InputError
+from jaxhess.operators.restriction import leaf_name
 from jaxhess.results.trajectory_report import load_trajectory
+from jaxhess.vectors import checksum
 from scripts import trajectory as script
+from scripts.cold_runs import lacking
 
 QUICK = ["--data", "random", "--seq-len", "8", "--sequences", "4", "--microbatch", "2", "--eigenpairs", "2"]
 QUICK += ["--probes", "2", "--eigenpair-steps", "40"]
@@ -32,7 +35,8 @@ def checkpoints(tmp_path_factory) -> Path:
         folder = top / f"step-{step:06d}"
         convert.export(dataclasses.replace(model, params=params), folder)
         if step > 5:
-            state = {"log_history": [{"step": step, "learning_rate": 0.1 / step}, {"step": step, "eval_loss": 3.0}]}
+            logged = [{"step": step, "learning_rate": 0.1 / step}, {"step": step, "eval_loss": 3.0}]
+            state = {"log_history": [{"step": 4, "learning_rate": 0.3}, *logged]}
             (folder / "trainer_state.json").write_text(json.dumps(state))
     return top
 
@@ -66,10 +70,78 @@ def test_the_folder_is_complete_and_reads_back(finished):
 def test_warm_and_cold_runs_agree_within_their_residuals(finished):
     points = load_trajectory(finished)
     colds = json.loads((finished / "trajectory.json").read_text())["cold_runs"]
-    for point, cold in zip(points, colds, strict=True):
+    assert [cold["step"] for cold in colds] == [10, 20]  # the first checkpoint's run is a cold one itself
+    for point, cold in zip(points[1:], colds, strict=True):
         apart = np.abs(np.array(point.eigenvalues) - cold["eigenvalues"])
         assert (apart <= np.array(point.residuals) + cold["residuals"]).all()
-    assert all(p.products < c["products"] for p, c in list(zip(points, colds, strict=True))[1:])
+        assert cold["followed_lacks"] == cold["cold_lacks"] == []
+        assert cold["eigenvalues"] != list(point.eigenvalues)  # another starting vector
+
+
+def test_what_one_of_two_runs_lacks_is_told_by_the_nearest_value():
+    ours, others = np.array([[20.0, -12, 10], [0.1, 0.1, 0.1]]), np.array([[20.0, 15, -12], [0.1, 0.1, 0.1]])
+    assert (lacking(ours, others), lacking(others, ours)) == ([15.0], [])
+    zeros = np.zeros((2, 1))
+    assert lacking(zeros, zeros) == []
+    assert lacking(zeros, np.array([[1.0], [0.0]])) == [1.0]
+
+
+def test_the_record_names_the_weights_of_every_checkpoint(finished, checkpoints):
+    found = json.loads((finished / "trajectory.json").read_text())["checkpoints"]
+    folders = sorted(checkpoints.iterdir())
+    assert [x["folder"] for x in found] == [str(folder.resolve()) for folder in folders]
+    assert [x["weights"] for x in found] == [checksum(convert.load(folder).params) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def preconditioned(checkpoints, tmp_path_factory) -> Path:
+    """The checkpoints, each with a preconditioner that is a number: 1, 2 and 4."""
+    top = tmp_path_factory.mktemp("preconditioned") / "training"
+    shutil.copytree(checkpoints, top)
+    leaves = jax.tree.leaves_with_path(convert.load(top / "step-000005").params)
+    for number, folder in enumerate(sorted(top.iterdir())):
+        named = {leaf_name(path): np.full(x.shape, 2.0**number, np.float32) for path, x in leaves}
+        np.savez(folder / "preconditioner.npz", **named)
+    return top
+
+
+def test_each_checkpoint_has_its_own_preconditioner_and_resumes_with_no_other(
+    finished, preconditioned, tmp_path, monkeypatch, capsys
+):
+    """Eigenvalues are those of H divided by the number; a run goes on with the same weights and preconditioners."""
+    out = tmp_path / "out"
+    each = ["--checkpoints", str(preconditioned), *QUICK, "--probes", "0", "--precondition", "each"]
+    arguments = [*each, "--out", str(out), "--resume"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(script, "trajectory_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run_command(script, *arguments)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_command(script, *each[:-2], "--out", str(out), "--resume")
+    assert "precondition" in capsys.readouterr().err
+    first, last = preconditioned / "step-000005" / "model.safetensors", preconditioned / "step-000020"
+    for file, other in (
+        (first, last / "model.safetensors"),
+        (last / "preconditioner.npz", first.with_name("preconditioner.npz")),
+    ):
+        right = file.read_bytes()
+        shutil.copy(other, file)
+        with pytest.raises(SystemExit) as ended:
+            run_command(script, *arguments)
+        assert ended.value.code == 2
+        sentence = f"{file.parent.name} does not hold the weights or the preconditioner that the unfinished run in"
+        assert sentence in capsys.readouterr().err
+        file.write_bytes(right)
+    run_command(script, *arguments)
+    for number, (p, q) in enumerate(zip(*map(load_trajectory, (out, finished)), strict=True)):
+        within = np.array(p.residuals) * 2**number + q.residuals + 1e-5 * q.eigenvalues[0]
+        assert (np.abs(np.array(p.eigenvalues) * 2**number - q.eigenvalues) <= within).all()
+        assert p.trace is None
+    found = json.loads((out / "trajectory.json").read_text())["checkpoints"]
+    assert len({x["preconditioner"] for x in found}) == 3
+    (last / "preconditioner.npz").unlink()
+    sentence = "step-000020 has no preconditioner.npz and no optimizer.pt"
+    check_refused(capsys, script, tmp_path / "new", sentence, *each)
 
 
 def numbers(folder: Path) -> list[dict]:
@@ -80,13 +152,13 @@ def numbers(folder: Path) -> list[dict]:
 def test_a_run_that_sigterm_stops_goes_on_with_the_same_numbers(finished, checkpoints, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = ["--checkpoints", str(checkpoints), *QUICK, "--cold", "--out", str(out)]
-    stop = script.cold_run
+    rate = script.known_rate
 
-    def stopping(*inputs):
+    def stopping(place):
         os.kill(os.getpid(), signal.SIGTERM)
-        return stop(*inputs)
+        return rate(place)
 
-    monkeypatch.setattr(script, "cold_run", stopping)
+    monkeypatch.setattr(script, "known_rate", stopping)
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
             run_command(script, *arguments, "--resume")
@@ -145,6 +217,7 @@ def test_revisions_of_a_hub_id_are_what_folders_are(finished, checkpoints, tmp_p
     given = ["--model", "someone/model", "--revisions", "step20,step5", "step10"]
     run_command(script, *given, *QUICK, "--out", str(out))
     assert numbers(out) == numbers(finished)
+    assert convert.load_config("someone/model", revision="step10") == convert.load_config(checkpoints / "step-000010")
     model = convert.load("someone/model", revision="step10")
     assert (
         model.params["embed"]["kernel"] == convert.load(checkpoints / "step-000010").params["embed"]["kernel"]
@@ -179,6 +252,9 @@ def test_a_revision_that_does_not_exist_is_one_sentence_before_any_weights_are_l
         (["--checkpoints", "HERE", "--learning-rate", "-1"], "must be a positive number"),
         (["--checkpoints", "HERE", "--beta1", "1"], "from 0 to below 1"),
         (["--checkpoints", "HERE", "--eigenpairs", "0"], "must be at least 1"),
+        (["--checkpoints", "HERE", "--probes", "-1"], "--probes -1 must be a number of probes, or 0"),
+        (["--checkpoints", "HERE", "--precondition", "HERE"], "--precondition each takes"),
+        (["--model", "a/b", "--revisions", "step1", "--precondition", "each"], "--precondition each takes"),
     ],
 )
 def test_bad_options_are_one_sentence(checkpoints, tmp_path, capsys, arguments, sentence):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tyro
 
-from convert import load, load_tokenizer
+from convert import load, load_preconditioner, load_tokenizer
 from jaxhess.data import read_blocks
 from jaxhess.errors import InputError
 from jaxhess.files.manifest import foreign
@@ -64,7 +64,7 @@ def test_the_exported_checkpoint_has_the_loss_of_the_trained_parameters(trained)
 
 
 def test_checkpoints_are_kept_with_the_learning_rate_of_their_step(trained) -> None:
-    """A linear warm-up over one step, a cosine from 3e-3 to 3e-5 over the other 19; counted from 0 within a step."""
+    """A linear warm-up over one step, a cosine from 3e-3 to 3e-5 over the other 19; that of the next step is kept."""
     options, _ = trained
     folders = sorted((options.work / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-000008", "step-000016", "step-000020"]
@@ -72,12 +72,25 @@ def test_checkpoints_are_kept_with_the_learning_rate_of_their_step(trained) -> N
         state = json.loads((folder / "trainer_state.json").read_text())
         (entry,) = state["log_history"]
         assert state["global_step"] == entry["step"] == step
-        cosine = (1 + np.cos(np.pi * (step - 2) / 19)) / 2
+        cosine = (1 + np.cos(np.pi * (step - 1) / 19)) / 2
         assert entry["learning_rate"] == pytest.approx(3e-3 * (0.01 + 0.99 * cosine), rel=1e-5)
         assert foreign(folder) is None
     last, exported = (load(folder).params for folder in (folders[-1], options.out))
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(exported), strict=True))
     assert load_tokenizer(folders[0])("def")["input_ids"] == load_tokenizer(options.out)("def")["input_ids"]
+
+
+def test_what_adam_divides_by_is_kept_with_every_checkpoint(trained) -> None:
+    """Adam's steps are nearly as long as the learning rate, so that |update| is |m| / D: D is positive, of the size of
+    the gradient's, which clipping to norm 1 bounds: D^2 is a mean of squares of one step, or less."""
+    options, _ = trained
+    for folder in sorted((options.work / "checkpoints").iterdir()):
+        model = load(folder)
+        diagonal = load_preconditioner(folder / "preconditioner.npz", model).diagonal
+        assert jax.tree.map(np.shape, diagonal) == jax.tree.map(np.shape, model.params)
+        flat = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(diagonal)])
+        assert flat.min() > 0
+        assert 0 < np.square(flat).sum() <= 1 + 1e-3
 
 
 def test_checkpoints_of_another_training_are_not_mixed_with_new_ones(trained, tmp_path) -> None:
