@@ -74,7 +74,7 @@ class Options(ModelOptions):
     """Sequences taken from the start of the data; two halves of them give the floor of the data."""
     steps: int = 40
     """Lanczos steps of the spectrum, and the most for an eigenvector."""
-    probes: int = 4
+    probes: int = 3
     """Its probes, two or more."""
     reorthogonalize: Literal["full", "none"] = "full"
     """With "none" no Lanczos vectors are kept."""

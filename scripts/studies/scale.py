@@ -42,9 +42,10 @@ NAME = "scale"
 WORDS = {"step": "the step of finite differences", "data": "the sample of the data", "probe": "the probe"}
 
 CAPTION = """Relative variation of global statistics of the Hessian against the number of parameters: with the step of
-finite differences (root mean square over the steps, against exact products), with the sample of the data, and with the
-probe. Dots: the ladder; triangles: width alone; squares: depth alone; star: trained four times as long. The last panel
-has all of them against the loss. Bars: 95%, of the sampling of the variation."""
+finite differences (root mean square over the steps, against exact products), with the sample of the data (for trace and
+norm without the noise of the probes), and with the probe. Dots: the ladder; triangles: width alone; squares: depth
+alone; star: trained four times as long. The last panel has all of them against the loss. Bars: 95%, of the sampling of
+the variation. A variation that is not above the noise is not drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
