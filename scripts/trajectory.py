@@ -138,7 +138,8 @@ def run(options: Options) -> list[jaxhess.TrajectoryPoint]:
         mesh = jaxhess.make_mesh(options.mesh)
         blocks = run_parts.read_data(first, config)
         clock.stop("data")
-        config = choose_remat(first, config, mesh, checkpoint, console)
+        planned = dataclasses.replace(first, probes=max(first.probes, 1))  # there is no plan for none
+        config = choose_remat(planned, config, mesh, checkpoint, console)
         checkpoint = run_parts.identified(checkpoint, first, config, blocks, FREE)
         checkpoint.identity["checkpoints"] = [[place.step, Path(place.source).name, place.revision] for place in places]
         checkpoint.identity["precondition"] = options.precondition and str(options.precondition)
