@@ -84,8 +84,8 @@ def test_the_gradient_of_a_preconditioned_and_linearised_operator_is_as_that_see
 
 def test_the_overlap_of_spaces_is_that_of_orthonormal_vectors():
     """Two bases of one plane: 1, though their vectors are not orthogonal; a plane and a line in it: 1/2."""
-    skew = Eigenpairs(np.ones(2), jnp.array([[1.0, 0, 0], [0.6, 0.8, 0]]), np.zeros(2), np.ones(2, bool))
-    twice = Eigenpairs(np.ones(2), jnp.array([[0.0, 1, 0], [0.0, 1, 0]]), np.zeros(2), np.ones(2, bool))
+    skew = Eigenpairs(np.ones(2), jnp.array([[1.0, 0, 0], [0.6, 0.8, 0]]), np.zeros(2), np.ones(2, bool), 0)
+    twice = Eigenpairs(np.ones(2), jnp.array([[0.0, 1, 0], [0.0, 1, 0]]), np.zeros(2), np.ones(2, bool), 0)
     operator = operator_of(np.eye(3))
     squares, overlap = squared_cosines(operator, skew, skew)
     np.testing.assert_allclose(squares, [[1, 0.36], [0.36, 1]], rtol=1e-5)
