@@ -236,14 +236,15 @@ def check_configs(places: list[Place], options: Options) -> None:
     """Raises InputError where a checkpoint or its preconditioner is missing, or it is of another architecture than the
     first."""
     first = places[0].config(options.dtype)
-    for place in places:
-        if options.precondition is not None:
-            place.options(options)
+    for place in places[1:]:
         if place.config(options.dtype) != first:
             names = [x.revision or x.source for x in (place, places[0])]
             raise InputError(
                 f"{names[0]} is a checkpoint of another model than {names[1]}: their configurations differ."
             )
+    if options.precondition is not None:
+        for place in places:
+            place.options(options)
 
 
 @contextlib.contextmanager
