@@ -138,7 +138,8 @@ def run(options: Options) -> list[jaxhess.TrajectoryPoint]:
         mesh = jaxhess.make_mesh(options.mesh)
         blocks = run_parts.read_data(first, config)
         clock.stop("data")
-        config = choose_remat(first, config, mesh, checkpoint, console)
+        planned = dataclasses.replace(first, probes=max(first.probes, 1))  # there is no plan for none
+        config = choose_remat(planned, config, mesh, checkpoint, console)
         checkpoint = run_parts.identified(checkpoint, first, config, blocks, FREE)
         checkpoint.identity["checkpoints"] = [[place.step, Path(place.source).name, place.revision] for place in places]
         checkpoint.identity["precondition"] = options.precondition and str(options.precondition)
@@ -235,14 +236,15 @@ def check_configs(places: list[Place], options: Options) -> None:
     """Raises InputError where a checkpoint or its preconditioner is missing, or it is of another architecture than the
     first."""
     first = places[0].config(options.dtype)
-    for place in places:
-        if options.precondition is not None:
-            place.options(options)
+    for place in places[1:]:
         if place.config(options.dtype) != first:
             names = [x.revision or x.source for x in (place, places[0])]
             raise InputError(
                 f"{names[0]} is a checkpoint of another model than {names[1]}: their configurations differ."
             )
+    if options.precondition is not None:
+        for place in places:
+            place.options(options)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from jaxhess.results.trajectory_report import load_trajectory
 from jaxhess.vectors import checksum
 from scripts import trajectory as script
 from scripts.cold_runs import lacking
+from scripts.training import tiny
 
 QUICK = ["--data", "random", "--seq-len", "8", "--sequences", "4", "--microbatch", "2", "--eigenpairs", "2"]
 QUICK += ["--probes", "2", "--eigenpair-steps", "40"]
@@ -112,9 +113,10 @@ def test_each_checkpoint_has_its_own_preconditioner_and_resumes_with_no_other(
     out = tmp_path / "out"
     each = ["--checkpoints", str(preconditioned), *QUICK, "--probes", "0", "--precondition", "each"]
     arguments = [*each, "--out", str(out), "--resume"]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(script, "trajectory_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run_command(script, *arguments)
+        with pytest.raises(SystemExit):
+            run_command(script, *arguments)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run_command(script, *each[:-2], "--out", str(out), "--resume")
@@ -142,6 +144,39 @@ def test_each_checkpoint_has_its_own_preconditioner_and_resumes_with_no_other(
     (last / "preconditioner.npz").unlink()
     sentence = "step-000020 has no preconditioner.npz and no optimizer.pt"
     check_refused(capsys, script, tmp_path / "new", sentence, *each)
+
+
+@pytest.mark.study
+def test_along_a_training_nothing_is_missed_that_a_cold_run_finds(tmp_path):
+    """A short training of width 64, a checkpoint every five steps from 75 to 150: warm runs against independent ones.
+
+    About two minutes. Each comparison is by nearest values, within both residuals.
+    """
+    tiny.run(
+        tiny.Options(
+            out=tmp_path / "model",
+            work=tmp_path / "work",
+            vocab_size=500,
+            embed_dim=64,
+            num_layers=2,
+            num_heads=2,
+            seq_len=64,
+            batch=8,
+            steps=150,
+            evaluate_every=150,
+            keep_every=5,
+        )
+    )
+    folders = [str(folder) for folder in sorted((tmp_path / "work" / "checkpoints").iterdir())[14:]]
+    given = ["--checkpoints", *folders, "--data", str(tmp_path / "model" / "sample.txt"), "--seq-len", "64"]
+    given += ["--sequences", "8", "--probes", "0", "--cold", "--out", str(tmp_path / "out")]
+    run_command(script, *given)
+    points = load_trajectory(tmp_path / "out")
+    assert all(p.complete and all(p.converged) for p in points)
+    colds = json.loads((tmp_path / "out" / "trajectory.json").read_text())["cold_runs"]
+    assert len(colds) == len(points) - 1 == 15
+    assert [cold["followed_lacks"] for cold in colds] == [[]] * 15
+    assert sum(p.products for p in points[1:]) < sum(cold["products"] for cold in colds)
 
 
 def numbers(folder: Path) -> list[dict]:

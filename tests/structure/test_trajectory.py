@@ -10,8 +10,9 @@ import optax
 import pytest
 from small_models import matrix, network, operator_of
 
-from jaxhess import InputError, TrajectoryCallback, TrajectoryPoint, trajectory_point
-from jaxhess.structure.trajectory import continued
+from jaxhess import Eigenpairs, InputError, TrajectoryCallback, TrajectoryPoint, linearize, trajectory_point
+from jaxhess.results.trajectory_report import trajectory_files
+from jaxhess.structure.trajectory import continued, squared_cosines
 
 BULK = np.random.default_rng(0).normal(size=117) * 0.3
 
@@ -61,6 +62,47 @@ def test_loss_gradient_share_overlap_and_trace_are_those_of_the_dense_hessian():
     )
     np.testing.assert_allclose(later.overlap, np.square(a @ b.T).sum() / 3, rtol=1e-5)
     assert later.trace is None
+
+
+def test_the_gradient_of_a_preconditioned_and_linearised_operator_is_as_that_sees_it():
+    """Shares of D^-1/2 gradient in leading eigenvectors of D^-1/2 H D^-1/2, as dense matrices have them."""
+    hessian = network()
+    draw = np.random.default_rng(2)
+    diagonal = jax.tree.map(lambda x: jnp.asarray(draw.uniform(0.5, 2, x.shape), x.dtype), hessian.params)
+    operator = linearize(hessian).preconditioned(diagonal)
+    point, _ = trajectory_point(operator, 0, count=2, tolerance=1e-4, probes=0)
+    _, gradient = jax.jit(type(hessian).value_and_gradient)(hessian)
+    roots, flat = (np.asarray(jax.flatten_util.ravel_pytree(x)[0], np.float64) for x in (diagonal, gradient))
+    roots = 1 / np.sqrt(roots)
+    values, vectors = np.linalg.eigh(roots[:, None] * np.asarray(hessian.to_matrix(), np.float64) * roots)
+    order, seen = np.argsort(-np.abs(values))[:2], roots * flat
+    np.testing.assert_allclose(point.eigenvalues, values[order], atol=1e-4 * abs(values[order[0]]))
+    np.testing.assert_allclose(point.gradient_norm, np.linalg.norm(seen), rtol=1e-4)
+    share = np.square(vectors[:, order].T @ seen).sum() / (seen @ seen)
+    np.testing.assert_allclose(point.gradient_share, share, atol=1e-2)
+
+
+def test_the_overlap_of_spaces_is_that_of_orthonormal_vectors():
+    """Two bases of one plane: 1, though their vectors are not orthogonal; a plane and a line in it: 1/2."""
+    skew = Eigenpairs(np.ones(2), jnp.array([[1.0, 0, 0], [0.6, 0.8, 0]]), np.zeros(2), np.ones(2, bool), 0)
+    twice = Eigenpairs(np.ones(2), jnp.array([[0.0, 1, 0], [0.0, 1, 0]]), np.zeros(2), np.ones(2, bool), 0)
+    operator = operator_of(np.eye(3))
+    squares, overlap = squared_cosines(operator, skew, skew)
+    np.testing.assert_allclose(squares, [[1, 0.36], [0.36, 1]], rtol=1e-5)
+    np.testing.assert_allclose(overlap, 1, rtol=1e-5)
+    np.testing.assert_allclose(squared_cosines(operator, skew, twice)[1], 0.5, rtol=1e-5)
+
+
+def test_a_point_whose_steps_ran_out_says_so():
+    operator = operator_of(matrix(np.concatenate([[9.0, 8.5, 7.0], BULK])))
+    first, pairs = trajectory_point(operator, 0, count=3, tolerance=1e-3, probes=0)
+    short, _ = trajectory_point(operator, 1, [first], pairs, count=3, tolerance=1e-3, steps=4, probes=0)
+    long, _ = trajectory_point(operator, 1, [first], pairs, count=3, tolerance=1e-3, probes=0)
+    assert (first.complete, short.complete, long.complete) == (True, False, True)
+    assert "may be incomplete: the steps ran out" in str(short)
+    assert "incomplete" not in str(long) + str(first)
+    assert "May be incomplete at step 1: " in trajectory_files([first, short], {})["report.html"].decode()
+    assert "May be incomplete" not in trajectory_files([first, long], {})["report.html"].decode()
 
 
 @pytest.mark.parametrize("probes", [0, 1, 2])
