@@ -298,7 +298,7 @@ def _moment(
     if not isinstance(state, dict) or not state:
         raise InputError(f"{file} has no second moment of {name}: it was frozen, or no step was made.")
     if "amsgrad" not in group:  # NAdam and RAdam keep the same moments and divide by something else
-        raise InputError(f"{file} is not the state of Adam or AdamW: its groups have no amsgrad, but {_listed(group)}.")
+        raise InputError(f"{file} is not the state of Adam or AdamW, whose groups have amsgrad; these have not.")
     key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     moment, step = state.get(key), _number(state.get("step"))
     if not isinstance(moment, torch.Tensor):

@@ -188,7 +188,7 @@ def first(state):
         (lambda s: first(s).update(exp_avg_sq=first(s)["exp_avg_sq"].to_sparse()), "is sparse_coo"),
         (
             lambda s: s["param_groups"][0].pop("amsgrad"),
-            "its groups have no amsgrad, but 'lr'",
+            "whose groups have amsgrad; these have not",
         ),  # as of NAdam and RAdam
         (lambda s: wider_amsgrad(s), "(max_exp_avg_sq) has shape [500, 500], the parameter"),
     ],

@@ -63,7 +63,7 @@ FOLDERS = {
         f"scripts.studies.{name}": (OUT, ("study.html", f"{name}.png", MANIFEST))
         for name in (
             *("block_learning_rates", "block_structure", "class_blocks", "classes", "heterogeneity", "random_matrix"),
-            *("scaling", "structures"),
+            *("scaling", "structures", "columns", "data", "difference_bias", "rank", "scale", "theorems"),
         )
     },
     "scripts.studies.all": (OUT, ("index.html", MANIFEST)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from jaxhess.data import TokenBatch
 from jaxhess.errors import InputError
-from jaxhess.files.output import writing
+from jaxhess.files.output import Output
 from jaxhess.models import DecoderConfig, abstract_params
 from scripts.training.short_runs import TrainingTask, adam, mean_loss, sweep
 from scripts.training.small_decoder import byte_config, decoder_problem
@@ -91,14 +90,11 @@ def train(rung: Rung, recipe: Recipe, data: TokenBatch, kept: Path | None) -> Tr
         return TrainedRung(rung, task, _read(kept / name, config))
     params = sweep(task, adam, (recipe.rate,), (recipe.seed,), steps).params[0][0]
     if kept is not None:
-        with writing(kept):
-            kept.mkdir(parents=True, exist_ok=True)
-            file = io.BytesIO()
-            arrays: dict[str, Any] = {jax.tree_util.keystr(k): x for k, x in jax.tree.leaves_with_path(params)}
-            np.savez(file, **arrays)
-            partial = kept / f".{name}.partial"  # on the folder's file system, where renaming is one step
-            partial.write_bytes(file.getvalue())
-            os.replace(partial, kept / name)
+        file = io.BytesIO()
+        arrays: dict[str, Any] = {jax.tree_util.keystr(k): x for k, x in jax.tree.leaves_with_path(params)}
+        np.savez(file, **arrays)
+        with Output(kept, (name,), overwrite=False) as output:
+            output.write({name: file.getvalue()})
     return TrainedRung(rung, task, params)
 
 
