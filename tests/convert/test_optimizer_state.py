@@ -62,10 +62,10 @@ def close(found, expected, tolerance=2e-6):
 @pytest.mark.parametrize(
     ("family", "order"),
     [
-        ("phi3", "names"),
+        pytest.param("phi3", "names", marks=pytest.mark.slow),
         pytest.param("gpt2", "trainer", marks=pytest.mark.slow),
-        pytest.param("gemma2", "trainer", marks=pytest.mark.slow),
-        pytest.param("mixtral", "plain", marks=pytest.mark.slow),
+        pytest.param("gemma2", "trainer", marks=pytest.mark.study),
+        pytest.param("mixtral", "plain", marks=pytest.mark.study),
     ],
 )
 def test_moments_go_where_their_weights_go(family, order, tmp_path):

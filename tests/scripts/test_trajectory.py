@@ -106,6 +106,7 @@ def preconditioned(checkpoints, tmp_path_factory) -> Path:
     return top
 
 
+@pytest.mark.slow
 def test_each_checkpoint_has_its_own_preconditioner_and_resumes_with_no_other(
     finished, preconditioned, tmp_path, monkeypatch, capsys
 ):
@@ -184,6 +185,7 @@ def numbers(folder: Path) -> list[dict]:
     return [dataclasses.asdict(p) | {"seconds": 0.0} for p in load_trajectory(folder)]
 
 
+@pytest.mark.slow
 def test_a_run_that_sigterm_stops_goes_on_with_the_same_numbers(finished, checkpoints, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = ["--checkpoints", str(checkpoints), *QUICK, "--cold", "--out", str(out)]

@@ -141,7 +141,7 @@ def test_bad_input_ends_in_one_sentence(arguments, sentence, tmp_path, capsys):
     check_refused(capsys, script, tmp_path / "out", sentence, *arguments.split())
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_influence_at_a_tiny_size(float64):
     options = script.Options(images="prototypes", seeds=2, examples=20, left_out=8, tests=1, low_precision=False)
     found = script.influences(script.CONVEX, options)

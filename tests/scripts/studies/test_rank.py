@@ -165,7 +165,7 @@ def test_the_papers_table_proves_a_degeneracy_near_zero_and_none_at_zero():
         assert sum(weights) == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_study_of_a_small_model_has_every_floor():
     model = initialize(TINY, random_key(0))
     hessian = jaxhess.Hessian(

@@ -163,6 +163,7 @@ def trained(monkeypatch):
 RECIPE = ladder.Recipe(10, 4, 8, 1e-2, 0)
 
 
+@pytest.mark.study
 def test_trained_models_are_kept_and_damaged_ones_refused(tmp_path, trained):
     data = byte_batch(script.Options().data, 8, 32)
     first = ladder.train(ladder.Rung(32, 1), RECIPE, data, tmp_path / "kept")
@@ -192,7 +193,7 @@ def test_a_model_trained_on_another_text_is_not_taken(tmp_path, trained):
     assert len(trained) == len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_study_of_two_small_models_has_every_claim():
     found = script.study(dataclasses.replace(script.SMALL, apart=False))
     assert len(found.claims) == 4
