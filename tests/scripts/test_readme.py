@@ -35,7 +35,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     space = spaces["python.md"]
     assert space["first_mlp"].dim == 2 * 128 * 512 + 128 + 512
     assert (space["pairs"].residuals < 0.1 * abs(space["pairs"].values[0])).all()
-    assert space["influence"].history[-1] < 1
+    assert space["solution"].history[-1] < 1
     assert (space["lower"] <= space["upper"]).all()
     # The softmax is blind to a shift of all logits: of 15 parameters' directions, 5 are flat.
     result = jaxhess.spectrum(space["H"], steps=15, probes=1)
