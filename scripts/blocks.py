@@ -6,9 +6,7 @@ With no options: the small GPT-NeoX model in scripts/tiny, by layers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +17,9 @@ from remat_choice import choose_remat
 from rich.console import Console
 
 import jaxhess
-from jaxhess.command import default_folder, one_sentence, parse, terminal
+from jaxhess.command import one_sentence, parse, terminal
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
-from jaxhess.files.output import Output
 from jaxhess.files.run_folder import BLOCK_FILES
 from jaxhess.models import abstract_params
 from jaxhess.operators.facts import describe, validated
@@ -75,7 +72,8 @@ def run(options: Options) -> BlockRun:
         raise InputError("--products 0 without --spectra leaves nothing to compute.")
     console = terminal(quiet=processes.index() > 0)
     clock = run_parts.Clock()
-    with run_folder(options) as (output, checkpoints):
+    name = f"{Path(options.model).name}-blocks"
+    with run_parts.run_folder(options, name, BLOCK_FILES, (MAP, SPECTRA)) as (output, checkpoints):
         config = run_parts.read_config(options)
         chosen_blocks(options, config)  # before the weights are loaded
         begun = checkpoints[0] if probes else checkpoints[1]
@@ -127,23 +125,6 @@ def chosen_blocks(options: Options, config: jaxhess.DecoderConfig) -> None:
         if kept is not None:
             stacks = {name: tuple(n for n in numbers if n in kept) for name, numbers in stacks.items()}
     jaxhess.Blocks.by(params, *options.by, stacks=stacks)
-
-
-@contextlib.contextmanager
-def run_folder(options: Options) -> Iterator[tuple[Output, list[jaxhess.Checkpoint]]]:
-    """The folder of the run, which no other run writes into until the block ends, and the two checkpoints inside."""
-    out = options.out or Path(processes.agreed(str(default_folder(f"{Path(options.model).name}-blocks"))))
-    every = options.checkpoint_every or 1
-    checkpoints = [jaxhess.Checkpoint(out / name, every, options.resume) for name in (MAP, SPECTRA)]
-    for checkpoint in checkpoints:
-        checkpoint.check(discard=options.overwrite)
-    begun = [checkpoint.unfinished() for checkpoint in checkpoints]  # all processes ask for both
-    output = Output(out, BLOCK_FILES, options.overwrite or (options.resume and any(begun)))
-    try:
-        processes.on_first(output.claim)
-        yield output, checkpoints
-    finally:
-        output.release()
 
 
 def coupled(

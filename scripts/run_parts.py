@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from run_options import Options, layer_numbers
 import convert
 import jaxhess
 from convert.text import load_blocks
+from jaxhess.command import default_folder
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
+from jaxhess.files.output import Output
 from jaxhess.krylov.quadrature import quadrature
 from jaxhess.models import abstract_params
 from jaxhess.operators.facts import describe
@@ -202,6 +205,37 @@ def read_preconditioner(path: Path, model: jaxhess.LanguageModel, console: Conso
             f"eigenvalues of D^-1 H are below {found.threshold:.6g}."
         )
     return found
+
+
+@contextlib.contextmanager
+def run_folder(
+    options: Options, name: str, files: Collection[str], unfinished: Sequence[str], stale: Collection[str] = ()
+) -> Iterator[tuple[Output, list[jaxhess.Checkpoint]]]:
+    """The folder of the run, which no other run writes into until the block ends, and the checkpoints inside it.
+
+    Args:
+        options: With `out`, `overwrite`, `resume` and `checkpoint_every`.
+        name: Of the folder by default, with the date before it.
+        files: That are written into it.
+        unfinished: A folder for each checkpoint, inside it.
+        stale: Files of an earlier run that go with it.
+
+    Raises:
+        InputError: There is something in the folder that may not be replaced, or another unfinished run.
+    """
+    out = options.out or Path(processes.agreed(str(default_folder(name))))
+    every = options.checkpoint_every or 1
+    checkpoints = [jaxhess.Checkpoint(out / place, every, options.resume) for place in unfinished]
+    for checkpoint in checkpoints:
+        checkpoint.check(discard=options.overwrite)
+    begun = [checkpoint.unfinished() for checkpoint in checkpoints]  # all processes ask for all
+    # Also a run that was interrupted after its result was written is to be finished.
+    output = Output(out, files, options.overwrite or (options.resume and any(begun)), stale=stale)
+    try:
+        processes.on_first(output.claim)
+        yield output, checkpoints
+    finally:
+        output.release()
 
 
 class ProgressBar:

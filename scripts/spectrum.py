@@ -5,10 +5,8 @@ With no options: the small GPT-NeoX model and the text in scripts/tiny.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,21 @@ import numpy as np
 from remat_choice import choose_remat  # beside this file, as the next
 from rich.console import Console
 from run_options import Options, check
-from run_parts import Clock, ProgressBar, build, identified, job_record, load, mesh_text, read_config, read_data
+from run_parts import (
+    Clock,
+    ProgressBar,
+    build,
+    identified,
+    job_record,
+    load,
+    mesh_text,
+    read_config,
+    read_data,
+    run_folder,
+)
 
 import jaxhess
-from jaxhess.command import default_folder, one_sentence, parse, terminal
+from jaxhess.command import one_sentence, parse, terminal
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
 from jaxhess.files.output import Output
@@ -38,7 +47,8 @@ def run(options: Options) -> jaxhess.Spectrum:
     check(options)
     console = terminal(quiet=processes.index() > 0)
     clock = Clock()
-    with run_folder(options) as (output, checkpoint):
+    files = (*RUN_FILES, EIGENVECTORS)
+    with run_folder(options, Path(options.model).name, files, (UNFINISHED,), EXPORTS) as (output, (checkpoint,)):
         config = read_config(options)
         mesh = jaxhess.make_mesh(options.mesh)
         blocks = read_data(options, config)
@@ -64,26 +74,6 @@ def run(options: Options) -> jaxhess.Spectrum:
         checkpoint.remove()
     _print_summary(console, result, output.folder)
     return result
-
-
-@contextlib.contextmanager
-def run_folder(options: Options) -> Iterator[tuple[Output, jaxhess.Checkpoint]]:
-    """The folder of the run, which no other run writes into until the block ends, and the checkpoint inside it.
-
-    Raises:
-        InputError: There is something in the folder that may not be replaced, or another unfinished run.
-    """
-    out = options.out or Path(processes.agreed(str(default_folder(Path(options.model).name))))
-    checkpoint = jaxhess.Checkpoint(out / UNFINISHED, options.checkpoint_every or 1, options.resume)
-    checkpoint.check(discard=options.overwrite)
-    # Also a run that was interrupted after its spectrum was written is to be finished.
-    overwrite = options.overwrite or (options.resume and checkpoint.unfinished())
-    output = Output(out, (*RUN_FILES, EIGENVECTORS), overwrite, stale=EXPORTS)
-    try:
-        processes.on_first(output.claim)
-        yield output, checkpoint
-    finally:
-        output.release()
 
 
 def solve(

@@ -8,13 +8,11 @@ Eigenpairs start from those of the checkpoint before; each finished checkpoint i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +29,9 @@ import convert
 import jaxhess
 from convert.hub import hub_config, local_directory
 from convert.orbax_checkpoint import is_orbax
-from jaxhess.command import default_folder, one_sentence, parse, terminal
+from jaxhess.command import one_sentence, parse, terminal
 from jaxhess.distributed import processes
 from jaxhess.errors import InputError
-from jaxhess.files.output import Output
 from jaxhess.files.run_folder import json_ready, read_json
 from jaxhess.krylov.basis import stacked_sharding
 from jaxhess.operators.base import LowRank
@@ -131,7 +128,8 @@ def run(options: Options) -> list[jaxhess.TrajectoryPoint]:
     places = found_places(options)
     console = terminal(quiet=processes.index() > 0)
     clock = run_parts.Clock()
-    with run_folder(options) as (output, checkpoint):
+    name = f"{Path(options.model or options.checkpoints[0].absolute()).name}-trajectory"
+    with run_parts.run_folder(options, name, TRAJECTORY_FILES, (UNFINISHED,)) as (output, (checkpoint,)):
         check_configs(places, options)
         first = dataclasses.replace(options, model=str(places[0].folder()))
         config = run_parts.read_config(first)
@@ -245,21 +243,6 @@ def check_configs(places: list[Place], options: Options) -> None:
     if options.precondition is not None:
         for place in places:
             place.options(options)
-
-
-@contextlib.contextmanager
-def run_folder(options: Options) -> Iterator[tuple[Output, jaxhess.Checkpoint]]:
-    """The folder of the run, which no other run writes into until the block ends, and the checkpoint inside it."""
-    name = f"{Path(options.model or options.checkpoints[0].absolute()).name}-trajectory"
-    out = options.out or Path(processes.agreed(str(default_folder(name))))
-    checkpoint = jaxhess.Checkpoint(out / UNFINISHED, 1, options.resume)
-    checkpoint.check(discard=options.overwrite)
-    output = Output(out, TRAJECTORY_FILES, options.overwrite or (options.resume and checkpoint.unfinished()))
-    try:
-        processes.on_first(output.claim)
-        yield output, checkpoint
-    finally:
-        output.release()
 
 
 @dataclasses.dataclass

@@ -71,4 +71,4 @@ def halved_by(spectrum: Spectrum, estimate: Estimate) -> str:
     if not data.error > estimate.standard_error:
         return f"{3 * spectrum.num_probes} more probes" if estimate.standard_error > 0 else "–"
     more = None if sampling is None else sampling.more_to_halve()
-    return "three times as many sequences more" if more is None else f"{more:,} more sequences"
+    return "four times as many sequences" if more is None else f"{more:,} more sequences"

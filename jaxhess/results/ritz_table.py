@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxhess.results.page import Table
+from jaxhess.results.words import number
 from jaxhess.slq.near_zero import near_zero
 from jaxhess.slq.spectrum import Spectrum
 
@@ -56,8 +57,8 @@ def _leading(spectrum: Spectrum, probes: int) -> Iterator[Sequence[str]]:
         order = np.argsort(-np.where(spurious, -1.0, np.abs(values)), kind="stable")[: int((~spurious).sum())]
         heaviest = int(np.argmax(weights))
         for i in sorted({heaviest, *order[order != heaviest][: ROWS - 1]}):
-            cells = f"{values[i]:.6g}", f"{weights[i]:.4g}", f"{spectrum.dim * weights[i]:.3g}", f"{bounds[i]:.2g}"
-            yield str(probe + 1), *(_minus(cell.replace("nan", "unknown")) for cell in cells)
+            cells = ((values[i], 6), (weights[i], 4), (spectrum.dim * weights[i], 3), (bounds[i], 2))
+            yield str(probe + 1), *(number(x, digits) for x, digits in cells)
 
 
 def _near(spectrum: Spectrum) -> Iterator[Sequence[str]]:
@@ -75,7 +76,7 @@ def _near(spectrum: Spectrum) -> Iterator[Sequence[str]]:
     for k, name in enumerate(names):
         proved = _share(found.low[:, k].mean(), found.high[:, k].mean())
         outside = f"{_count(spectrum.dim * (1 - high[k]))} to {_count(spectrum.dim * (1 - low[k]))}"
-        yield _minus(f"{named[name]:.3g}"), _minus(name), proved, _share(low[k], high[k]), outside
+        yield number(named[name], 3), _minus(name), proved, _share(low[k], high[k]), outside
 
 
 def _share(low: float, high: float) -> str:

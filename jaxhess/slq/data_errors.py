@@ -89,12 +89,15 @@ def moment_spread(k: int, forms: Array, alphas: Array, betas: Array, sampling: S
 def root_spread(spread: DataSpread, value: float, norm: float) -> DataSpread:
     """That of a norm whose square, up to a factor, has this spread and value: by the delta method, after the bias.
 
-    Without its bias the norm is smaller, and errors of the square make larger errors of it. NaN where nothing is left.
+    The norm without its bias is smaller, and the same error of its square is a larger error of it. NaN where nothing is
+    left.
     """
     left = value - spread.bias
-    true = norm * math.sqrt(left / value) if left > 0 else math.nan
-    slope = norm / value * norm / (2 * true) if true else math.nan
-    return spread._replace(error=slope * spread.error, bias=norm - true, stretch=norm / true)
+    if not left > 0:
+        return DataSpread(math.nan, spread.freedom, math.nan, math.nan)
+    stretch = math.sqrt(value / left)
+    error = stretch * norm / (2 * value) * spread.error
+    return DataSpread(error, spread.freedom, norm - norm / stretch, stretch)
 
 
 def eigenvalue_errors(

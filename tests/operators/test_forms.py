@@ -54,13 +54,13 @@ def test_forms_are_those_of_each_microbatch(kind):
 
 
 def test_forms_are_the_same_on_eight_devices():
-    """Their errors are within n eps of sums of magnitudes: in float32 far below 1e-3 of the largest of each kind."""
+    """Float32 products of both differ by about 1e-6; 1e-4 of the largest of each kind is far below any other error."""
     here = language_operator(num_layers=1)
     model = random_model(dataclasses.replace(SMALL, num_layers=1), make_mesh("data=2,fsdp=4"))
     there = dataclasses.replace(here, loss=model.loss(), params=model.params, shardings=None)
     found = [jax.jit(product_and_forms)(x, random_vector(x.shape_dtype, 0))[1] for x in (here, there)]
     for here_column, there_column in zip(found[0].T, found[1].T, strict=True):
-        np.testing.assert_allclose(there_column, here_column, atol=1e-3 * float(jnp.abs(here_column).max()))
+        np.testing.assert_allclose(there_column, here_column, atol=1e-4 * float(jnp.abs(here_column).max()))
 
 
 def test_operators_that_do_not_add_up_microbatches_have_none():

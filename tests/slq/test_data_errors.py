@@ -209,6 +209,10 @@ def test_where_there_is_no_error_over_data_none_is_given():
     for wrong in (np.ones((2, 2, 3)), np.stack([np.ones((2, 3, 4)), 2 * np.ones((2, 3, 4))])):
         with pytest.raises(InputError, match="microbatch_forms must be"):
             dataclasses.replace(alone, microbatch_forms=wrong)
+    zero = Hessian(lambda w, x: jnp.sum(0 * x * w), jnp.ones(3), [jnp.ones(3)] * 3)  # curvature of zero everywhere
+    nothing = spectrum(zero, steps=2, probes=2)
+    assert nothing.trace().data.error == 0
+    assert np.isnan(nothing.frobenius_norm().for_population().value)
     too_few = Estimate(4.0, 0.1, 9, positive=True, data=DataSpread(0.5, 3, bias=5.0))
     assert np.isnan(too_few.for_population().value)
     vague = Estimate(4.0, 0.1, 9, positive=True, data=DataSpread(0.5, 3, bias=3.9)).for_population()
