@@ -26,7 +26,8 @@ from jaxhess.results.page import Table
 from jaxhess.results.study import Claim, Study
 from jaxhess.vectors import check_seed
 from scripts.studies.harness import FOUNDATION, HESSFORMER, TINY, StudyOptions, command, picture
-from scripts.studies.samples.shapes import SampleShape, over_draws, ratio_over_draws, shape, standard_text
+from scripts.studies.samples.shapes import SampleShape, ratio_over_draws, shape, standard_text
+from scripts.training.short_runs import over_seeds
 
 NAME = "data"
 SEEN, UNSEEN, RANDOM = "text seen in training", "text of another kind", "random tokens"
@@ -184,7 +185,7 @@ def claims(found: Found, options: Options, parameters: int) -> Iterator[Claim]:
             tail,
             "" if tails else "fewer than eight eigenvalues converged: more --steps are needed",
         )
-        few, many = (over_draws([s.outliers for s in found[name, size]]) for size in (first, last))
+        few, many = (over_seeds([s.outliers for s in found[name, size]]) for size in (first, last))
         yield claim(
             f"{IMPACT}, Figure 5",
             f"On text ({name}) there are more outliers as the data set grows.",
@@ -199,7 +200,7 @@ def claims(found: Found, options: Options, parameters: int) -> Iterator[Claim]:
         "they disappear",
         f"most negative over largest eigenvalue, {last} sequences",
         (None, 0.05),
-        over_draws([s.negative for s in found[SEEN, last]]),
+        over_seeds([s.negative for s in found[SEEN, last]]),
         untold,
     )
     stays = ratio_over_draws(*([-s.smallest for s in found[UNSEEN, size]] for size in (last, first)))
@@ -232,7 +233,7 @@ def claims(found: Found, options: Options, parameters: int) -> Iterator[Claim]:
 
 def geometric(values: Sequence[float]) -> tuple[float, float]:
     """The geometric mean, and 95% from the scatter of the logarithms."""
-    mean, error = over_draws(np.log(values).tolist())
+    mean, error = over_seeds(np.log(values).tolist())
     return math.exp(mean), math.exp(mean) * math.expm1(error)
 
 
@@ -269,7 +270,7 @@ def tables(found: Found) -> Iterator[Table]:
 
 
 def with_error(values: Sequence[float]) -> str:
-    mean, error = over_draws(values)
+    mean, error = over_seeds(values)
     return f"{mean:.3g} ± {error:.1g}" if len(values) > 1 else f"{mean:.3g}"
 
 
@@ -282,9 +283,9 @@ def figure(found: Found) -> Figure:
         if name == RANDOM:
             longest = max(s.seq_len for row in rows.values() for s in row)
             rows = {size: [s for s in row if s.seq_len == longest] for size, row in rows.items()}
-        draw(left, name, {size: over_draws([s.largest for s in row]) for size, row in rows.items()})
-        draw(middle, name, {size: over_draws([-s.smallest for s in row]) for size, row in rows.items()})
-        draw(right, name, {size: over_draws([s.norm for s in row]) for size, row in rows.items()})
+        draw(left, name, {size: over_seeds([s.largest for s in row]) for size, row in rows.items()})
+        draw(middle, name, {size: over_seeds([-s.smallest for s in row]) for size, row in rows.items()})
+        draw(right, name, {size: over_seeds([s.norm for s in row]) for size, row in rows.items()})
         whole = {size: np.mean([s.whole for s in row], axis=0) for size, row in rows.items()}
         known = {size: x for size, x in whole.items() if x[0] > 0 and x[2] < 30 * x[0]}
         if known:

@@ -13,9 +13,9 @@ import jaxhess
 from convert.tokenizer import load_tokenizer
 from jaxhess.data import TokenBlocks, pack
 from jaxhess.errors import InputError
-from jaxhess.krylov.errors import student_factor
 from jaxhess.models import LanguageModel
 from scripts.training.corpus import read_corpus
+from scripts.training.short_runs import over_seeds
 
 CONVERGED = 0.01
 """Residual bound, relative to it, at which a Ritz value counts as an eigenvalue of its own."""
@@ -154,12 +154,6 @@ def hill(values: np.ndarray) -> tuple[float | None, float | None]:
     return a, a / math.sqrt(len(values) - 1)
 
 
-def over_draws(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and 95% from the scatter of two or more independent draws."""
-    found = np.asarray(values, float)
-    return float(found.mean()), float(student_factor(found.size - 1, 0.95) * found.std(ddof=1) / math.sqrt(found.size))
-
-
 def ratio_over_draws(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
     """The ratio of two means over draws, and 95% to first order.
 
@@ -169,5 +163,5 @@ def ratio_over_draws(above: Sequence[float], below: Sequence[float]) -> tuple[fl
         >>> value, error
         (0.5, 0.0)
     """
-    (a, error_a), (b, error_b) = over_draws(above), over_draws(below)
+    (a, error_a), (b, error_b) = over_seeds(above), over_seeds(below)
     return a / b, abs(a / b) * math.hypot(error_a / a, error_b / b)
