@@ -45,7 +45,8 @@ def adam_preconditioner(
             divide by.)
         params: The parameters, or anything with their names and shapes.
         b2: Decay of the second moments in that training; the state does not hold it.
-        eps, eps_root: As in that training.
+        eps: As in that training.
+        eps_root: As in that training.
         bias_correction: Divide by `1 - b2^count`, as Adam does.
 
     Raises:

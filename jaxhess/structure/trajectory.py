@@ -162,8 +162,12 @@ def trajectory_point(
         step: Of the training, above those before.
         before: The points so far, in their order.
         previous: The eigenpairs of the last of them; None: a cold run.
-        count, which, tolerance, steps, storage: Of `leading_eigenpairs`. Eigenvalues are better than their residuals by
-            the square, so that a tolerance of one percent is enough to follow them.
+        count: How many eigenvalues, as of `leading_eigenpairs`.
+        which: As of `leading_eigenpairs`.
+        tolerance: As of `leading_eigenpairs`. Eigenvalues are better than their residuals by the square, so that one
+            percent is enough to follow them.
+        steps: As of `leading_eigenpairs`.
+        storage: As of `leading_eigenpairs`.
         probes: Random signs for the trace, a product each; 0 for no trace.
         seed: Of all random vectors.
         learning_rate: To be kept with the point.

@@ -36,20 +36,18 @@ GPT_OSS = dataclasses.replace(
     experts=dataclasses.replace(EXPERTS, layers=(), scores="softmax of chosen", router_bias=True, bias=True),
 )
 CASES = [
-    pytest.param(DEEPSEEK, "fsdp=2,expert=4", 8, id="deepseek fsdp=2,expert=4"),
-    *(
-        pytest.param(config, axes, sequences, id=f"{name} {axes} {sequences}", marks=mark)
-        for name, config, axes, sequences, mark in [
-            ("deepseek", DEEPSEEK, "fsdp=8", 8, pytest.mark.study),
-            ("deepseek", DEEPSEEK, "expert=8", 8, pytest.mark.slow),
-            ("deepseek", DEEPSEEK, "fsdp=2,expert=2,tensor=2", 8, pytest.mark.study),
-            ("deepseek", DEEPSEEK, "expert=4", 8, pytest.mark.study),
-            ("gpt-oss", GPT_OSS, "expert=4,tensor=2", 8, pytest.mark.study),
-            ("gpt-oss", GPT_OSS, "fsdp=2,expert=2,tensor=2", 3, pytest.mark.slow),
-            ("gpt-oss", GPT_OSS, "fsdp=2,expert=4", 3, pytest.mark.study),
-            ("gpt-oss", GPT_OSS, "data=2,expert=4", 8, pytest.mark.slow),
-        ]
-    ),
+    pytest.param(config, axes, sequences, id=f"{name} {axes} {sequences}", marks=mark)
+    for name, config, axes, sequences, mark in [
+        ("deepseek", DEEPSEEK, "fsdp=2,expert=4", 8, pytest.mark.slow),
+        ("deepseek", DEEPSEEK, "fsdp=8", 8, pytest.mark.study),
+        ("deepseek", DEEPSEEK, "expert=8", 8, pytest.mark.study),
+        ("deepseek", DEEPSEEK, "fsdp=2,expert=2,tensor=2", 8, pytest.mark.study),
+        ("deepseek", DEEPSEEK, "expert=4", 8, pytest.mark.study),
+        ("gpt-oss", GPT_OSS, "expert=4,tensor=2", 8, pytest.mark.study),
+        ("gpt-oss", GPT_OSS, "fsdp=2,expert=2,tensor=2", 3, pytest.mark.slow),
+        ("gpt-oss", GPT_OSS, "fsdp=2,expert=4", 3, pytest.mark.study),
+        ("gpt-oss", GPT_OSS, "data=2,expert=4", 8, pytest.mark.slow),
+    ]
 ]
 
 

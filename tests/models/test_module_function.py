@@ -79,7 +79,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["convolutional", "vision transformer", pytest.param("masked tokens", marks=pytest.mark.slow)]
+)
 def test_spectra_blocks_and_gauss_newton_of_a_module(name):
     make, data, block = MODELS[name]
     with jax.enable_x64(True):

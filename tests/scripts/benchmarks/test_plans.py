@@ -13,6 +13,7 @@ from scripts.benchmarks import plans as script
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_docs_have_the_table_that_the_command_prints(monkeypatch):
     """By the formulas alone; that compiled programs agree with them is the subject of tests/plan."""
     monkeypatch.chdir(ROOT)

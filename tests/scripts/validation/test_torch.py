@@ -140,7 +140,10 @@ def one_value(model):
 @pytest.mark.parametrize(
     ("change", "name", "how", "quantity"),
     [
-        (transpose, "model.layers.1.self_attn.o_proj.weight", "transpose", "activations after layer 1"),
+        pytest.param(
+            *(transpose, "model.layers.1.self_attn.o_proj.weight", "transpose", "activations after layer 1"),
+            marks=pytest.mark.slow,
+        ),
         (one_value, "model.layers.0.mlp.down_proj.weight", "values, first at [3, 5], by", "activations after layer 0"),
     ],
     ids=["transposed", "one value"],
