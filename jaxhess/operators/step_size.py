@@ -24,10 +24,17 @@ the third derivative changes. In float32 one to two decades lie between, but not
 CONCENTRATION = 16.0
 """A trial changes no entry by more than this times TRIAL times the leaf's typical entry; for normal v it never does."""
 
-FINEST = 1e-4
-"""Shift at which rounding is measured, in first trials: 16 rounding units of the leaf that it changes the most.
+FAINT = 1e-3
+"""A leaf's scale is at least this times that of all parameters.
 
-The parameters then take different values, and the true third difference is 1e-12 of the trial's.
+The entries of some leaves are nothing but rounding, such as biases of keys, which softmax ignores. They say nothing
+about how far parameters may be moved. A smaller leaf that does (before a norm) costs the search a few shorter trials.
+"""
+
+FINEST = 1e-4
+"""Shift at which rounding is measured, in first trials for each leaf: 16 of its rounding units.
+
+All parameters that v moves then take different values, and the true third difference is 1e-12 of the trial's.
 """
 REACH = 2.0
 """Length of a trial over that of the balanced step as known before: rounding is then 3% of the third difference."""
@@ -63,8 +70,9 @@ def balanced_length(operator: LossOperator, v: Vector, dtypes: Iterable[str]) ->
 
         g(3 t) - 3 g(t) + 3 g(-t) - g(-3 t) = 8 t^3 D + rounding:
 
-    at a t of a few rounding units only rounding is left, which gives a whatever the parameters are (moving each by its
-    own rounding unit would leave those that are zero where they are, and show nothing); at a longer t the rest is D.
+    at a t of a few rounding units of every leaf only rounding is left, which gives a whatever the parameters are
+    (moving each entry by its own rounding unit would leave those that are zero where they are, and show nothing); at a
+    longer t, the same for all leaves, the rest is D.
     Where a trial is lost in rounding the next is longer, and where it is far above, shorter, by the cube root. With the
     one for the rounding two to four third differences do as a rule, and nine at most, of four gradients each. A
     gradient with jumps (ReLU) has no such t: from one side of the first jump to the other the third difference leaps
@@ -131,11 +139,15 @@ def _measured(operator: LossOperator, v: Vector, groups: tuple) -> tuple[jax.Arr
     """The balanced length in the operator's own precision, and whether the gradients of `groups` respond to v."""
     length = norm(v)
     inverse = jnp.where(length > 0, 1 / length, 0)
-    first = TRIAL / jnp.where(length > 0, inverse * _strain(operator, v), 1).astype(length.dtype)
+    most, strains = _strain(operator, v)
+    first = TRIAL / jnp.where(length > 0, inverse * most, 1).astype(length.dtype)
+    # No leaf is moved further than in the first trial.
+    finely = [jnp.minimum(most / jnp.where(x > 0, x, most), 1 / FINEST).astype(length.dtype) for x in strains]
 
     def measure(at: _Search) -> _Search:
-        gradient, central, third = _third_difference(operator, v, at.trial * inverse, groups)
         finest = at.trials == 0
+        shifts = [at.trial * inverse * jnp.where(finest, x, 1) for x in finely]
+        gradient, central, third = _third_difference(operator, v, shifts, groups)
         noise = jnp.where(finest, jnp.maximum(third, rounding_unit(product_dtypes(operator)) * gradient), at.noise)
         lost, steep = third <= CLEAR * noise, ~(third <= STEEP * noise)  # steep: NaN and infinity too
         below = jnp.where(lost, jnp.maximum(at.below, at.trial), at.below)
@@ -161,45 +173,53 @@ def _measured(operator: LossOperator, v: Vector, groups: tuple) -> tuple[jax.Arr
 
 
 def _third_difference(
-    operator: LossOperator, v: Vector, t: jax.Array, groups: tuple
+    operator: LossOperator, v: Vector, shifts: list[jax.Array], groups: tuple
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Norms of g at 3 t v, of g(3 t v) - g(-3 t v) and of the third difference, g the gradient of summed losses."""
-    theta = operator.free
+    """Norms of g at 3 t v, of g(3 t v) - g(-3 t v) and of the third difference, g the gradient of summed losses.
+
+    t is a number for every leaf, `shifts` in their order.
+    """
+    theta, dtype = operator.free, shifts[0].dtype
+    shift = jax.tree.unflatten(jax.tree.structure(theta), shifts)
 
     def add(total: Vector, row: jax.Array) -> tuple[Vector, jax.Array]:
         along, weight = row
 
-        def moved(x: jax.Array, d: jax.Array) -> jax.Array:
+        def moved(x: jax.Array, d: jax.Array, t: jax.Array) -> jax.Array:
             x_wide, d_wide = (y.astype(jnp.promote_types(row.dtype, y.dtype)) for y in (x, d))
             return (x_wide + (along * t) * d_wide).astype(x.dtype)
 
-        shifted = operator.pin(jax.tree.map(moved, theta, v))
+        shifted = operator.pin(jax.tree.map(moved, theta, v, shift))
         total, _ = add_gradient(operator, total, jnp.zeros((), count.dtype), weight, shifted, groups)
-        return total, norm(total).astype(t.dtype)
+        return total, norm(total).astype(dtype)
 
     one = jax.tree.map(lambda x: x[0], groups[0].stacked)
     _, count = jax.eval_shape(operator.sum_and_count, theta, one)
     zeros = operator.pin(jax.tree.map(jnp.zeros_like, theta))
-    _, norms = jax.lax.scan(add, zeros, jnp.array(_ROWS, t.dtype))
+    _, norms = jax.lax.scan(add, zeros, jnp.array(_ROWS, dtype))
     return norms[0], norms[_CENTRAL], norms[_THIRD]
 
 
-def _strain(operator: LossOperator, v: Vector) -> jax.Array:
-    """How much v changes the leaf that it changes the most, relative to the leaf.
+def _strain(operator: LossOperator, v: Vector) -> tuple[jax.Array, list[jax.Array]]:
+    """How much v changes the leaf that it changes the most, relative to the leaf or to `FAINT`; and each one to itself.
 
     A leaf of zeros has no scale and is left out; if v moves no other, all parameters tell what is typical, or 1 does.
     """
+    everywhere = norm(operator.params) / math.sqrt(size(operator.params))
 
-    def strain(x: jax.Array, d: jax.Array) -> jax.Array:
-        typical = norm(x) / math.sqrt(x.size)
-        largest = jnp.maximum(norm(d) / math.sqrt(x.size), jnp.max(jnp.abs(d)).astype(typical.dtype) / CONCENTRATION)
-        return jnp.where(typical > 0, largest / typical, 0)
+    def strain(x: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
+        root = math.sqrt(max(x.size, 1))
+        typical = norm(x) / root
+        largest = jnp.max(jnp.abs(d), initial=0).astype(typical.dtype) / CONCENTRATION
+        largest = jnp.where(typical > 0, jnp.maximum(norm(d) / root, largest), 0)
+        some = jnp.where(typical > 0, typical, 1)
+        return largest / jnp.maximum(some, FAINT * everywhere), largest / some
 
     pairs = zip(jax.tree.leaves(operator.free), jax.tree.leaves(v), strict=True)
-    found = functools.reduce(jnp.maximum, [strain(x, d) for x, d in pairs if x.size])
-    typical = norm(operator.params) / math.sqrt(size(operator.params))
-    of_zeros = norm(v) / math.sqrt(size(v)) / jnp.where(typical > 0, typical, 1)
-    return jnp.where(found > 0, found, of_zeros)
+    floored, own = zip(*(strain(x, d) for x, d in pairs), strict=True)
+    most = functools.reduce(jnp.maximum, floored)
+    of_zeros = norm(v) / math.sqrt(size(v)) / jnp.where(everywhere > 0, everywhere, 1)
+    return jnp.where(most > 0, most, of_zeros), list(own)
 
 
 def rounding_unit(dtypes: Iterable[str]) -> float:
