@@ -99,6 +99,15 @@ def cast(x: Vector, dtype: Any) -> Vector:
     return jax.tree.map(lambda e, like: e.astype(like.dtype), x, dtype)
 
 
+def own_zeros(x: Vector, like: Vector) -> Vector:
+    """Zeros in the dtypes of `like`, computed from x, for a sum inside a loop to begin with.
+
+    XLA makes one array of constant zeros for all leaves of a shape and copies it to every sum that begins with it,
+    which takes most of a sum's size once more.
+    """
+    return jax.tree.map(lambda e, f: (0 * e).astype(f.dtype), x, like)
+
+
 def widen(x: Vector) -> Vector:
     """x in at least float32."""
     return jax.tree.map(_wide, x)

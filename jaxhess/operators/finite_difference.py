@@ -23,7 +23,7 @@ from jaxhess.operators.restriction import leaf_name
 from jaxhess.operators.routing import changed_share, chosen_experts, has_routing
 from jaxhess.operators.step_size import add_gradient, balanced_length, rounding_unit
 from jaxhess.pytrees import register_dataclass
-from jaxhess.vectors import Vector, cast, norm, random_key, random_probe, size, widen
+from jaxhess.vectors import Vector, cast, norm, own_zeros, random_key, random_probe, size, widen
 
 Per = Literal["coordinate", "unit"]
 Shift = Literal["realised", "float32"]
@@ -195,6 +195,8 @@ class FiniteDifferenceHessian(LossOperator):
         one = jax.tree.map(lambda x: x[0], groups[0].stacked)
         _, count = jax.eval_shape(base.sum_and_count, base.free, one)
         zeros = base.pin(jax.tree.map(lambda x: jnp.zeros_like(x if alone else wide(x)), base.free))
+        if not alone:
+            zeros = base.pin(own_zeros(v, zeros))
         squares = jnp.square(inverse * lengths)
         start = ((zeros, zeros) if alone else (zeros,), jnp.zeros_like(squares), jnp.zeros((), count.dtype))
         # A loop over the two sides: neither begins before the other's shifted parameters and gradient are gone.

@@ -66,7 +66,7 @@ class LinearizedHessian(LinearOperator):
                 push, count = _linearize(self.hessian, self.hessian.params, batch)
                 return self.hessian.pin(_refilled(push, self.hessian, batch, kept)(direction)), count
 
-            return sum_and_each(product, each, groups, self.hessian.accumulation_dtype)
+            return sum_and_each(product, each, groups, self.hessian.accumulation_dtype, direction)
 
         (total, _), found = with_matmul_precision(summed, self.hessian.matmul_precision)(cast(v, self.hessian.free))
         return self.hessian.pin(divided(total, self.count, v)), found

@@ -133,7 +133,7 @@ class LossOperator(LinearOperator):
                 total, count = self.product_sum(direction, batch)
                 return self.pin(total), count
 
-            return sum_and_each(product, each, self.groups, self.accumulation_dtype)
+            return sum_and_each(product, each, self.groups, self.accumulation_dtype, direction)
 
         (total, count), found = with_matmul_precision(summed, self.matmul_precision)(cast(v, self.free))
         return self.pin(divided(total, count, v)), found

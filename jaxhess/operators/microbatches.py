@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxhess.errors import InputError
 from jaxhess.pytrees import register_dataclass
+from jaxhess.vectors import own_zeros
 
 
 @register_dataclass
@@ -78,9 +79,16 @@ def sum_over_microbatches(f: Callable[[Any], Any], groups: tuple[Microbatches, .
 
 
 def sum_and_each(
-    f: Callable[[Any], Any], each: Callable[[Any], Any], groups: tuple[Microbatches, ...], dtype: str = "float32"
+    f: Callable[[Any], Any],
+    each: Callable[[Any], Any],
+    groups: tuple[Microbatches, ...],
+    dtype: str = "float32",
+    along: Any = None,
 ) -> tuple[Any, Any]:
-    """That sum, and each(f(batch)) of every batch: a pytree of arrays [batches, ...]."""
+    """That sum, and each(f(batch)) of every batch: a pytree of arrays [batches, ...].
+
+    With `along`, a vector that f(batch)[0] is like, a Lanczos step holds one accumulator and no constant zeros.
+    """
     total: Any = None
     rows = []
     for group in groups:
@@ -93,6 +101,8 @@ def sum_and_each(
         if total is None:
             abstract = jax.eval_shape(lambda g: f(jax.tree.map(lambda x: x[0], g)), group.stacked)
             total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, dtype)), abstract)
+            if along is not None:
+                total = (own_zeros(along, total[0]), *total[1:])
 
         def step(acc: Any, batch: Any) -> tuple[Any, Any]:
             own = f(batch)
