@@ -191,16 +191,18 @@ def taken_up(folder, whole) -> str:
     return ""
 
 
-def test_a_damaged_save_is_never_taken_up(saved, tmp_path):
-    """Each file of a save with a bit flipped, cut off or gone: refused with its path, or of no matter.
+@pytest.mark.parametrize(
+    "damages", [["flipped"], pytest.param(["cut", "gone"], marks=pytest.mark.slow)], ids=["flipped", "removed"]
+)
+def test_a_damaged_save_is_never_taken_up(damages, saved, tmp_path):
+    """Each file of a save with a bit flipped, and cut off or gone: refused with its path, or of no matter.
 
     Some flips of the arrays' files still decode.
     """
     folder, whole = saved
-    chance = random.Random(0)
+    chance, refused = random.Random(0), 0
     files = [path.relative_to(folder) for path in sorted((folder / "steps").rglob("*")) if path.is_file()]
-    refused = {"flipped": 0, "cut": 0, "gone": 0}
-    for file, damage in zip(files, itertools.cycle(["flipped", "cut", "flipped", "gone"]), strict=False):
+    for file, damage in zip(files, itertools.cycle(damages), strict=False):
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy)
         raw = bytearray((copy / file).read_bytes())
@@ -213,10 +215,9 @@ def test_a_damaged_save_is_never_taken_up(saved, tmp_path):
             (copy / file).write_bytes(raw)
         words = taken_up(copy, whole)
         assert not words or (str(copy) in words and "damaged" in words and "\n" not in words)
-        refused[damage] += bool(words)
+        refused += bool(words)
         shutil.rmtree(copy)
-    assert refused["flipped"] >= 3
-    assert refused["cut"] + refused["gone"] >= 3
+    assert refused >= 3
 
 
 def test_a_changed_number_in_an_array_is_noticed_on_another_mesh(saved, tmp_path, monkeypatch):
