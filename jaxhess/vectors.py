@@ -103,9 +103,9 @@ def own_zeros(x: Vector, like: Vector) -> Vector:
     """Zeros in the dtypes of `like`, computed from x, for a sum inside a loop to begin with.
 
     XLA makes one array of constant zeros for all leaves of a shape and copies it to every sum that begins with it,
-    which takes most of a sum's size once more.
+    which takes most of a sum's size once more. It does not know that these are zeros, so each has a buffer of its own.
     """
-    return jax.tree.map(lambda e, f: (0 * e).astype(f.dtype), x, like)
+    return jax.tree.map(lambda e, f: jnp.where(jnp.isfinite(e), 0 * e, 0).astype(f.dtype), x, like)
 
 
 def widen(x: Vector) -> Vector:

@@ -194,9 +194,8 @@ class FiniteDifferenceHessian(LossOperator):
 
         one = jax.tree.map(lambda x: x[0], groups[0].stacked)
         _, count = jax.eval_shape(base.sum_and_count, base.free, one)
-        zeros = base.pin(jax.tree.map(lambda x: jnp.zeros_like(x if alone else wide(x)), base.free))
-        if not alone:
-            zeros = base.pin(own_zeros(v, zeros))
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x if alone else wide(x)), base.free)
+        zeros = base.pin(zeros if alone else own_zeros(v, zeros))
         squares = jnp.square(inverse * lengths)
         start = ((zeros, zeros) if alone else (zeros,), jnp.zeros_like(squares), jnp.zeros((), count.dtype))
         # A loop over the two sides: neither begins before the other's shifted parameters and gradient are gone.

@@ -87,7 +87,8 @@ def sum_and_each(
 ) -> tuple[Any, Any]:
     """That sum, and each(f(batch)) of every batch: a pytree of arrays [batches, ...].
 
-    With `along`, a vector that f(batch)[0] is like, a Lanczos step holds one accumulator and no constant zeros.
+    Where f(batch) is a tuple that begins with a product, `along` is the vector: its sum then takes less memory
+    (`vectors.own_zeros`).
     """
     total: Any = None
     rows = []

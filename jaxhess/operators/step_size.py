@@ -25,14 +25,14 @@ CONCENTRATION = 16.0
 """A trial changes no entry by more than this times TRIAL times the leaf's typical entry; for normal v it never does."""
 
 FAINT = 1e-3
-"""A leaf's scale is at least this times that of all parameters.
+"""A leaf's scale is at least this times the typical one, the geometric mean over all entries that may move.
 
 The entries of some leaves are nothing but rounding, such as biases of keys, which softmax ignores. They say nothing
 about how far parameters may be moved. A smaller leaf that does (before a norm) costs the search a few shorter trials.
 """
 
 FINEST = 1e-4
-"""Shift at which rounding is measured, in first trials for each leaf: 16 of its rounding units.
+"""Shift at which rounding is measured, in trials for each leaf: in float32 16 of its rounding units.
 
 All parameters that v moves then take different values, and the true third difference is 1e-12 of the trial's.
 """
@@ -141,16 +141,19 @@ def _measured(operator: LossOperator, v: Vector, groups: tuple) -> tuple[jax.Arr
     inverse = jnp.where(length > 0, 1 / length, 0)
     most, strains = _strain(operator, v)
     first = TRIAL / jnp.where(length > 0, inverse * most, 1).astype(length.dtype)
-    # No leaf is moved further than in the first trial.
-    finely = [jnp.minimum(most / jnp.where(x > 0, x, most), 1 / FINEST).astype(length.dtype) for x in strains]
+    # For the rounding every leaf has its own shift; one that v hardly touches at most that of the first trial.
+    factors = [jnp.where(x > 0, most / jnp.where(x > 0, x, 1), 1) for x in strains]
+    factors = [jnp.minimum(x, 1 / FINEST).astype(length.dtype) for x in factors]
+    shortest = functools.reduce(jnp.minimum, factors)
 
     def measure(at: _Search) -> _Search:
         finest = at.trials == 0
-        shifts = [at.trial * inverse * jnp.where(finest, x, 1) for x in finely]
+        shifts = [at.trial * inverse * jnp.where(finest, x, 1) for x in factors]
         gradient, central, third = _third_difference(operator, v, shifts, groups)
         noise = jnp.where(finest, jnp.maximum(third, rounding_unit(product_dtypes(operator)) * gradient), at.noise)
         lost, steep = third <= CLEAR * noise, ~(third <= STEEP * noise)  # steep: NaN and infinity too
-        below = jnp.where(lost, jnp.maximum(at.below, at.trial), at.below)
+        moved = at.trial * jnp.where(finest, shortest, 1)  # by all leaves
+        below = jnp.where(lost, jnp.maximum(at.below, moved), at.below)
         above = jnp.where(steep, jnp.minimum(at.above, at.trial), at.above)
         balanced = at.trial * jnp.cbrt(24 / _NOISE * noise / third)
         middle = jnp.sqrt(below) * jnp.sqrt(above)
@@ -201,25 +204,28 @@ def _third_difference(
 
 
 def _strain(operator: LossOperator, v: Vector) -> tuple[jax.Array, list[jax.Array]]:
-    """How much v changes the leaf that it changes the most, relative to the leaf or to `FAINT`; and each one to itself.
+    """How much v changes each leaf relative to it; before these the largest, for which scales are at least `FAINT`.
 
     A leaf of zeros has no scale and is left out; if v moves no other, all parameters tell what is typical, or 1 does.
     """
-    everywhere = norm(operator.params) / math.sqrt(size(operator.params))
+    leaves, along = jax.tree.leaves(operator.free), jax.tree.leaves(v)
+    scales = [norm(x) / math.sqrt(x.size) for x in leaves]
+    # A geometric mean: a single constant of 1e9 among the parameters says nothing about the others.
+    entries = [jnp.where(s > 0, x.size, 0.0) for x, s in zip(leaves, scales, strict=True)]
+    logarithms = [n * jnp.log(jnp.where(s > 0, s, 1)) for n, s in zip(entries, scales, strict=True)]
+    typical = jnp.exp(sum(logarithms) / jnp.maximum(sum(entries), 1))
 
-    def strain(x: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
-        root = math.sqrt(max(x.size, 1))
-        typical = norm(x) / root
-        largest = jnp.max(jnp.abs(d), initial=0).astype(typical.dtype) / CONCENTRATION
-        largest = jnp.where(typical > 0, jnp.maximum(norm(d) / root, largest), 0)
-        some = jnp.where(typical > 0, typical, 1)
-        return largest / jnp.maximum(some, FAINT * everywhere), largest / some
+    def changed(d: jax.Array, s: jax.Array) -> jax.Array:
+        largest = jnp.max(jnp.abs(d)).astype(s.dtype) / CONCENTRATION
+        return jnp.where(s > 0, jnp.maximum(norm(d) / math.sqrt(d.size), largest), 0)
 
-    pairs = zip(jax.tree.leaves(operator.free), jax.tree.leaves(v), strict=True)
-    floored, own = zip(*(strain(x, d) for x, d in pairs), strict=True)
+    changes = list(map(changed, along, scales))
+    own = [c / jnp.where(s > 0, s, 1) for c, s in zip(changes, scales, strict=True)]
+    floored = [c / jnp.maximum(s, FAINT * typical) for c, s in zip(changes, scales, strict=True)]
     most = functools.reduce(jnp.maximum, floored)
+    everywhere = norm(operator.params) / math.sqrt(size(operator.params))
     of_zeros = norm(v) / math.sqrt(size(v)) / jnp.where(everywhere > 0, everywhere, 1)
-    return jnp.where(most > 0, most, of_zeros), list(own)
+    return jnp.where(most > 0, most, of_zeros), own
 
 
 def rounding_unit(dtypes: Iterable[str]) -> float:
