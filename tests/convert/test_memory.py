@@ -38,11 +38,13 @@ print(json.dumps(peak() - before))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak resident memory is read from Linux's /proc")
 @pytest.mark.parametrize(
     ("what", "axes", "shard"),
-    [("load", "fsdp=4,tensor=2", "5GB"), ("command", "fsdp=8", "200MB")],
+    [
+        pytest.param("load", "fsdp=4,tensor=2", "5GB", marks=pytest.mark.study),
+        pytest.param("command", "fsdp=8", "200MB", marks=pytest.mark.slow),
+    ],
 )
 def test_a_gigabyte_is_converted_in_less_than_a_gigabyte_beyond_its_arrays(
     what: str, axes: str, shard: str, tmp_path: Path

@@ -44,7 +44,7 @@ CASES = [
         ("deepseek", DEEPSEEK, "fsdp=2,expert=2,tensor=2", 8, pytest.mark.study),
         ("deepseek", DEEPSEEK, "expert=4", 8, pytest.mark.study),
         ("gpt-oss", GPT_OSS, "expert=4,tensor=2", 8, pytest.mark.study),
-        ("gpt-oss", GPT_OSS, "fsdp=2,expert=2,tensor=2", 3, pytest.mark.slow),
+        ("gpt-oss", GPT_OSS, "fsdp=2,expert=2,tensor=2", 3, pytest.mark.study),
         ("gpt-oss", GPT_OSS, "fsdp=2,expert=4", 3, pytest.mark.study),
         ("gpt-oss", GPT_OSS, "data=2,expert=4", 8, pytest.mark.slow),
     ]

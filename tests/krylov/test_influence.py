@@ -155,8 +155,9 @@ def test_scores_do_not_depend_on_the_mesh():
     np.testing.assert_allclose(alone.scores, many.scores, atol=5e-3 * np.abs(alone.scores).max())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.slow), pytest.param("bfloat16", marks=pytest.mark.study)]
+)
 def test_sequences_of_a_language_model(dtype):
     config = dataclasses.replace(TINY, dtype=dtype)
     stacked = jnp.asarray(tokens(8, 6, TINY.vocab_size)).reshape(2, 4, 7)

@@ -160,8 +160,9 @@ def test_on_a_mesh_every_device_attends_to_its_own_sequences_and_heads():
     assert traffic["fused"] == traffic["plain"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sequences", [8, 3])
+@pytest.mark.parametrize(
+    "sequences", [pytest.param(8, marks=pytest.mark.study), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_on_a_mesh_products_are_those_of_the_plain_attention(sequences):
     """Eight sequences are cut over the devices, three lie whole on all of them."""
     mesh = make_mesh("data=2,fsdp=2,tensor=2")

@@ -80,7 +80,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["convolutional", "vision transformer", pytest.param("masked tokens", marks=pytest.mark.slow)]
+    "name", ["convolutional", "vision transformer", pytest.param("masked tokens", marks=pytest.mark.study)]
 )
 def test_spectra_blocks_and_gauss_newton_of_a_module(name):
     make, data, block = MODELS[name]

@@ -62,7 +62,7 @@ def test_a_bent_operator_is_seen():
     assert facts.nonlinearity > 0.01
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.study)])
 def test_the_reference_is_the_same_operator_in_a_wider_dtype(dtype):
     operator = language_operator(dtype, num_layers=1)
     facts = audit(operator)

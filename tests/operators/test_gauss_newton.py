@@ -82,7 +82,7 @@ def test_empirical_fisher_is_the_outer_products_of_token_gradients(reference):
     assert eigenvalues[0] > -1e-13 * eigenvalues[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_monte_carlo_fisher_is_the_outer_products_at_its_targets_and_converges_to_gauss_newton(reference):
     model, batches, jacobian, p, w, _ = reference
     with jax.enable_x64(True):

@@ -109,7 +109,7 @@ def test_layers_may_be_a_list():
     assert len(jax.tree.leaves(restriction(graph, ["layers/*/kernel"], [0]).take(graph))) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_other_operators_restrict_alike():
     exact = language_operator(remat=False)
     batch = [jax.tree.map(lambda x: x[0], exact.batches[0].stacked)]

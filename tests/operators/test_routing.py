@@ -60,7 +60,7 @@ def test_margins_and_load_are_those_of_the_scores(routed):
     assert found["load"] == pytest.approx({"largest": counts.max() / 26 * 5, "smallest": counts.min() / 26 * 5})
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_large_shift_changes_experts_and_the_record_says_what_that_does(routed):
     loss, params, batches = routed
     H = jaxhess.Hessian(loss, params, batches)

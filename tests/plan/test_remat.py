@@ -35,8 +35,8 @@ CHUNKS, PARALLEL = {"query_chunk": 16}, {"gated_mlp": False, "parallel_residual"
     [
         ("exact", "feed-forward", CHUNKS),
         ("exact", "attention", PARALLEL),
-        pytest.param("exact", False, CHUNKS, marks=pytest.mark.slow),
-        pytest.param("finite-difference", True, CHUNKS, marks=pytest.mark.slow),
+        pytest.param("exact", False, CHUNKS, marks=pytest.mark.study),
+        pytest.param("finite-difference", True, CHUNKS, marks=pytest.mark.study),
         ("finite-difference", "attention", PARALLEL),
     ],
 )

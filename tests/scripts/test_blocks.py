@@ -109,7 +109,7 @@ def test_a_run_stopped_in_either_part_is_ended_by_resume(model, finished, tmp_pa
     assert not (out / "unfinished-spectra").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_map_alone_and_spectra_alone(model, tmp_path):
     run_command(
         script, "--model", str(model), *QUICK, "--by", "kinds", "--products", "1", "--out", str(tmp_path / "map")

@@ -38,7 +38,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(error))
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_exact_product_agrees_with_torch_in_float64(model_folder: Path) -> None:
     """Both in float64 throughout. A product of 30 layers has about a thousand roundings in a row; 1e-10 is far above
     their sum, and far below the 1e-7 that float32 anywhere would leave."""

@@ -204,7 +204,7 @@ def test_text_shorter_than_one_block_is_refused_in_one_sentence(tmp_path, capsys
     refused(capsys, tmp_path, words, "--data", str(tmp_path / "text.txt"))
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_block_by_linearised_products(tmp_path):
     block = ["--restrict", "attention", "--layers", "0,-1", "--no-audit"]
     run_command(script, *QUICK, *block, "--hvp", "linearized", "--out", str(tmp_path / "linearized"))

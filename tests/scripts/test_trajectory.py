@@ -106,7 +106,7 @@ def preconditioned(checkpoints, tmp_path_factory) -> Path:
     return top
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_each_checkpoint_has_its_own_preconditioner_and_resumes_with_no_other(
     finished, preconditioned, tmp_path, monkeypatch, capsys
 ):

@@ -28,7 +28,7 @@ def test_the_docs_have_the_table_that_the_command_prints(monkeypatch):
     assert script.table(made) in (ROOT / "docs" / "planning.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_plans_are_made_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "CONFIGS", {"pythia-160m": "Pythia-160M"})
     monkeypatch.setattr(script, "DEVICES", (1,))

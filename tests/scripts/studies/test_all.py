@@ -40,7 +40,7 @@ def check_index(folder: Path, names: list[str]) -> None:
             assert f"<td>{claim.verdict}: " in row
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_study_is_measured_and_the_index_has_every_claim_with_its_verdict(tmp_path, monkeypatch):
     sizes = scaling.Sizes(tokens=64, layers=1, width=16, length=8)
     monkeypatch.setattr(scaling, "SMALL", scaling.Options(

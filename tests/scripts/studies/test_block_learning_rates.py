@@ -25,7 +25,7 @@ def test_verdicts_at_the_learning_rate_of_adamw():
     assert bad == ["does not hold", "holds", "does not hold", "holds", "cannot tell"]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_tiny_run(tmp_path):
     small = "--width 8 --heads 1 --layers 1 --seq-len 4 --sequences 8 --seeds 2 --train-steps 10 --rates 0.01"
     run_command(script, *small.split(), "--out", str(tmp_path / "out"))

@@ -20,7 +20,7 @@ def options(tmp_path_factory):
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_losses_gradients_and_spectra_on_a_mesh_are_those_of_one_device(options, monkeypatch):
     assert script.run(script.Options(**options))
     rows = json.loads(options["out"].read_text())["rows"]

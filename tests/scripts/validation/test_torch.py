@@ -69,7 +69,7 @@ def test_everything_agrees_and_says_for_how_many_steps(checkpoint, tmp_path, cap
     assert "4 of 4 steps" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_a_gguf_file_is_compared_with_what_transformers_reads_from_it(tmp_path):
     pytest.importorskip("accelerate")  # transformers loads GGUF with it
     pytest.importorskip("gguf_checkpoints").write_gguf(tmp_path / "x.gguf", "llama", "Q4_0", num_hidden_layers=1)
@@ -187,7 +187,7 @@ def test_without_anything_wider_bounds_are_used_and_called_so(checkpoint, tmp_pa
     assert "(bound)" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_bfloat16_without_anything_wider_is_not_decided(checkpoint, tmp_path, capsys):
     agrees, _ = validated(checkpoint, tmp_path / "out", steps=0, wider="none", dtype="bfloat16")
     assert agrees is None
@@ -233,7 +233,7 @@ def test_float64_is_float64_on_both_sides(checkpoint, tmp_path):
     assert record["lanczos"]["none"]["compared"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_dynamic_positions_beyond_the_trained_length(tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     write_checkpoint(tmp_path / "model", "llama", max_position_embeddings=8, rope_parameters=rope, num_hidden_layers=1)
@@ -262,17 +262,8 @@ def test_lanczos_alone_is_left_out_where_only_its_vectors_do_not_fit(checkpoint,
     assert script.wider_run(script.Options(steps=0), model) == (None, 0)
 
 
-IN_CI = (("gpt2", "bfloat16"),)
-"""Llama in float32 is in the test of everything."""
-
-
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [
-        pytest.param(*case, marks=pytest.mark.slow if case in IN_CI else pytest.mark.study)
-        for case in itertools.product(DEFAULTS, ("float32", "bfloat16"))
-    ],
-)
+@pytest.mark.study
+@pytest.mark.parametrize(("family", "dtype"), itertools.product(DEFAULTS, ("float32", "bfloat16")))
 def test_every_family_agrees(family, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "MODES", ("none",))  # the harder one; both are in the test of everything
     write_checkpoint(tmp_path / "model", family, **SHAPES.get(family, {}))
