@@ -137,6 +137,7 @@ def test_what_changes_all_scores_of_a_query_alike_is_not_rounded_with_them():
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.slow
 def test_hessian_and_gauss_newton_of_a_model_are_those_with_plain_attention():
     plain = language_operator("float64", attention="plain", sliding_window=5, sliding_layers=(True, False))
     v = random_vector(plain.shape_dtype, 1)

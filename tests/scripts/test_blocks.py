@@ -32,6 +32,7 @@ def finished(model, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_folder_is_complete(finished):
     pictures = {f"{name}.png" for name in ("coupling", "relative", "fidelity", "spectra", "distance")}
     assert {p.name for p in finished.iterdir()} == {
@@ -61,6 +62,7 @@ def test_the_folder_is_complete(finished):
     assert "block-diagonal" in page
 
 
+@pytest.mark.slow
 def test_what_is_read_back_is_what_was_found(finished):
     run = block_files.load(finished)
     arrays = np.load(finished / "blocks.npz")
@@ -80,6 +82,7 @@ def test_the_numbers_are_those_of_the_library(model, finished):
     np.testing.assert_allclose(np.load(finished / "blocks.npz")["coupling"], found.coupling, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_either_part_is_ended_by_resume(model, finished, tmp_path, monkeypatch):
     """SIGTERM, as a scheduler sends it, after the map's first probe and then after the spectra's first step."""
     out = tmp_path / "out"
@@ -148,6 +151,7 @@ def test_bad_input_is_one_sentence(model, tmp_path, capsys, options, words):
     check_refused(capsys, script, tmp_path / "out", words, "--model", str(model), *QUICK, *options)
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_kind_is_refused(tmp_path, finished):
     with pytest.raises(InputError, match="does not exist: a run over blocks has"):
         block_files.load(tmp_path)

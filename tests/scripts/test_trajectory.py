@@ -49,6 +49,7 @@ def finished(checkpoints, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_folder_is_complete_and_reads_back(finished):
     names = {"trajectory.json", "trajectory.csv", "trajectory.png", "report.html", "manifest.json"}
     assert {p.name for p in finished.iterdir()} == names
@@ -68,6 +69,7 @@ def test_the_folder_is_complete_and_reads_back(finished):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.slow
 def test_warm_and_cold_runs_agree_within_their_residuals(finished):
     points = load_trajectory(finished)
     colds = json.loads((finished / "trajectory.json").read_text())["cold_runs"]
@@ -87,6 +89,7 @@ def test_what_one_of_two_runs_lacks_is_told_by_the_nearest_value():
     assert lacking(zeros, np.array([[1.0], [0.0]])) == [1.0]
 
 
+@pytest.mark.slow
 def test_the_record_names_the_weights_of_every_checkpoint(finished, checkpoints):
     found = json.loads((finished / "trajectory.json").read_text())["checkpoints"]
     folders = sorted(checkpoints.iterdir())
@@ -248,6 +251,7 @@ def revisions(monkeypatch, checkpoints: Path, known: dict[str, str]) -> list:
     return asked
 
 
+@pytest.mark.slow
 def test_revisions_of_a_hub_id_are_what_folders_are(finished, checkpoints, tmp_path, monkeypatch):
     revisions(monkeypatch, checkpoints, {"step5": "step-000005", "step10": "step-000010", "step20": "step-000020"})
     out = tmp_path / "out"
