@@ -32,7 +32,7 @@ about how far parameters may be moved. A smaller leaf that does (before a norm) 
 """
 
 FINEST = 1e-4
-"""Shift at which rounding is measured, in trials for each leaf: in float32 16 of its rounding units.
+"""How far rounding is measured: this part of TRIAL for every leaf, in float32 16 of its rounding units.
 
 All parameters that v moves then take different values, and the true third difference is 1e-12 of the trial's.
 """

@@ -327,7 +327,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.study)])
+@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.study)])
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(tmp_path, kills):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": ".:tests"}
     parent = subprocess.Popen(
